@@ -1,0 +1,224 @@
+"""The manifest: everything a device must know about a bundle besides the numbers.
+
+``manifest.json`` names the digest of every other file, so the digest of the manifest is the digest of the bundle.
+Graph inputs and outputs have fixed names, stated at :class:`BlockKind`, :class:`Embed` and :class:`Head`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import msgspec
+
+from edge_runtime.bundle.errors import ManifestError
+
+SCHEMA = 1
+MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 4 << 20
+
+Task = Literal["classify", "lm"]
+Factor = Literal["A", "B"]
+FACTORS: tuple[Factor, ...] = get_args(Factor)
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One file of the bundle: SHA-256 in hex and length in bytes."""
+
+    sha256: str
+    bytes: int
+
+
+class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One linear layer inside a block kind that carries a LoRA pair."""
+
+    name: str  # path inside the block, for example "attention.self.query"
+    in_features: int
+    out_features: int
+
+
+class BlockKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One joint forward and backward graph, shared by every block of this kind.
+
+    Inputs: ``hidden`` (batch, seq, width) · each name of ``shared`` · ``d_out`` like hidden · ``w:{weight}`` ·
+    per slot ``lora_a:{slot}`` (r, in), ``lora_b:{slot}`` (out, r), ``scale:{slot}`` ().
+    Outputs: ``out`` · ``d_hidden`` · per slot ``d_lora_a:{slot}``, ``d_lora_b:{slot}``.
+    Batch, sequence and every slot's rank are symbolic.
+    """
+
+    name: str
+    graph: str  # file inside the bundle, "graphs/block.onnx"
+    weights: tuple[str, ...]  # paths inside the block of its frozen parameters
+    slots: tuple[Slot, ...]
+    shared: tuple[str, ...]  # outputs of the embed graph that the block reads
+
+
+class Block(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One block of the model; its weights are stored as ``{prefix}.{weight}``."""
+
+    kind: str
+    prefix: str  # path of the block in the Hugging Face model, "bert.encoder.layer.0"
+
+
+class Embed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Token ids to the first hidden state and to what all blocks share.
+
+    Inputs: ``input_ids`` and ``attention_mask`` (batch, seq) int64, padding on the right · ``w:{weight}``.
+    Outputs: ``hidden`` (batch, seq, width) · each name of ``shared``.
+    """
+
+    graph: str
+    weights: tuple[str, ...]  # full parameter names in the Hugging Face model
+    shared: tuple[str, ...]
+
+
+class Param(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A trained head parameter."""
+
+    name: str  # path inside the head module, "weight"
+    shape: tuple[int, ...]
+
+
+class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Selected rows of the last hidden state to loss, metrics and gradients.
+
+    Inputs: ``rows`` (n, width) · ``labels`` (n,) int64 · ``grad_scale`` () · ``w:{weight}`` · ``p:{param}``.
+    Outputs: ``logits`` (n, classes) · ``loss_sum`` () nats · ``correct`` () int64 · ``d_rows`` (n, width) and
+    ``d_p:{param}``, both of ``grad_scale · loss_sum``.
+    ``select`` says which rows: the first position of each example, or every position whose next token is trained.
+    """
+
+    graph: str
+    select: Literal["first", "target"]
+    weights: tuple[str, ...]  # full names of the frozen parameters
+    module: str | None = None  # name of the trained head module, "classifier"; None when nothing of it is trained
+    params: tuple[Param, ...] = ()
+
+
+class Module(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One LoRA target module of one block."""
+
+    name: str  # full path in the Hugging Face model
+    block: int
+    slot: str
+    in_features: int
+    out_features: int
+
+
+class ChatRole(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What stands before and after a message of this role."""
+
+    before: str
+    after: str
+
+
+class Chat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The model's chat template where it is a sequence of wrapped messages; checked against the real one at export."""
+
+    roles: dict[str, ChatRole]
+    preamble: str = ""  # put first when the conversation does not begin with a system message
+
+
+class Text(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How text becomes token ids: ``prefix_ids + encode(text) + suffix_ids``, at most ``max_tokens``."""
+
+    max_tokens: int
+    vocab_size: int
+    pad_id: int
+    prefix_ids: tuple[int, ...] = ()
+    suffix_ids: tuple[int, ...] = ()
+    chat: Chat | None = None
+
+
+class PeftInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What ``adapter_config.json`` needs so that peft loads a result on top of the original model."""
+
+    base_model: str
+    task_type: Literal["SEQ_CLS", "CAUSAL_LM"]
+    target_modules: tuple[str, ...]
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """See the module's text; ``modules`` are ordered by block, then as their kind lists its slots."""
+
+    schema: int
+    model: str
+    task: Task
+    width: int
+    base: Literal["fp32"]
+    embed: Embed
+    kinds: tuple[BlockKind, ...]
+    blocks: tuple[Block, ...]
+    head: Head
+    modules: tuple[Module, ...]
+    r_max: int
+    scale: float  # alpha / r_max, constant whatever the rank
+    text: Text
+    peft: PeftInfo
+    parameters: int  # of the whole base model, for comparing with full-model averaging
+    files: dict[str, FileEntry]
+    labels: tuple[str, ...] = ()  # classify only; index is the class id
+    tool_versions: dict[str, str] = {}
+
+    def kind_of(self, block: int) -> BlockKind:
+        """The kind of block number ``block``."""
+        wanted = self.blocks[block].kind
+        return next(kind for kind in self.kinds if kind.name == wanted)
+
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        """Names of the LoRA modules in plan order, the trained head not included."""
+        return tuple(module.name for module in self.modules)
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The canonical bytes whose SHA-256 is the bundle's digest."""
+    return msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=1)
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Read and cross-check a manifest.
+
+    Raises:
+        ManifestError: not JSON of this schema, or its parts contradict each other.
+    """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ManifestError(f"manifest: too large: expected at most {MAX_MANIFEST_BYTES} bytes, got {len(data)}")
+    try:
+        version = msgspec.json.decode(data, type=dict[str, object]).get("schema")
+        if version != SCHEMA:
+            raise ManifestError(f"manifest: unknown schema: expected {SCHEMA}, got {version!r}")
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ManifestError(f"manifest: not a manifest of schema {SCHEMA}: {error}") from error
+    problems = list(_contradictions(manifest))
+    if problems:
+        raise ManifestError("manifest: contradicts itself: " + "; ".join(problems))
+    return manifest
+
+
+def _contradictions(manifest: Manifest) -> list[str]:
+    """Every way in which the parts of a manifest do not fit together."""
+    kinds = {kind.name: kind for kind in manifest.kinds}
+    unknown = sorted({block.kind for block in manifest.blocks} - set(kinds))
+    if unknown:
+        return [f"blocks of unknown kind {unknown}"]
+    modules = tuple(
+        Module(f"{block.prefix}.{slot.name}", index, slot.name, slot.in_features, slot.out_features)
+        for index, block in enumerate(manifest.blocks)
+        for slot in kinds[block.kind].slots
+    )
+    shared = {name for kind in manifest.kinds for name in kind.shared}
+    graphs = {manifest.embed.graph, manifest.head.graph} | {kind.graph for kind in manifest.kinds}
+    missing = sorted((graphs | {"weights.safetensors", "adapter.safetensors", "tokenizer.json"}) - set(manifest.files))
+    unsafe = [name for name in manifest.files if name.startswith("/") or ".." in name.split("/") or "\\" in name]
+    rules = {
+        "modules are not the slots of the blocks in order": modules != manifest.modules,
+        "a block kind reads shared tensors that embed does not make": not shared <= set(manifest.embed.shared),
+        f"files without a digest: {missing}": bool(missing),
+        f"file names that leave the bundle: {unsafe}": bool(unsafe),
+        "labels belong to task classify, and only to it": (manifest.task == "classify") != bool(manifest.labels),
+        "a label stands twice": len(set(manifest.labels)) != len(manifest.labels),
+        "head module and head params go together": (manifest.head.module is None) == bool(manifest.head.params),
+        f"r_max must be from 1 to 1024, got {manifest.r_max}": not 0 < manifest.r_max <= 1024,
+    }
+    return [message for message, broken in rules.items() if broken]

@@ -1,0 +1,79 @@
+"""What a device process and its training child tell each other.
+
+The child is ``python -m edge_runtime.training.child JOB.json``. It reads a :class:`TrainingJob`, prints one event of
+``Event`` a line as JSON on standard output, and writes ``update.frame`` into the job's ``out`` folder before it prints
+:class:`Done`. Training runs in a child so that its memory returns to the system between rounds, and so that the
+resident process never loads the engine.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from edge_runtime.wire.update import LocalMetrics
+
+FRAME_NAME = "update.frame"
+
+
+class TrainingJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Files of one round, all verified by the parent before."""
+
+    plan: str  # signed plan
+    plan_key: str  # Ed25519 public key that signed it, hex
+    bundle: str  # folder
+    adapter: str  # file
+    data: tuple[str, ...]
+    evaluation: tuple[str, ...]
+    out: str  # folder for the frame
+    skip_bad: bool = False
+    threads: int | None = None  # None: all cores
+    memory_budget_mb: int | None = None
+
+
+class Notice(msgspec.Struct, frozen=True, tag="notice"):
+    """A line for the user, for example about truncated examples."""
+
+    text: str
+
+
+class Evaluated(msgspec.Struct, frozen=True, tag="evaluated"):
+    """The plan's adapter on the device's evaluation data, before training."""
+
+    examples: int
+    correct: int
+    loss: float  # mean nats
+
+
+class Stepped(msgspec.Struct, frozen=True, tag="stepped"):
+    """One optimizer step is done."""
+
+    step: int  # counted from 1
+    steps: int
+    loss: float  # mean nats of this batch
+
+
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    """The frame is written."""
+
+    weight: int
+    metrics: LocalMetrics
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The job ends without a frame. ``input`` says that the user's data or settings are the cause."""
+
+    message: str
+    input: bool
+
+
+Event = Notice | Evaluated | Stepped | Done | Failed
+
+
+def decode_event(line: bytes) -> Event:
+    """Read one line of the child's output.
+
+    Raises:
+        msgspec.DecodeError: it is not an event.
+    """
+    event: Event = msgspec.json.decode(line, type=Event)
+    return event

@@ -1,0 +1,193 @@
+"""The plan: what the aggregator asks of a device in one round, and its signature.
+
+On the wire a plan is 64 bytes of Ed25519 signature (RFC 8032) followed by JSON. The signature covers
+``b"emberlora plan 1\\0"`` and the JSON as sent, so nothing needs to be made canonical to check it. The digest of a plan
+is the SHA-256 of all its bytes, signature included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from edge_runtime.wire.errors import PlanFormatError, PlanOrderError, PlanSignatureError
+
+SCHEMA = 1
+MAX_PLAN_BYTES = 1 << 20
+_SIGNATURE_BYTES = 64
+_CONTEXT = b"emberlora plan 1\0"
+
+
+class ModulePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One LoRA module this round: its rank and which factors are trained and sent."""
+
+    name: str
+    rank: int
+    alive: Literal["", "A", "B", "AB"]
+
+
+class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a device trains. AdamW; its state lives for one round."""
+
+    batch_size: int
+    max_tokens: int
+    lr_a: float
+    lr_b: float
+    lr_head: float
+    steps: int | None = None  # optimizer steps of every device; None: ``epochs`` passes over its own data
+    epochs: int | None = None
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    mu: float = 0.0  # FedProx: weight of (mu/2)·|θ − θ_t|², arXiv 1812.06127
+    clip_norm: float | None = None  # global gradient norm; None: gradients are not clipped
+
+
+class UpdateRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Bounds that make the aggregator's sum exact.
+
+    A value is summed as ``round(value · 2**fraction_bits) · weight`` in int64; the bounds keep the sum of
+    ``max_devices`` updates inside 63 bits.
+    """
+
+    fraction_bits: int = 32
+    max_abs: float = 8.0  # largest absolute change of one parameter in one round
+    weight_cap: int = 65_536  # a device's weight is cut to this
+    max_devices: int = 1_024
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """See the module's text. ``state`` "finished" names the last adapter; nothing is trained then."""
+
+    schema: int
+    task: str
+    round: int
+    rounds: int  # planned number of rounds
+    state: Literal["train", "finished"]
+    bundle: str  # SHA-256 of the bundle's manifest, hex
+    adapter: str  # SHA-256 of the adapter file every device starts from, hex
+    adapter_bytes: int
+    modules: tuple[ModulePlan, ...]
+    head_alive: bool
+    training: Training
+    update: UpdateRules
+    seed: int
+    deadline: float  # Unix time in seconds after which the round may close without this device
+    round_key: str = ""  # X25519 public key of the round, hex; updates are sealed to it
+    min_examples: int = 1  # a device with fewer stays out of the round
+    tier: int = 0
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of every module by name."""
+        return {module.name: module.rank for module in self.modules}
+
+
+@dataclass(frozen=True)
+class SignedPlan:
+    """A plan as it travels: its bytes, what they say, and their digest in hex."""
+
+    data: bytes
+    plan: Plan
+    digest: str
+
+
+def sign_plan(plan: Plan, key: Ed25519PrivateKey) -> SignedPlan:
+    """Encode and sign a plan."""
+    text = msgspec.json.encode(plan)
+    data = key.sign(_CONTEXT + text) + text
+    return SignedPlan(data, plan, hashlib.sha256(data).hexdigest())
+
+
+def open_plan(data: bytes, key: Ed25519PublicKey) -> SignedPlan:
+    """Check the signature, then read.
+
+    Raises:
+        PlanSignatureError: not signed by ``key``.
+        PlanFormatError: too large, not JSON of this schema, or self-contradicting.
+    """
+    if not _SIGNATURE_BYTES < len(data) <= MAX_PLAN_BYTES:
+        raise PlanFormatError(
+            f"plan: length: expected {_SIGNATURE_BYTES + 1} to {MAX_PLAN_BYTES} bytes, got {len(data)}"
+        )
+    signature, text = data[:_SIGNATURE_BYTES], data[_SIGNATURE_BYTES:]
+    try:
+        key.verify(signature, _CONTEXT + text)
+    except InvalidSignature as error:
+        raise PlanSignatureError("plan: not signed by the aggregator this device enrolled with") from error
+    return SignedPlan(data, _parse_plan(text), hashlib.sha256(data).hexdigest())
+
+
+def check_order(plan: Plan, *, task: str, last_round: int) -> None:
+    """A device obeys only its own task's plans, in rising order; the current round's plan may come again.
+
+    Raises:
+        PlanOrderError: another task, or a round before ``last_round``.
+    """
+    if plan.task != task:
+        raise PlanOrderError(f"plan: another task: expected {task!r}, got {plan.task!r}")
+    if plan.round < last_round:
+        raise PlanOrderError(
+            f"plan: older than one already seen: expected round {last_round} or later, got {plan.round}"
+        )
+
+
+def _parse_plan(text: bytes) -> Plan:
+    try:
+        version = msgspec.json.decode(text, type=dict[str, object]).get("schema")
+        if version != SCHEMA:
+            older = isinstance(version, int) and version < SCHEMA
+            raise PlanFormatError(
+                f"plan: schema: expected {SCHEMA}, got {version!r}: upgrade the {'aggregator' if older else 'device'}"
+            )
+        plan = msgspec.json.decode(text, type=Plan)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise PlanFormatError(f"plan: not a plan of schema {SCHEMA}: {error}") from error
+    problems = plan_problems(plan)
+    if problems:
+        raise PlanFormatError("plan: contradicts itself: " + "; ".join(problems))
+    return plan
+
+
+def plan_problems(plan: Plan) -> list[str]:
+    """Every way in which a plan contradicts itself; empty for a good one."""
+    training, rules = plan.training, plan.update
+    rates = (training.lr_a, training.lr_b, training.lr_head, training.weight_decay, training.mu, training.eps)
+    amounts = (training.steps, training.epochs)
+    fields = {
+        "round must not be negative": plan.round < 0,
+        "a module stands twice": len({module.name for module in plan.modules}) != len(plan.modules),
+        "ranks must be 1 to 1024": any(not 1 <= module.rank <= 1024 for module in plan.modules),
+        "exactly one of steps and epochs must be given": sum(amount is not None for amount in amounts) != 1,
+        "steps, epochs, batch_size and max_tokens must be positive": any(
+            amount is not None and amount < 1 for amount in (*amounts, training.batch_size, training.max_tokens)
+        ),
+        "learning rates, weight decay, mu and eps must be finite and not negative": any(
+            not (math.isfinite(rate) and rate >= 0) for rate in rates
+        ),
+        "betas must be at least 0 and below 1": any(not 0 <= beta < 1 for beta in (training.beta1, training.beta2)),
+        "clip_norm must be positive": training.clip_norm is not None and not training.clip_norm > 0,
+        "update bounds do not fit 63 bits": not _sum_fits(rules),
+        "a training plan needs a round key of 64 hex digits": plan.state == "train" and not _is_digest(plan.round_key),
+        "digests must be 64 hex digits": not (_is_digest(plan.bundle) and _is_digest(plan.adapter)),
+    }
+    return [message for message, broken in fields.items() if broken]
+
+
+def _is_digest(value: str) -> bool:
+    return len(value) == 64 and set(value) <= set("0123456789abcdef")
+
+
+def _sum_fits(rules: UpdateRules) -> bool:
+    if not (
+        rules.weight_cap > 0 and rules.max_devices > 0 and 0 < rules.max_abs < math.inf and rules.fraction_bits > 0
+    ):
+        return False
+    return (int(rules.max_abs * 2**rules.fraction_bits) + 1) * rules.weight_cap * rules.max_devices < 2**63

@@ -1,0 +1,38 @@
+"""The HTTP resources by name; every path is built and matched from here, on both sides.
+
+======  =========================================================  ==================================================
+method  path                                                       meaning
+======  =========================================================  ==================================================
+POST    /v1/enrolments                                             a device becomes known (not signed: it has a token)
+DELETE  /v1/devices/{device}                                       a device leaves
+GET     /v1/tasks/{task}/plan?after=N&wait=S                       long poll: the first plan of a round after N
+GET     /v1/blobs/{digest}                                         bundle files and adapters, with ``Range``
+PUT     /v1/tasks/{task}/rounds/{round}/updates/{device}           a sealed update
+GET     /v1/operator/status · POST /v1/operator/tokens, …/stop     the operator's commands
+GET     /v1/health                                                 alive and serving (not signed)
+======  =========================================================  ==================================================
+"""
+
+from __future__ import annotations
+
+ENROLMENTS = "/v1/enrolments"
+DEVICE = "/v1/devices/{device}"
+PLAN = "/v1/tasks/{task}/plan"
+BLOB = "/v1/blobs/{digest}"
+UPDATE = "/v1/tasks/{task}/rounds/{round}/updates/{device}"
+OPERATOR_STATUS = "/v1/operator/status"
+OPERATOR_TOKENS = "/v1/operator/tokens"
+OPERATOR_STOP = "/v1/operator/stop"
+HEALTH = "/v1/health"
+
+MAX_WAIT_S = 60  # longest a plan request may be held
+
+
+def plan_target(task: str, *, after: int, wait_s: int) -> str:
+    """Target of the long poll; ``after`` is the last round this device is done with, -1 for none."""
+    return f"{PLAN.format(task=task)}?after={after}&wait={wait_s}"
+
+
+def update_path(task: str, round_: int, device: str) -> str:
+    """Path of one device's update to one round."""
+    return UPDATE.format(task=task, round=round_, device=device)

@@ -1,0 +1,183 @@
+"""The update frame: what a device sends back after training, before it is sealed.
+
+A header of fixed size, then the alive blocks in plan order as little-endian float32, then a trailer of fixed size with
+the weight and the local metrics. There is no general parser: the plan says how long the payload is, and anything else
+is refused before a value is looked at. ``docs/wire.md`` has the bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_runtime.wire.errors import UpdateFormatError, UpdateLayoutError, UpdatePlanError, UpdateValueError
+from edge_runtime.wire.plan import ModulePlan, SignedPlan, UpdateRules
+
+Values = npt.NDArray[np.float32]
+
+MAGIC = b"EMBERUPD"
+VERSION = 1
+# magic, version, reserved, round, plan digest, layout digest, number of values
+_HEADER = struct.Struct("<8sHHI32s32sQ")
+# weight, steps, examples evaluated, correct of them, loss at start, loss at end, evaluation loss, seconds, peak MB ×2
+_TRAILER = struct.Struct("<QIIIddddff")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The alive blocks of an update in order: (name, shape). Names are those of the adapter's tensors."""
+
+    blocks: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def count(self) -> int:
+        """Number of float32 values of an update."""
+        return sum(math.prod(shape) for _, shape in self.blocks)
+
+    @property
+    def frame_bytes(self) -> int:
+        """Exact length of an unsealed update in bytes."""
+        return _HEADER.size + 4 * self.count + _TRAILER.size
+
+    def digest(self) -> bytes:
+        """SHA-256 over names and shapes, one block a line."""
+        lines = "".join(f"{name} {'x'.join(map(str, shape))}\n" for name, shape in self.blocks)
+        return hashlib.sha256(lines.encode()).digest()
+
+    def split(self, values: npt.NDArray[np.generic]) -> dict[str, npt.NDArray[np.generic]]:
+        """Views of a flat array, shape (count,), by block name."""
+        parts, start = {}, 0
+        for name, shape in self.blocks:
+            end = start + math.prod(shape)
+            parts[name] = values[start:end].reshape(shape)
+            start = end
+        return parts
+
+
+def layout_of(
+    modules: Iterable[ModulePlan],
+    features: Mapping[str, tuple[int, int]],
+    head: Mapping[str, tuple[int, ...]],
+) -> Layout:
+    """The layout a plan asks for.
+
+    Args:
+        modules: The plan's modules, in order.
+        features: (in, out) features of every module, from the bundle.
+        head: Shapes of the trained head tensors by adapter name when the head is alive, else empty.
+    """
+    blocks: list[tuple[str, tuple[int, ...]]] = []
+    for module in modules:
+        in_features, out_features = features[module.name]
+        if "A" in module.alive:
+            blocks.append((f"{module.name}.lora_a", (module.rank, in_features)))
+        if "B" in module.alive:
+            blocks.append((f"{module.name}.lora_b", (out_features, module.rank)))
+    return Layout((*blocks, *head.items()))
+
+
+@dataclass(frozen=True)
+class LocalMetrics:
+    """What a device says about its round. Losses are mean nats; None (NaN in the frame) where nothing was measured."""
+
+    steps: int = 0
+    eval_examples: int = 0
+    eval_correct: int = 0
+    loss_start: float | None = None
+    loss_end: float | None = None
+    eval_loss: float | None = None
+    seconds: float | None = None
+    peak_private_mb: float | None = None
+    peak_total_mb: float | None = None
+
+
+@dataclass(frozen=True)
+class Update:
+    """Change of the alive parameters, flat, shape (count,), and the device's weight before it is capped."""
+
+    values: Values
+    weight: int
+    metrics: LocalMetrics = field(default_factory=LocalMetrics)
+
+
+def encode_update(update: Update, *, signed_plan: SignedPlan, layout: Layout) -> bytes:
+    """The frame of an update.
+
+    Raises:
+        UpdateLayoutError: the values are not as many as the layout wants.
+    """
+    if update.values.shape != (layout.count,):
+        raise UpdateLayoutError(f"update: expected {layout.count} values, got shape {update.values.shape}")
+    m = update.metrics
+    measured = (m.loss_start, m.loss_end, m.eval_loss, m.seconds, m.peak_private_mb, m.peak_total_mb)
+    header = _HEADER.pack(
+        MAGIC,
+        VERSION,
+        0,
+        signed_plan.plan.round,
+        bytes.fromhex(signed_plan.digest),
+        layout.digest(),
+        layout.count,
+    )
+    trailer = _TRAILER.pack(
+        update.weight,
+        m.steps,
+        m.eval_examples,
+        m.eval_correct,
+        *(math.nan if value is None else value for value in measured),
+    )
+    return header + np.ascontiguousarray(update.values, dtype="<f4").tobytes() + trailer
+
+
+def decode_update(data: bytes, *, signed_plan: SignedPlan, layout: Layout) -> Update:
+    """Check and read a frame; the values are a view of ``data``.
+
+    Raises:
+        UpdateFormatError: magic, version or length.
+        UpdatePlanError: another round or plan.
+        UpdateLayoutError: other blocks than the plan's.
+        UpdateValueError: NaN, infinity, a value over ``max_abs``, or a weight of zero.
+    """
+    if len(data) < _HEADER.size + _TRAILER.size:
+        raise UpdateFormatError(f"update: length: expected {layout.frame_bytes} bytes, got {len(data)}")
+    magic, version, reserved, round_, plan_digest, layout_digest, count = _HEADER.unpack_from(data)
+    if (magic, version, reserved) != (MAGIC, VERSION, 0):
+        raise UpdateFormatError(f"update: expected {MAGIC!r} version {VERSION}, got {magic!r} version {version}")
+    plan = signed_plan.plan
+    if (round_, plan_digest.hex()) != (plan.round, signed_plan.digest):
+        raise UpdatePlanError(
+            f"update: expected round {plan.round} of plan {signed_plan.digest[:12]}, "
+            f"got {round_} of {plan_digest.hex()[:12]}"
+        )
+    if layout_digest != layout.digest() or count != layout.count:
+        raise UpdateLayoutError(
+            f"update: expected {layout.count} values of layout {layout.digest().hex()[:12]}, "
+            f"got {count} of {layout_digest.hex()[:12]}"
+        )
+    if len(data) != layout.frame_bytes:
+        raise UpdateFormatError(f"update: length: expected {layout.frame_bytes} bytes, got {len(data)}")
+    weight, steps, examples, correct, *measured = _TRAILER.unpack_from(data, len(data) - _TRAILER.size)
+    values = np.frombuffer(data, dtype="<f4", count=count, offset=_HEADER.size)
+    check_values(values, weight, plan.update)
+    known = (value if math.isfinite(value) else None for value in measured)
+    return Update(values, weight, LocalMetrics(steps, examples, correct, *known))
+
+
+def check_values(values: Values, weight: int, rules: UpdateRules) -> None:
+    """Demand finite values within the plan's bound and a positive weight.
+
+    Raises:
+        UpdateValueError: naming what is wrong.
+    """
+    if weight < 1:
+        raise UpdateValueError("update: weight: expected at least 1, got 0")
+    # One pass each and no temporary copy: NaN makes min and max NaN, infinity fails the bound.
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if not (low >= -rules.max_abs and high <= rules.max_abs):
+        raise UpdateValueError(f"update: values: expected finite and within ±{rules.max_abs}, got {low} to {high}")
