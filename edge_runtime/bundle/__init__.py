@@ -1,6 +1,6 @@
 """The artifact format: a bundle's manifest, its tensor files, and adapters made for it."""
 
-from edge_runtime.bundle.adapter import adapter_ranks, adapter_shapes, cut_ranks, write_peft_folder
+from edge_runtime.bundle.adapter import adapter_ranks, adapter_shapes, cut_ranks, read_peft_folder, write_peft_folder
 from edge_runtime.bundle.errors import (
     BundleDigestError,
     BundleError,
@@ -77,6 +77,7 @@ __all__ = [
     "open_bundle",
     "parse_manifest",
     "parse_tensors",
+    "read_peft_folder",
     "verify_file",
     "write_peft_folder",
     "write_tensors",

@@ -14,7 +14,7 @@ from edge_runtime.bundle.manifest import (
     Manifest,
     parse_manifest,
 )
-from edge_runtime.bundle.tensors import Array, map_tensors
+from edge_runtime.bundle.tensors import ABSENT, Array, map_tensors
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def open_bundle(folder: Path, *, expected_digest: str | None = None, verify: boo
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise ManifestError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes")
         data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except ABSENT as error:
         raise BundleMissingError(f"{folder}: not a bundle: it has no {MANIFEST_NAME}") from error
     digest = hashlib.sha256(data).hexdigest()
     if expected_digest is not None and digest != expected_digest:
@@ -86,7 +86,7 @@ def verify_file(path: Path, entry: FileEntry) -> None:
     """
     try:
         found = file_entry(path)
-    except FileNotFoundError as error:
+    except ABSENT as error:
         raise BundleMissingError(f"{path}: no such file, though the manifest names it") from error
     if found != entry:
         raise BundleDigestError(

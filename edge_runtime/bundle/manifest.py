@@ -6,6 +6,9 @@ Graph inputs and outputs have fixed names, stated at :class:`BlockKind`, :class:
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import msgspec
@@ -19,6 +22,16 @@ MAX_MANIFEST_BYTES = 4 << 20
 Task = Literal["classify", "lm"]
 Factor = Literal["A", "B"]
 FACTORS: tuple[Factor, ...] = get_args(Factor)
+
+# A relative path that means the same file on every system and in every URL: no "..", no drive, no hidden file.
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}(?:/[A-Za-z0-9_][A-Za-z0-9._-]{0,99}){0,3}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class _Versioned(msgspec.Struct):
+    """Only the schema: a manifest of another schema is told by its number, whatever its other fields are."""
+
+    schema: object = None
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -184,13 +197,13 @@ def parse_manifest(data: bytes) -> Manifest:
     if len(data) > MAX_MANIFEST_BYTES:
         raise ManifestError(f"manifest: too large: expected at most {MAX_MANIFEST_BYTES} bytes, got {len(data)}")
     try:
-        version = msgspec.json.decode(data, type=dict[str, object]).get("schema")
+        version = msgspec.json.decode(data, type=_Versioned).schema
         if version != SCHEMA:
-            raise ManifestError(f"manifest: unknown schema: expected {SCHEMA}, got {version!r}")
+            raise ManifestError(f"manifest: unknown schema: expected {SCHEMA}, got {version!r:.40}")
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise ManifestError(f"manifest: not a manifest of schema {SCHEMA}: {error}") from error
-    problems = list(_contradictions(manifest))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ManifestError(f"manifest: not a manifest of schema {SCHEMA}: {str(error)[:200]}") from error
+    problems = [*_contradictions(manifest), *_bad_files(manifest), *_bad_numbers(manifest)]
     if problems:
         raise ManifestError("manifest: contradicts itself: " + "; ".join(problems))
     return manifest
@@ -208,17 +221,51 @@ def _contradictions(manifest: Manifest) -> list[str]:
         for slot in kinds[block.kind].slots
     )
     shared = {name for kind in manifest.kinds for name in kind.shared}
-    graphs = {manifest.embed.graph, manifest.head.graph} | {kind.graph for kind in manifest.kinds}
-    missing = sorted((graphs | {"weights.safetensors", "adapter.safetensors", "tokenizer.json"}) - set(manifest.files))
-    unsafe = [name for name in manifest.files if name.startswith("/") or ".." in name.split("/") or "\\" in name]
+    agreeing = ("classify", "first", "SEQ_CLS"), ("lm", "target", "CAUSAL_LM")
     rules = {
+        "a block kind stands twice": len(kinds) != len(manifest.kinds),
         "modules are not the slots of the blocks in order": modules != manifest.modules,
+        "a module stands twice": len(set(manifest.module_names)) != len(manifest.modules),
         "a block kind reads shared tensors that embed does not make": not shared <= set(manifest.embed.shared),
-        f"files without a digest: {missing}": bool(missing),
-        f"file names that leave the bundle: {unsafe}": bool(unsafe),
         "labels belong to task classify, and only to it": (manifest.task == "classify") != bool(manifest.labels),
         "a label stands twice": len(set(manifest.labels)) != len(manifest.labels),
         "head module and head params go together": (manifest.head.module is None) == bool(manifest.head.params),
-        f"r_max must be from 1 to 1024, got {manifest.r_max}": not 0 < manifest.r_max <= 1024,
+        "a head param stands twice": len({p.name for p in manifest.head.params}) != len(manifest.head.params),
+        f"task, head.select and peft.task_type must be one of {agreeing}": (
+            (manifest.task, manifest.head.select, manifest.peft.task_type) not in agreeing
+        ),
     }
     return [message for message, broken in rules.items() if broken]
+
+
+def _bad_files(manifest: Manifest) -> Iterator[str]:
+    """What is wrong with the table of files: these names become paths and URLs."""
+    graphs = {manifest.embed.graph, manifest.head.graph} | {kind.graph for kind in manifest.kinds}
+    missing = sorted((graphs | {"weights.safetensors", "adapter.safetensors", "tokenizer.json"}) - set(manifest.files))
+    if missing:
+        yield f"files without a digest: {missing}"
+    unsafe = [name[:200] for name in manifest.files if not _FILE_NAME.fullmatch(name) or name == MANIFEST_NAME]
+    if unsafe:
+        yield f"file names that are not plain names inside the bundle: {unsafe[:5]}"
+    entries = manifest.files.items()
+    vague = [name[:200] for name, entry in entries if not _DIGEST.fullmatch(entry.sha256) or entry.bytes < 0]
+    if vague:
+        yield f"files without 64 hex digits and a length: {vague[:5]}"
+
+
+def _bad_numbers(manifest: Manifest) -> Iterator[str]:
+    """Numbers no model has."""
+    features = {size for module in manifest.modules for size in (module.in_features, module.out_features)}
+    sizes = {manifest.width, manifest.text.max_tokens, manifest.text.vocab_size} | features
+    sizes |= {size for param in manifest.head.params for size in param.shape}
+    if not all(0 < size < 2**31 for size in sizes):
+        yield "width, features, max_tokens, vocab_size and shapes must be from 1 to 2**31 - 1"
+    if not 0 < manifest.r_max <= 1024:
+        yield f"r_max must be from 1 to 1024, got {manifest.r_max}"
+    if not 0 < manifest.scale < math.inf:
+        yield f"scale must be positive, got {manifest.scale}"
+    ids = (manifest.text.pad_id, *manifest.text.prefix_ids, *manifest.text.suffix_ids)
+    if not all(0 <= token < manifest.text.vocab_size for token in ids):
+        yield "pad_id, prefix_ids and suffix_ids must be below vocab_size"
+    if manifest.parameters < 0:
+        yield "parameters must not be negative"

@@ -12,7 +12,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 
-from edge_runtime.wire.errors import EnvelopeError
+from edge_runtime.wire.errors import EnvelopeError, PlanFormatError
 from edge_runtime.wire.plan import SignedPlan
 
 OVERHEAD_BYTES = 48  # 32 of encapsulated key, 16 of authentication tag
@@ -39,9 +39,16 @@ class EnvelopeContext:
 
 
 def seal(frame: bytes, *, round_key: str, context: EnvelopeContext) -> bytes:
-    """Encrypt a frame to the round's public key (hex)."""
-    key = X25519PublicKey.from_public_bytes(bytes.fromhex(round_key))
-    return _SUITE.encrypt(frame, key, info=context.info())
+    """Encrypt a frame to the round's public key (hex).
+
+    Raises:
+        PlanFormatError: the plan's round key is no key, or a point that every secret maps to zero.
+    """
+    try:
+        key = X25519PublicKey.from_public_bytes(bytes.fromhex(round_key))
+        return _SUITE.encrypt(frame, key, info=context.info())
+    except ValueError as error:
+        raise PlanFormatError(f"plan: round {context.round}: its round key is no usable X25519 key") from error
 
 
 def unseal(sealed: bytes, *, round_key: X25519PrivateKey, context: EnvelopeContext) -> bytes:

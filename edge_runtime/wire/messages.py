@@ -3,49 +3,57 @@
 from __future__ import annotations
 
 import base64
-import binascii
+import re
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
 from edge_runtime.wire.errors import RequestFormatError
+from edge_runtime.wire.names import Hex32, Name
 
 MAX_MESSAGE_BYTES = 64 << 10
+MAX_STATUS_BYTES = 16 << 20  # about 300 bytes a device and a round: thousands of each
 OPERATOR = "operator"  # the name that signs operator requests; no device may have it
-_TOKEN_PREFIX = "ember1"
+_TOKEN = re.compile(r"ember1\.([A-Za-z0-9_-]{64})")  # 48 bytes in 64 characters, no padding
 T = TypeVar("T", bound=msgspec.Struct)
 
 
 class Enrolment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A device asks to be known: POST /v1/enrolments."""
 
-    token: str  # the secret part of the token, hex
-    device: str
-    signing_key: str  # Ed25519 public key, hex
+    token: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]  # the secret part of the token, hex
+    device: Name
+    signing_key: Hex32  # Ed25519 public key
+
+    def __repr__(self) -> str:
+        return f"Enrolment(token=…, device={self.device!r}, signing_key={self.signing_key!r})"
 
 
 class Enrolled(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The answer: the task and the key that signs its plans (its fingerprint was in the token)."""
 
-    device: str
-    task: str
-    plan_key: str  # Ed25519 public key, hex
+    device: Name
+    task: Name
+    plan_key: Hex32  # Ed25519 public key
 
 
 class TokenRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The operator asks for an enrolment token: POST /v1/operator/tokens."""
 
-    device: str
-    ttl_s: int
+    device: Name
+    ttl_s: Annotated[int, msgspec.Meta(ge=1, le=31_622_400)]  # at most a year, so that an expiry is always a date
 
 
 class TokenAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The token to hand to the device."""
 
     device: str
-    token: str
+    token: str  # as :class:`Token` prints it
     expires: float  # Unix time in seconds
+
+    def __repr__(self) -> str:
+        return f"TokenAnswer(device={self.device!r}, token=…, expires={self.expires!r})"
 
 
 class UpdateReceipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -117,7 +125,7 @@ class Token:
 
     def __str__(self) -> str:
         packed = base64.urlsafe_b64encode(bytes.fromhex(self.secret + self.fingerprint)).decode().rstrip("=")
-        return f"{_TOKEN_PREFIX}.{packed}"
+        return f"ember1.{packed}"
 
     def __repr__(self) -> str:
         return "Token(…)"  # a token is a secret until it is used
@@ -129,13 +137,12 @@ class Token:
         Raises:
             RequestFormatError: it is not one.
         """
-        prefix, _, packed = text.strip().partition(".")
-        try:
-            raw = base64.urlsafe_b64decode(packed + "=" * (-len(packed) % 4))
-        except (binascii.Error, ValueError) as error:
-            raise RequestFormatError("token: not an EmberLoRA token: expected 'ember1.…'") from error
-        if prefix != _TOKEN_PREFIX or len(raw) != 48:
-            raise RequestFormatError("token: not an EmberLoRA token: expected 'ember1.' and 64 characters")
+        match = _TOKEN.fullmatch(text.strip())
+        if not match:
+            raise RequestFormatError(
+                "token: not an EmberLoRA token: expected 'ember1.' and 64 letters, digits, '_' or '-'"
+            )
+        raw = base64.urlsafe_b64decode(match[1])
         return cls(raw[:16].hex(), raw[16:].hex())
 
 
@@ -145,14 +152,15 @@ def encode_message(message: msgspec.Struct) -> bytes:
 
 
 def decode_message(data: bytes, kind: type[T]) -> T:
-    """Read a message strictly.
+    """Read a message strictly, of at most ``MAX_MESSAGE_BYTES``, the operator's view of a task ``MAX_STATUS_BYTES``.
 
     Raises:
         RequestFormatError: too long, not JSON, wrong or unknown fields.
     """
-    if len(data) > MAX_MESSAGE_BYTES:
-        raise RequestFormatError(f"message: longer than {MAX_MESSAGE_BYTES} bytes")
+    most = MAX_STATUS_BYTES if kind is TaskStatus else MAX_MESSAGE_BYTES
+    if len(data) > most:
+        raise RequestFormatError(f"message: too long: expected at most {most} bytes, got {len(data)}")
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise RequestFormatError(f"message: not a {kind.__name__}: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestFormatError(f"message: not a {kind.__name__}: {str(error)[:200]}") from error

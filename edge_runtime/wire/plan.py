@@ -17,11 +17,18 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from edge_runtime.wire.errors import PlanFormatError, PlanOrderError, PlanSignatureError
+from edge_runtime.wire.names import is_name
 
 SCHEMA = 1
 MAX_PLAN_BYTES = 1 << 20
 _SIGNATURE_BYTES = 64
 _CONTEXT = b"emberlora plan 1\0"
+
+
+class _Versioned(msgspec.Struct):
+    """Only the schema of a plan: a plan of another schema is told by its number, whatever its other fields are."""
+
+    schema: object = None
 
 
 class ModulePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -141,15 +148,13 @@ def check_order(plan: Plan, *, task: str, last_round: int) -> None:
 
 def _parse_plan(text: bytes) -> Plan:
     try:
-        version = msgspec.json.decode(text, type=dict[str, object]).get("schema")
+        version = msgspec.json.decode(text, type=_Versioned).schema
         if version != SCHEMA:
-            older = isinstance(version, int) and version < SCHEMA
-            raise PlanFormatError(
-                f"plan: schema: expected {SCHEMA}, got {version!r}: upgrade the {'aggregator' if older else 'device'}"
-            )
+            behind = "aggregator" if isinstance(version, int) and version < SCHEMA else "device"
+            raise PlanFormatError(f"plan: schema: expected {SCHEMA}, got {version!r:.40}: upgrade the {behind}")
         plan = msgspec.json.decode(text, type=Plan)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise PlanFormatError(f"plan: not a plan of schema {SCHEMA}: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise PlanFormatError(f"plan: not a plan of schema {SCHEMA}: {str(error)[:200]}") from error
     problems = plan_problems(plan)
     if problems:
         raise PlanFormatError("plan: contradicts itself: " + "; ".join(problems))
@@ -162,7 +167,12 @@ def plan_problems(plan: Plan) -> list[str]:
     rates = (training.lr_a, training.lr_b, training.lr_head, training.weight_decay, training.mu, training.eps)
     amounts = (training.steps, training.epochs)
     fields = {
-        "round must not be negative": plan.round < 0,
+        "task must be a name": not is_name(plan.task),
+        "round must be from 0 to 2**32 - 1": not 0 <= plan.round < 2**32,  # four bytes in an update
+        "seed and adapter_bytes must be from 0 to 2**63 - 1": not all(
+            0 <= number < 2**63 for number in (plan.seed, plan.adapter_bytes)
+        ),
+        "min_examples must be at least 1": plan.min_examples < 1,  # no update may weigh nothing
         "a module stands twice": len({module.name for module in plan.modules}) != len(plan.modules),
         "ranks must be 1 to 1024": any(not 1 <= module.rank <= 1024 for module in plan.modules),
         "exactly one of steps and epochs must be given": sum(amount is not None for amount in amounts) != 1,
@@ -186,8 +196,8 @@ def _is_digest(value: str) -> bool:
 
 
 def _sum_fits(rules: UpdateRules) -> bool:
-    if not (
-        rules.weight_cap > 0 and rules.max_devices > 0 and 0 < rules.max_abs < math.inf and rules.fraction_bits > 0
-    ):
+    if rules.weight_cap < 1 or rules.max_devices < 1:
+        return False
+    if not (0 < rules.max_abs < 2**63 and 0 < rules.fraction_bits < 63):  # also keeps the product below a float's range
         return False
     return (int(rules.max_abs * 2**rules.fraction_bits) + 1) * rules.weight_cap * rules.max_devices < 2**63

@@ -43,7 +43,7 @@ PROBLEMS: dict[type[e.WireError], Problem] = {
     e.TaskFinishedError: Problem("task-finished", 410, retry_s=0.0),
     e.UnavailableError: Problem("unavailable", 503, retry_s=5.0),
 }
-_BY_NAME = {problem.name: error for error, problem in PROBLEMS.items()}
+_BY_TYPE = {_PREFIX + problem.name: error for error, problem in PROBLEMS.items()}
 
 
 class ProblemDocument(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -65,9 +65,8 @@ def encode_problem(error: e.WireError) -> bytes:
     """The problem document for an error."""
     problem = problem_for(error)
     title = (type(error).__doc__ or "").strip().rstrip(".")
-    return msgspec.json.encode(
-        ProblemDocument(_PREFIX + problem.name, title, problem.status, str(error), problem.retry_s)
-    )
+    detail = str(error).encode("utf-8", "replace").decode()  # a path with undecodable bytes must not break the answer
+    return msgspec.json.encode(ProblemDocument(_PREFIX + problem.name, title, problem.status, detail, problem.retry_s))
 
 
 def decode_problem(body: bytes, *, status: int) -> e.WireError:
@@ -75,8 +74,8 @@ def decode_problem(body: bytes, *, status: int) -> e.WireError:
     for 5xx and 429 and ``RequestError``'s format class otherwise."""
     try:
         document = msgspec.json.decode(body[:65536], type=ProblemDocument)
-        error = _BY_NAME[document.type.removeprefix(_PREFIX)]
-    except (msgspec.DecodeError, KeyError, RecursionError):
+        error = _BY_TYPE[document.type]
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, RecursionError):
         text = body[:200].decode("utf-8", "replace").strip()
         if status >= 500 or status == 429:
             return e.UnavailableError(f"the server answered {status}: {text}")

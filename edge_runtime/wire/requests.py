@@ -7,7 +7,6 @@ header, ``Authorization: EmberLoRA device="…", time="…", nonce="…", body="
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import re
 from collections.abc import Callable
@@ -22,9 +21,10 @@ from edge_runtime.wire.names import check_name
 MAX_CLOCK_SKEW_S = 300
 EMPTY_BODY = hashlib.sha256(b"").hexdigest()
 _HEADER = re.compile(
-    r'EmberLoRA device="([^"]{1,63})", time="(\d{1,12})", nonce="([0-9a-f]{32})", '
-    r'body="([0-9a-f]{64})", signature="([A-Za-z0-9+/=]{88})"'
+    r'EmberLoRA device="([^"]{1,63})", time="(0|[1-9][0-9]{0,11})", nonce="([0-9a-f]{32})", '
+    r'body="([0-9a-f]{64})", signature="([A-Za-z0-9+/]{86}==)"'
 )
+_TARGET = re.compile(r"/[!-~]*")  # as on the request line; a decoded line break or byte would make two texts one
 
 
 @dataclass(frozen=True)
@@ -56,21 +56,24 @@ def authorization(request: SignedRequest, key: Ed25519PrivateKey) -> str:
 
 
 def parse_authorization(header: str, *, method: str, target: str) -> tuple[SignedRequest, bytes]:
-    """The claimed request and its signature, nothing verified yet.
+    """The claimed request and its signature, 64 bytes, nothing verified yet.
+
+    Args:
+        header: Value of ``Authorization``; empty when there is none.
+        method: As on the request line.
+        target: Path with query as on the request line, percent signs and all; never a decoded path.
 
     Raises:
-        RequestFormatError: the header is missing or malformed.
+        RequestFormatError: the header is missing or malformed, or the target is not one of a request line.
     """
     match = _HEADER.fullmatch(header)
     if not match:
         raise RequestFormatError("request: the Authorization header is missing or malformed")
     device, time, nonce, body, signature = match.groups()
     check_name(device, what="device")
-    try:
-        raw = base64.b64decode(signature, validate=True)
-    except binascii.Error as error:
-        raise RequestFormatError("request: the signature is not base64") from error
-    return SignedRequest(device, method, target, body, int(time), nonce), raw
+    if not _TARGET.fullmatch(target):
+        raise RequestFormatError(f"request: target {target[:80]!r}: expected a path of visible ASCII characters")
+    return SignedRequest(device, method, target, body, int(time), nonce), base64.b64decode(signature)
 
 
 def verify_request(

@@ -3,6 +3,8 @@
 A header of fixed size, then the alive blocks in plan order as little-endian float32, then a trailer of fixed size with
 the weight and the local metrics. There is no general parser: the plan says how long the payload is, and anything else
 is refused before a value is looked at. ``docs/wire.md`` has the bytes.
+
+numpy is imported where values are read or written, not with the module: a device that waits for plans does without.
 """
 
 from __future__ import annotations
@@ -12,14 +14,22 @@ import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
-from edge_runtime.wire.errors import UpdateFormatError, UpdateLayoutError, UpdatePlanError, UpdateValueError
+from edge_runtime.wire.errors import (
+    PlanFormatError,
+    UpdateFormatError,
+    UpdateLayoutError,
+    UpdatePlanError,
+    UpdateValueError,
+)
 from edge_runtime.wire.plan import ModulePlan, SignedPlan, UpdateRules
 
-Values = npt.NDArray[np.float32]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Values = npt.NDArray[np.float32]
 
 MAGIC = b"EMBERUPD"
 VERSION = 1
@@ -71,9 +81,14 @@ def layout_of(
         modules: The plan's modules, in order.
         features: (in, out) features of every module, from the bundle.
         head: Shapes of the trained head tensors by adapter name when the head is alive, else empty.
+
+    Raises:
+        PlanFormatError: the plan names a module that the bundle does not have.
     """
     blocks: list[tuple[str, tuple[int, ...]]] = []
     for module in modules:
+        if module.name not in features:
+            raise PlanFormatError(f"plan: module {module.name[:200]!r}: the bundle has no such module")
         in_features, out_features = features[module.name]
         if "A" in module.alive:
             blocks.append((f"{module.name}.lora_a", (module.rank, in_features)))
@@ -112,6 +127,8 @@ def encode_update(update: Update, *, signed_plan: SignedPlan, layout: Layout) ->
     Raises:
         UpdateLayoutError: the values are not as many as the layout wants.
     """
+    import numpy as np
+
     if update.values.shape != (layout.count,):
         raise UpdateLayoutError(f"update: expected {layout.count} values, got shape {update.values.shape}")
     m = update.metrics
@@ -142,13 +159,17 @@ def decode_update(data: bytes, *, signed_plan: SignedPlan, layout: Layout) -> Up
         UpdateFormatError: magic, version or length.
         UpdatePlanError: another round or plan.
         UpdateLayoutError: other blocks than the plan's.
-        UpdateValueError: NaN, infinity, a value over ``max_abs``, or a weight of zero.
+        UpdateValueError: NaN, infinity, a value over ``max_abs``, a weight of zero, or more examples right than tried.
     """
+    import numpy as np
+
     if len(data) < _HEADER.size + _TRAILER.size:
         raise UpdateFormatError(f"update: length: expected {layout.frame_bytes} bytes, got {len(data)}")
     magic, version, reserved, round_, plan_digest, layout_digest, count = _HEADER.unpack_from(data)
     if (magic, version, reserved) != (MAGIC, VERSION, 0):
-        raise UpdateFormatError(f"update: expected {MAGIC!r} version {VERSION}, got {magic!r} version {version}")
+        raise UpdateFormatError(
+            f"update: expected {MAGIC!r} version {VERSION}.0, got {magic!r} version {version}.{reserved}"
+        )
     plan = signed_plan.plan
     if (round_, plan_digest.hex()) != (plan.round, signed_plan.digest):
         raise UpdatePlanError(
@@ -165,6 +186,8 @@ def decode_update(data: bytes, *, signed_plan: SignedPlan, layout: Layout) -> Up
     weight, steps, examples, correct, *measured = _TRAILER.unpack_from(data, len(data) - _TRAILER.size)
     values = np.frombuffer(data, dtype="<f4", count=count, offset=_HEADER.size)
     check_values(values, weight, plan.update)
+    if correct > examples:
+        raise UpdateValueError(f"update: metrics: expected at most {examples} correct examples, got {correct}")
     known = (value if math.isfinite(value) else None for value in measured)
     return Update(values, weight, LocalMetrics(steps, examples, correct, *known))
 
@@ -176,7 +199,7 @@ def check_values(values: Values, weight: int, rules: UpdateRules) -> None:
         UpdateValueError: naming what is wrong.
     """
     if weight < 1:
-        raise UpdateValueError("update: weight: expected at least 1, got 0")
+        raise UpdateValueError(f"update: weight: expected at least 1, got {weight}")
     # One pass each and no temporary copy: NaN makes min and max NaN, infinity fails the bound.
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     if not (low >= -rules.max_abs and high <= rules.max_abs):

@@ -1,0 +1,133 @@
+"""Cutting the variants of a step out of one joint forward and backward graph.
+
+A variant is the part of the joint graph that its outputs need, with some tensors taken as given. What nobody asks for
+(the gradient of a dead factor, the gradient of the lowest block's input) is not in the graph at all. Only standard
+pruning happens here; ONNX Runtime fuses and plans the result when the session is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+import onnx
+
+from edge_runtime.engine.errors import GraphError
+
+# Operators that only rearrange or describe what already exists. A backward pass repeats them instead of keeping their
+# results, so that one activation is not kept twice in two shapes.
+_VIEWS = frozenset({"Transpose", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Flatten"})
+
+
+class JointGraph:
+    """A joint graph with its nodes indexed by what they make."""
+
+    def __init__(self, model: onnx.ModelProto, *, name: str) -> None:
+        """Index ``model``; ``name`` is used in messages."""
+        self.name = name
+        self.model = model
+        self._nodes: list[onnx.NodeProto] = list(model.graph.node)
+        self._producer = {output: index for index, node in enumerate(self._nodes) for output in node.output if output}
+        self.inputs = {value.name: value for value in model.graph.input}
+        self.outputs = {value.name: value for value in model.graph.output}
+        self._values = {value.name: value for value in model.graph.value_info}
+        self._constants = {tensor.name: tensor for tensor in model.graph.initializer}
+
+    @classmethod
+    def load(cls, path: Path) -> JointGraph:
+        """Read a graph file of a bundle.
+
+        Raises:
+            GraphError: the file is not an ONNX model.
+        """
+        try:
+            model = onnx.load_model_from_string(path.read_bytes())
+        except Exception as error:  # protobuf's DecodeError has no public import path
+            raise GraphError(f"{path.name}: not an ONNX model: {error}") from error
+        if not model.graph.node:
+            raise GraphError(f"{path.name}: holds no nodes")
+        # Inner tensors become inputs and outputs of variants, which must state their element types.
+        return cls(onnx.shape_inference.infer_shapes(model), name=path.name)
+
+    def node_count(self, outputs: Iterable[str], given: Collection[str] = ()) -> int:
+        """How many nodes are needed for ``outputs``."""
+        return len(self._needed(outputs, given))
+
+    def derive(self, outputs: Sequence[str], given: Collection[str] = ()) -> onnx.ModelProto:
+        """The part of the graph that makes ``outputs``, with the ``given`` tensors as additional inputs.
+
+        Raises:
+            GraphError: an output is not made by the graph.
+        """
+        needed = sorted(self._needed(outputs, given))
+        nodes = [self._nodes[index] for index in needed]
+        read = {name for node in nodes for name in node.input} | set(outputs)
+        graph = onnx.GraphProto(name=self.model.graph.name)
+        graph.node.extend(nodes)
+        graph.initializer.extend(tensor for name, tensor in self._constants.items() if name in read)
+        graph.input.extend(value for name, value in self.inputs.items() if name in read and name not in given)
+        graph.input.extend(self._value(name) for name in given if name in read)
+        graph.output.extend(self._value(name) for name in outputs)
+        model = onnx.ModelProto(ir_version=self.model.ir_version, producer_name="emberlora", graph=graph)
+        model.opset_import.extend(self.model.opset_import)
+        return model
+
+    def boundary(self, forward: Sequence[str], backward: Sequence[str]) -> tuple[str, ...]:
+        """The activations to keep: tensors the forward pass makes and the backward pass reads.
+
+        Args:
+            forward: Outputs of the forward pass.
+            backward: Outputs of the backward pass.
+
+        Returns:
+            Names in graph order, views and shape computations replaced by what they are made from.
+        """
+        forward_nodes = self._needed(forward, ())
+        in_forward = {output for index in forward_nodes for output in self._nodes[index].output}
+        kept: set[str] = set()
+        visited: set[str] = set()
+        pending = list(backward)
+        while pending:
+            name = pending.pop()
+            if name in visited or name not in self._producer:
+                continue
+            visited.add(name)
+            node = self._nodes[self._producer[name]]
+            if name in in_forward and not self._is_cheap(node):
+                kept.add(name)
+            else:
+                pending.extend(node.input)
+        return tuple(sorted(kept, key=lambda name: (self._producer[name], name)))
+
+    def _is_cheap(self, node: onnx.NodeProto) -> bool:
+        if node.op_type in _VIEWS or node.op_type in {"Shape", "Constant", "ConstantOfShape"}:
+            return True
+        # Shape arithmetic: everything it makes is a small integer tensor.
+        types = {self._element_type(name) for name in node.output}
+        return types == {onnx.TensorProto.INT64} and node.op_type != "ArgMax"
+
+    def _element_type(self, name: str) -> int:
+        value = self._values.get(name) or self.outputs.get(name)
+        return int(value.type.tensor_type.elem_type) if value is not None else int(onnx.TensorProto.UNDEFINED)
+
+    def _value(self, name: str) -> onnx.ValueInfoProto:
+        value = self.outputs.get(name) or self.inputs.get(name) or self._values.get(name)
+        if value is not None:
+            return value
+        if name not in self._producer:
+            raise GraphError(f"{self.name}: makes no tensor {name!r}")
+        raise GraphError(f"{self.name}: tensor {name!r}: its element type is unknown")
+
+    def _needed(self, outputs: Iterable[str], given: Collection[str]) -> set[int]:
+        needed: set[int] = set()
+        pending = [name for name in outputs if name not in given]
+        for name in pending:
+            if name not in self._producer:
+                raise GraphError(f"{self.name}: makes no tensor {name!r}")
+        while pending:
+            index = self._producer.get(pending.pop())
+            if index is None or index in needed:
+                continue
+            needed.add(index)
+            pending.extend(name for name in self._nodes[index].input if name and name not in given)
+        return needed

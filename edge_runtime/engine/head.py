@@ -1,0 +1,100 @@
+"""The head: selected rows of the last hidden state to loss and gradients, a bounded number of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnxruntime as ort
+
+from edge_runtime.bundle import Array, Head
+from edge_runtime.engine.block import OrtValues, Session
+from edge_runtime.engine.graph import JointGraph
+from edge_runtime.engine.interface import Score, TokenBatch
+
+# Logits of one chunk take at most this much; cross-entropy needs about three arrays of that size.
+_CHUNK_BYTES = 16 << 20
+
+
+class HeadRunner:
+    """Runs the head graph over chunks of rows and adds up what it says."""
+
+    def __init__(self, head: Head, graph: JointGraph, weights: OrtValues, classes: int) -> None:
+        """Args: the manifest's head, its graph, frozen weights as ``w:{name}``, and the width of the logits."""
+        self._head = head
+        self._graph = graph
+        self._weights = weights
+        self._chunk = max(16, _CHUNK_BYTES // (4 * classes))
+        self._params: OrtValues = {}
+        self._sessions: dict[tuple[str, ...], Session] = {}
+
+    def use(self, tensors: dict[str, Array]) -> None:
+        """Take the trained parameters from an adapter's tensors."""
+        self._params = {
+            f"p:{param.name}": ort.OrtValue.ortvalue_from_numpy(tensors[f"{self._head.module}.{param.name}"])
+            for param in self._head.params
+        }
+
+    def logits(self, rows: Array) -> Array:
+        """Logits of every row, shape (n, classes)."""
+        parts = [
+            self._run(("logits",), rows[part], np.zeros(part.stop - part.start, dtype=np.int64), 1.0)["logits"].numpy()
+            for part in self._parts(len(rows))
+        ]
+        return np.concatenate(parts)
+
+    def score(self, rows: Array, labels: Array) -> Score:
+        """Loss and correct predictions of the rows."""
+        total = Score()
+        for part in self._parts(len(rows)):
+            total += _score(self._run(("loss_sum", "correct"), rows[part], labels[part], 1.0), part)
+        return total
+
+    def gradients(
+        self, rows: Array, labels: Array, *, rows_wanted: bool, params_wanted: bool
+    ) -> tuple[Score, Array, dict[str, Array]]:
+        """Score, gradient of the mean loss for the rows (n, width), and for the trained parameters by adapter name."""
+        params = [param.name for param in self._head.params] if params_wanted else []
+        outputs = ("loss_sum", "correct", *(f"d_p:{name}" for name in params), *(["d_rows"] if rows_wanted else []))
+        total, d_rows = Score(), np.zeros_like(rows)
+        sums: dict[str, Array] = {}
+        for part in self._parts(len(rows)):
+            made = self._run(outputs, rows[part], labels[part], 1.0 / len(rows))
+            total += _score(made, part)
+            if rows_wanted:
+                d_rows[part] = made["d_rows"].numpy()
+            for name in params:
+                gradient = made[f"d_p:{name}"].numpy()
+                key = f"{self._head.module}.{name}"
+                sums[key] = sums[key] + gradient if key in sums else gradient
+        return total, d_rows, sums
+
+    def _parts(self, count: int) -> Iterator[slice]:
+        for start in range(0, count, self._chunk):
+            yield slice(start, min(start + self._chunk, count))
+
+    def _run(self, outputs: tuple[str, ...], rows: Array, labels: Array, grad_scale: float) -> OrtValues:
+        if outputs not in self._sessions:
+            self._sessions[outputs] = Session(self._graph, outputs)
+        feeds = {
+            "rows": ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(rows)),
+            "labels": ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(labels)),
+            "grad_scale": ort.OrtValue.ortvalue_from_numpy(np.asarray(grad_scale, dtype=np.float32)),
+        }
+        return self._sessions[outputs].run(feeds, self._params, self._weights)
+
+
+def select_rows(hidden: Array, batch: TokenBatch) -> Array:
+    """The rows of the last hidden state (b, s, width) that the head sees, shape (n, width)."""
+    return hidden.reshape(-1, hidden.shape[-1])[batch.rows]
+
+
+def scatter_rows(d_rows: Array, batch: TokenBatch, shape: tuple[int, ...]) -> Array:
+    """The gradient of the last hidden state: ``d_rows`` (n, width) where the head looked, zero elsewhere."""
+    d_hidden = np.zeros((shape[0] * shape[1], shape[2]), dtype=np.float32)
+    d_hidden[batch.rows] = d_rows
+    return d_hidden.reshape(shape)
+
+
+def _score(made: OrtValues, part: slice) -> Score:
+    return Score(float(made["loss_sum"].numpy()), int(made["correct"].numpy()), part.stop - part.start)

@@ -1,0 +1,213 @@
+"""The block engine: one training step over a bundle's graphs.
+
+Forward block by block, head, backward block by block down to the lowest alive block and no further. For every alive
+block the engine either keeps activations or keeps only the block's input and recomputes; a memory budget decides.
+Frozen weights stay mapped from the bundle's file, they are never copied here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnxruntime as ort
+
+from edge_runtime.bundle import Array, Bundle
+from edge_runtime.engine.block import BlockVariants, OrtValues, Session, Variant
+from edge_runtime.engine.errors import EngineInputError
+from edge_runtime.engine.graph import JointGraph
+from edge_runtime.engine.head import HeadRunner, scatter_rows, select_rows
+from edge_runtime.engine.interface import Gradients, Score, TokenBatch
+from edge_runtime.engine.parameters import AdapterParameters
+
+
+class BlockEngine:
+    """Implements :class:`edge_runtime.engine.interface.Engine` on stock ONNX Runtime."""
+
+    def __init__(self, bundle: Bundle, *, memory_budget_mb: int | None = None) -> None:
+        """Open a bundle's graphs and map its weights.
+
+        Args:
+            bundle: An opened bundle.
+            memory_budget_mb: What kept activations may take, in MiB; None keeps all, 0 recomputes all.
+
+        Raises:
+            GraphError: a graph is unreadable.
+            BundleError: the weights are.
+        """
+        manifest = bundle.manifest
+        self._manifest = manifest
+        self._budget_bytes = None if memory_budget_mb is None else memory_budget_mb << 20
+        weights = bundle.weights()
+        self._kinds = {
+            kind.name: BlockVariants(kind, JointGraph.load(bundle.path(kind.graph))) for kind in manifest.kinds
+        }
+        self._embed = Session(JointGraph.load(bundle.path(manifest.embed.graph)), ("hidden", *manifest.embed.shared))
+        self._embed_weights = _bind(weights, {f"w:{name}": name for name in manifest.embed.weights})
+        self._block_weights = [
+            _bind(weights, {f"w:{name}": f"{block.prefix}.{name}" for name in self._kinds[block.kind].kind.weights})
+            for block in manifest.blocks
+        ]
+        scale = ort.OrtValue.ortvalue_from_numpy(np.asarray(manifest.scale, dtype=np.float32))
+        self._scales: OrtValues = {f"scale:{slot.name}": scale for kind in manifest.kinds for slot in kind.slots}
+        self._head = HeadRunner(
+            manifest.head,
+            JointGraph.load(bundle.path(manifest.head.graph)),
+            _bind(weights, {f"w:{name}": name for name in manifest.head.weights}),
+            classes=len(manifest.labels) or manifest.text.vocab_size,
+        )
+        self._parameters: AdapterParameters | None = None
+        self._lora: list[OrtValues] = []
+        self._alive: list[frozenset[tuple[str, str]]] = []
+        self._head_alive = False
+        self._kept_bytes: dict[tuple[Variant, str, tuple[int, ...]], int] = {}
+
+    def use(self, parameters: AdapterParameters) -> None:
+        """Take this adapter and alive set; the factors are read in place at every step.
+
+        Raises:
+            EngineInputError: an adapter tensor is missing, or an alive name is none of the bundle's.
+        """
+        tensors, alive = parameters.tensors, set(parameters.alive)
+        head = {f"{self._manifest.head.module}.{param.name}" for param in self._manifest.head.params}
+        lora_names = {f"{name}.{factor}" for name in self._manifest.module_names for factor in ("lora_a", "lora_b")}
+        absent = sorted((lora_names | head) - set(tensors))
+        if absent:
+            raise EngineInputError(f"adapter: no tensor {absent[0]} ({len(absent)} missing)")
+        lora: list[OrtValues] = [{} for _ in self._manifest.blocks]
+        alive_slots: list[set[tuple[str, str]]] = [set() for _ in self._manifest.blocks]
+        for module in self._manifest.modules:
+            for factor in ("A", "B"):
+                name = f"{module.name}.lora_{factor.lower()}"
+                key = f"lora_{factor.lower()}:{module.slot}"
+                lora[module.block][key] = ort.OrtValue.ortvalue_from_numpy(tensors[name])
+                if name in alive:
+                    alive.remove(name)
+                    alive_slots[module.block].add((module.slot, factor))
+        if alive - head or (alive and alive != head):
+            raise EngineInputError(
+                f"adapter: alive tensors are not of this bundle: {sorted(alive - head or alive)[:3]}"
+            )
+        self._head_alive = bool(alive)
+        self._head.use(tensors)
+        self._lora, self._alive = lora, [frozenset(slots) for slots in alive_slots]
+        self._parameters = parameters
+        self._kept_bytes.clear()
+
+    @property
+    def lowest_alive(self) -> int:
+        """Number of the lowest block with an alive factor; the number of blocks when there is none."""
+        return next((i for i, slots in enumerate(self._alive) if slots), len(self._alive))
+
+    def gradients(self, batch: TokenBatch) -> Gradients:
+        """Loss and the gradient of the mean loss for every alive tensor.
+
+        Raises:
+            EngineInputError: no adapter is in use, or nothing in it is alive.
+        """
+        if not (self._head_alive or self.lowest_alive < len(self._alive)):
+            raise EngineInputError("adapter: nothing is alive, so there is nothing to train")
+        hidden, shared, tape = self._forward(batch, taped=True)
+        last = hidden.numpy()
+        score, d_rows, found = self._head.gradients(
+            select_rows(last, batch),
+            batch.labels,
+            rows_wanted=bool(tape),
+            params_wanted=self._head_alive,
+        )
+        if tape:
+            found.update(self._backward(scatter_rows(d_rows, batch, last.shape), shared, tape))
+        return Gradients(score, found)
+
+    def evaluate(self, batch: TokenBatch) -> Score:
+        """Loss and correct predictions; nothing is kept."""
+        hidden, _, _ = self._forward(batch, taped=False)
+        return self._head.score(select_rows(hidden.numpy(), batch), batch.labels)
+
+    def logits(self, batch: TokenBatch) -> Array:
+        """Logits of the batch's rows, shape (n, classes)."""
+        hidden, _, _ = self._forward(batch, taped=False)
+        return self._head.logits(select_rows(hidden.numpy(), batch))
+
+    def _forward(
+        self, batch: TokenBatch, *, taped: bool
+    ) -> tuple[ort.OrtValue, OrtValues, list[tuple[int, Variant, OrtValues]]]:
+        """Returns the last hidden state, the shared tensors, and the tape: what each alive block's backward needs."""
+        if self._parameters is None:
+            raise EngineInputError("adapter: none in use")
+        ids = {
+            "input_ids": ort.OrtValue.ortvalue_from_numpy(batch.input_ids),
+            "attention_mask": ort.OrtValue.ortvalue_from_numpy(batch.attention_mask),
+        }
+        made = self._embed.run(ids, self._embed_weights)
+        hidden = made.pop("hidden")
+        tape: list[tuple[int, Variant, OrtValues]] = []
+        keep_from = self._keep_from(hidden, made) if taped else 0
+        for index in range(len(self._alive)):
+            given = {"hidden": hidden}
+            if not taped or index < self.lowest_alive:
+                hidden = self._block(index).forward().run(given, made, *self._inputs(index))["out"]
+                continue
+            variant = self._variant(index, keep=index >= keep_from)
+            forward = self._block(index).forward_keeping(variant) if variant.keep else self._block(index).forward()
+            kept = forward.run(given, made, *self._inputs(index))
+            hidden = kept["out"]
+            tape.append((index, variant, {**kept, **given}))
+        return hidden, made, tape
+
+    def _backward(
+        self, d_hidden: Array, shared: OrtValues, tape: list[tuple[int, Variant, OrtValues]]
+    ) -> dict[str, Array]:
+        found: dict[str, Array] = {}
+        d_out = ort.OrtValue.ortvalue_from_numpy(d_hidden)
+        while tape:
+            # Popping drops a block's activations as soon as its gradients exist.
+            index, variant, kept = tape.pop()
+            made = self._block(index).backward(variant).run(kept, {"d_out": d_out}, shared, *self._inputs(index))
+            prefix = self._manifest.blocks[index].prefix
+            for slot, factor in variant.alive:
+                factor_name = f"lora_{factor.lower()}"
+                found[f"{prefix}.{slot}.{factor_name}"] = made[f"d_{factor_name}:{slot}"].numpy()
+            if variant.input_gradient:
+                d_out = made["d_hidden"]
+        return found
+
+    def _keep_from(self, hidden: ort.OrtValue, shared: OrtValues) -> int:
+        """Lowest block whose activations are kept.
+
+        The highest blocks are kept: their activations are dropped first, before the lower blocks recompute theirs.
+        """
+        if self._budget_bytes is None or self._budget_bytes == 0:
+            return self.lowest_alive if self._budget_bytes is None else len(self._alive)
+        left = self._budget_bytes
+        for index in reversed(range(self.lowest_alive, len(self._alive))):
+            left -= self._activation_bytes(index, hidden, shared)
+            if left < 0:
+                return index + 1
+        return self.lowest_alive
+
+    def _activation_bytes(self, index: int, hidden: ort.OrtValue, shared: OrtValues) -> int:
+        """Size of a block's kept activations for this shape, found by running it once."""
+        variant = self._variant(index, keep=True)
+        key = (variant, self._manifest.blocks[index].kind, tuple(hidden.shape()))
+        if key not in self._kept_bytes:
+            kept = self._block(index).forward_keeping(variant).run({"hidden": hidden}, shared, *self._inputs(index))
+            self._kept_bytes[key] = sum(value.tensor_size_in_bytes() for value in kept.values())
+        return self._kept_bytes[key]
+
+    def _variant(self, index: int, *, keep: bool) -> Variant:
+        return Variant(self._alive[index], input_gradient=index > self.lowest_alive, keep=keep)
+
+    def _block(self, index: int) -> BlockVariants:
+        return self._kinds[self._manifest.blocks[index].kind]
+
+    def _inputs(self, index: int) -> tuple[OrtValues, OrtValues, OrtValues]:
+        return self._lora[index], self._block_weights[index], self._scales
+
+
+def _bind(weights: Mapping[str, Array], names: Mapping[str, str]) -> OrtValues:
+    """Graph inputs over mapped weights: the OrtValue shares the array's memory."""
+    missing = [name for name in names.values() if name not in weights]
+    if missing:
+        raise EngineInputError(f"weights: no tensor {missing[0]} ({len(missing)} missing)")
+    return {key: ort.OrtValue.ortvalue_from_numpy(weights[name]) for key, name in names.items()}

@@ -1,0 +1,53 @@
+"""The adapter while it is being trained: alive parameters in one flat array, dead ones as they came.
+
+One flat array makes the optimizer a handful of vector operations and the update a single subtraction. The engine reads
+the views below, so an optimizer step is visible to the next forward pass without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_runtime.bundle import Array
+from edge_runtime.wire import Layout
+
+Flat = npt.NDArray[np.float32]
+
+
+class AdapterParameters:
+    """All tensors of an adapter; those of ``layout`` are views of ``flat`` in its order.
+
+    Attributes:
+        tensors: Every adapter tensor by name, float32.
+        flat: Alive values, shape (layout.count,); written by the optimizer.
+        start: ``flat`` as it was, for the update and the proximal term.
+        layout: Names and shapes of the alive tensors.
+    """
+
+    def __init__(self, adapter: Mapping[str, Array], layout: Layout) -> None:
+        """Copy the alive tensors of ``adapter`` into one array."""
+        self.layout = layout
+        self.flat: Flat = np.empty(layout.count, dtype=np.float32)
+        views = layout.split(self.flat)
+        for name, view in views.items():
+            view[...] = adapter[name]
+        dead = {name: np.ascontiguousarray(array) for name, array in adapter.items() if name not in views}
+        self.tensors: dict[str, Array] = {**dead, **views}
+        self.start: Flat = self.flat.copy()
+
+    @property
+    def alive(self) -> frozenset[str]:
+        """Names of the alive tensors."""
+        return frozenset(name for name, _ in self.layout.blocks)
+
+    def change(self) -> Flat:
+        """What training has changed, shape (layout.count,)."""
+        return self.flat - self.start
+
+    def gather(self, gradients: Mapping[str, Array], out: Flat) -> None:
+        """Write gradients by name into one flat array in layout order."""
+        for name, view in self.layout.split(out).items():
+            view[...] = gradients[name]

@@ -1,0 +1,95 @@
+"""One round on one device: from a verified plan and local files to an update frame."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from edge_runtime.bundle import Array, adapter_shapes, check_tensors, map_tensors, open_bundle
+from edge_runtime.data import Dataset
+from edge_runtime.engine.interface import Score
+from edge_runtime.engine.parameters import AdapterParameters
+from edge_runtime.training.job import Done, Evaluated, Event, Notice, Stepped, TrainingJob
+from edge_runtime.training.local import Trained, evaluate, train
+from edge_runtime.training.memory import MemorySampler
+from edge_runtime.training.session import WorkingBundle
+from edge_runtime.wire import LocalMetrics, Plan, Update, check_values, encode_update, open_plan
+
+
+def run_round(job: TrainingJob, emit: Callable[[Event], None]) -> tuple[bytes, Done]:
+    """Evaluate the plan's adapter, train the alive parameters, and make the frame.
+
+    Args:
+        job: Files, all verified by the parent; the plan's signature is checked again because it costs nothing.
+        emit: Receives every event but the last.
+
+    Returns:
+        The unsealed frame and the last event.
+
+    Raises:
+        PlanError, BundleError, DataError, EngineError: as their names say; nothing was written.
+        UpdateValueError: training left the plan's bounds.
+    """
+    began = time.perf_counter()
+    signed = open_plan(Path(job.plan).read_bytes(), Ed25519PublicKey.from_public_bytes(bytes.fromhex(job.plan_key)))
+    plan = signed.plan
+    bundle = open_bundle(Path(job.bundle), expected_digest=plan.bundle, verify=False)
+    with MemorySampler() as memory:
+        work = WorkingBundle(bundle, threads=job.threads, memory_budget_mb=job.memory_budget_mb)
+        adapter = map_tensors(Path(job.adapter))
+        check_tensors(adapter, adapter_shapes(bundle.manifest, plan.ranks), what="adapter")
+        dataset = _load(work, job.data, plan, job, emit)
+        score = _evaluate(work, adapter, plan, job, emit)
+        parameters = AdapterParameters(adapter, work.layout(plan.modules, head_alive=plan.head_alive))
+        trained = train(
+            work.engine,
+            parameters,
+            dataset,
+            plan.training,
+            rng=np.random.default_rng([plan.seed, plan.round]),
+            on_step=lambda step, steps, loss: emit(Stepped(step, steps, loss)),
+        )
+    metrics = _metrics(trained, score, memory, time.perf_counter() - began)
+    update = Update(parameters.change(), dataset.weight, metrics)
+    check_values(update.values, update.weight, plan.update)
+    return encode_update(update, signed_plan=signed, layout=parameters.layout), Done(update.weight, metrics)
+
+
+def _load(
+    work: WorkingBundle, files: tuple[str, ...], plan: Plan, job: TrainingJob, emit: Callable[[Event], None]
+) -> Dataset:
+    paths = [Path(name) for name in files]
+    dataset = work.dataset(paths, max_tokens=plan.training.max_tokens, skip_bad=job.skip_bad)
+    for sentence in dataset.report.sentences():
+        emit(Notice(sentence))
+    return dataset
+
+
+def _evaluate(
+    work: WorkingBundle, adapter: dict[str, Array], plan: Plan, job: TrainingJob, emit: Callable[[Event], None]
+) -> Score:
+    if not job.evaluation:
+        return Score()
+    dataset = _load(work, job.evaluation, plan, job, emit)
+    work.engine.use(work.none_alive(adapter))
+    score = evaluate(work.engine, dataset)
+    emit(Evaluated(score.rows, score.correct, score.loss))
+    return score
+
+
+def _metrics(trained: Trained, score: Score, memory: MemorySampler, seconds: float) -> LocalMetrics:
+    return LocalMetrics(
+        steps=trained.steps,
+        eval_examples=score.rows,
+        eval_correct=score.correct,
+        loss_start=trained.loss_start,
+        loss_end=trained.loss_end,
+        eval_loss=score.loss if score.rows else None,
+        seconds=seconds,
+        peak_private_mb=memory.peak.private_mb,
+        peak_total_mb=memory.peak.total_mb,
+    )

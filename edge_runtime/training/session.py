@@ -1,0 +1,74 @@
+"""What training and evaluation share: a bundle opened for work, with encoder, engine and adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from edge_runtime.bundle import Array, Bundle, adapter_ranks, map_tensors, read_peft_folder
+from edge_runtime.data import Dataset, Purpose, TextEncoder, load_dataset
+from edge_runtime.engine.model import BlockEngine
+from edge_runtime.engine.parameters import AdapterParameters
+from edge_runtime.engine.runtime import start_runtime
+from edge_runtime.wire import Layout, ModulePlan, layout_of
+
+
+class WorkingBundle:
+    """An opened bundle and what is needed to work with it. The engine is made when first used."""
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, memory_budget_mb: int | None = None) -> None:
+        """``threads`` None means one a core; ``memory_budget_mb`` bounds kept activations, in MiB."""
+        self.bundle = bundle
+        self._threads = threads
+        self._memory_budget_mb = memory_budget_mb
+        self._engine: BlockEngine | None = None
+
+    @property
+    def engine(self) -> BlockEngine:
+        """The engine of this bundle."""
+        if self._engine is None:
+            start_runtime(self._threads)
+            self._engine = BlockEngine(self.bundle, memory_budget_mb=self._memory_budget_mb)
+        return self._engine
+
+    def encoder(self, max_tokens: int | None = None) -> TextEncoder:
+        """The bundle's encoder; ``max_tokens`` None means the bundle's own limit."""
+        manifest = self.bundle.manifest
+        return TextEncoder(
+            self.bundle.path("tokenizer.json"),
+            manifest.text,
+            task=manifest.task,
+            labels=manifest.labels,
+            max_tokens=max_tokens,
+        )
+
+    def dataset(
+        self, files: Sequence[Path], *, max_tokens: int | None, skip_bad: bool, purpose: Purpose = "train"
+    ) -> Dataset:
+        """Read and tokenise local files."""
+        return load_dataset(files, self.encoder(max_tokens), skip_bad=skip_bad, purpose=purpose)
+
+    def layout(self, modules: Sequence[ModulePlan], *, head_alive: bool) -> Layout:
+        """The alive blocks a plan asks for."""
+        manifest = self.bundle.manifest
+        features = {module.name: (module.in_features, module.out_features) for module in manifest.modules}
+        head = {f"{manifest.head.module}.{param.name}": param.shape for param in manifest.head.params}
+        return layout_of(modules, features, head if head_alive else {})
+
+    def all_alive(self, adapter: Mapping[str, Array]) -> AdapterParameters:
+        """Parameters with both factors of every module and the head alive, at the adapter's own ranks."""
+        ranks = adapter_ranks(self.bundle.manifest, adapter)
+        modules = [ModulePlan(name, ranks[name], "AB") for name in self.bundle.manifest.module_names]
+        return AdapterParameters(adapter, self.layout(modules, head_alive=True))
+
+    def none_alive(self, adapter: Mapping[str, Array]) -> AdapterParameters:
+        """Parameters for evaluation: nothing is alive."""
+        return AdapterParameters(adapter, Layout(()))
+
+    def adapter(self, path: Path | None) -> dict[str, Array]:
+        """An adapter from a peft folder or one of our files; None: the bundle's initial one."""
+        if path is None:
+            return self.bundle.initial_adapter()
+        if path.is_dir():
+            return read_peft_folder(path, self.bundle.manifest)
+        return map_tensors(path)
