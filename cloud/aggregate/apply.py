@@ -1,0 +1,29 @@
+"""Applying the mean of a round to the adapter the round started from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_runtime.bundle import Array
+from edge_runtime.wire import Layout
+
+
+def apply_mean(adapter: Mapping[str, Array], layout: Layout, mean: npt.NDArray[np.float64]) -> dict[str, Array]:
+    """The next adapter: alive blocks moved by the mean, everything else as it was.
+
+    Args:
+        adapter: The adapter of the round's plan, float32 by tensor name.
+        layout: The blocks that were trained.
+        mean: Their mean change, shape (layout.count,), float64.
+
+    Returns:
+        A new table of float32 tensors. Each sum is made in float64 and rounded once.
+    """
+    moved = {
+        name: np.add(adapter[name], change, dtype=np.float64).astype(np.float32)
+        for name, change in layout.split(mean).items()
+    }
+    return {**adapter, **moved}

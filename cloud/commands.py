@@ -1,0 +1,233 @@
+"""``emberlora cloud …``: the operator's commands.
+
+Exit status 0: done; 2: bad usage or input; 1: the work failed. Either failure is one line on standard error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import re
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import click
+import msgspec
+from rich.console import Console
+from rich.live import Live
+
+from cloud.config import CONFIG_NAME, Config, load_config
+from cloud.console import json_reporter, status_view, text_reporter
+from cloud.errors import CloudError, ConfigError, ServerAbsentError
+from cloud.init import init_folder
+from cloud.operator import OperatorClient
+from cloud.publish import copy_published
+from edge_runtime import wire
+from edge_runtime.bundle import BundleError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+_WATCH_S = 1.0
+config_option = click.option(
+    "--config",
+    "config_path",
+    default=CONFIG_NAME,
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="The aggregator's config file, or the folder it lies in.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON to standard output.")
+
+
+def _one_line_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """Turn our exceptions into one line and an exit status."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except (CloudError, BundleError, wire.RequestError, wire.PlanError) as error:
+            click.echo(f"emberlora cloud: {error}", err=True)
+            bad_input = not isinstance(error, ServerAbsentError)
+            sys.exit(2 if bad_input else 1)
+
+    return wrapped
+
+
+@click.group()
+def cloud() -> None:
+    """The aggregator: collects sealed updates, averages them, publishes the adapter.
+
+    \b
+    emberlora cloud init server --bundle bundle --task docs
+    emberlora cloud serve --config server
+    emberlora cloud token --config server --device laptop-1
+    emberlora cloud status --config server --watch
+    """
+
+
+@cloud.command()
+@click.argument("folder", default=".", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--bundle", required=True, type=click.Path(path_type=Path), help="Folder made by `emberlora export`.")
+@click.option("--task", default="task", show_default=True, help="Name of the task; it stands in URLs.")
+@click.option("--force", is_flag=True, help="Start over: replaces config, keys and all data in FOLDER.")
+@_one_line_errors
+def init(folder: Path, bundle: Path, task: str, force: bool) -> None:
+    """Write a commented config and new keys into FOLDER.
+
+    \b
+    Example:
+      emberlora cloud init server --bundle bundle --task docs
+    """
+    path = init_folder(folder, bundle=bundle, task=task, force=force)
+    click.echo(f"wrote {path}; next: emberlora cloud serve --config {path}")
+
+
+@cloud.command()
+@config_option
+@click.option("--host", help="Listen on this address instead of the config's.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Listen on this port instead of the config's; 0: any.")
+@click.option("--insecure-http", is_flag=True, help="Allow plain HTTP on other addresses than loopback.")
+@json_option
+@_one_line_errors
+def serve(config_path: Path, host: str | None, port: int | None, insecure_http: bool, as_json: bool) -> None:
+    """Run the aggregator until it is interrupted; it goes on where it left off.
+
+    \b
+    Example:
+      emberlora cloud serve --config server
+    With --json every event is one JSON object on a line of standard output.
+    """
+    config = _load(config_path, host=host, port=port, allow_plain_http=True if insecure_http else None)
+    console = Console(stderr=True, highlight=False)
+    report = json_reporter(functools.partial(print, flush=True)) if as_json else text_reporter(console)
+    asyncio.run(_serve(config, report))
+
+
+async def _serve(config: Config, report: Callable[[Any], None]) -> None:
+    # Imported here: the other commands need neither the database nor the server.
+    from cloud.http.server import Server
+    from cloud.service import Surroundings
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    server = await Server.start(config, Surroundings(time.time, secrets.token_bytes, report))
+    try:
+        await stop.wait()
+    finally:
+        await server.close()
+
+
+@cloud.command()
+@config_option
+@click.option("--device", "--name", "device", required=True, help="Name of the device that may enrol with it.")
+@click.option("--ttl", default="15m", show_default=True, help="How long it can be used: 30s, 15m, 2h, 1d.")
+@_one_line_errors
+def token(config_path: Path, device: str, ttl: str) -> None:
+    """Print a token with which one device of this name can enrol once.
+
+    \b
+    Example:
+      TOKEN=$(emberlora cloud token --config server --device laptop-1)
+      emberlora edge enroll --server URL --name laptop-1 --token "$TOKEN"
+    """
+    ttl_s = _seconds(ttl)
+    wire.check_name(device, what="device")
+    answer = _ask(config_path, lambda client: client.make_token(device, ttl_s))
+    click.echo(answer.token)
+
+
+@cloud.command()
+@config_option
+@json_option
+@click.option("--watch", is_flag=True, help="Keep showing it until the task is finished.")
+@_one_line_errors
+def status(config_path: Path, as_json: bool, watch: bool) -> None:
+    """Show rounds, devices, metric and bytes.
+
+    \b
+    Example:
+      emberlora cloud status --config server --watch
+    """
+    found = _ask(config_path, OperatorClient.status)
+    if as_json:
+        _echo_json(found)
+        while watch and found.state != "finished":
+            time.sleep(_WATCH_S)
+            found = _ask(config_path, OperatorClient.status)
+            _echo_json(found)
+        return
+    if not watch:
+        Console().print(status_view(found, now=time.time()))
+        return
+    with Live(status_view(found, now=time.time()), auto_refresh=False) as live:
+        while found.state != "finished":
+            time.sleep(_WATCH_S)
+            found = _ask(config_path, OperatorClient.status)
+            live.update(status_view(found, now=time.time()), refresh=True)
+
+
+@cloud.command()
+@config_option
+@json_option
+@_one_line_errors
+def stop(config_path: Path, as_json: bool) -> None:
+    """End the task: publish the last adapter and tell every device that it is over.
+
+    Updates of a round that is still open are discarded. The server keeps running, so that devices can fetch the
+    adapter; end it with Ctrl-C or SIGTERM.
+
+    \b
+    Example:
+      emberlora cloud stop --config server
+    """
+    found = _ask(config_path, OperatorClient.stop)
+    if as_json:
+        _echo_json(found)
+    else:
+        published = _load(config_path).data_path / "published"
+        click.echo(f"{found.task}: finished after {len(found.history)} rounds; adapter in {published}")
+
+
+@cloud.command()
+@config_option
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; new or empty.")
+@_one_line_errors
+def adapter(config_path: Path, out: Path) -> None:
+    """Copy the last adapter as a folder that peft loads; the server need not run.
+
+    \b
+    Example:
+      emberlora cloud adapter --config server --out adapter
+    """
+    copy_published(_load(config_path).data_path, out)
+    click.echo(str(out))
+
+
+def _load(path: Path, **server: object) -> Config:
+    return load_config(path / CONFIG_NAME if path.is_dir() else path, server=server)
+
+
+def _ask(config_path: Path, question: Callable[[OperatorClient], Coroutine[Any, Any, R]]) -> R:
+    data = _load(config_path).data_path
+    client = OperatorClient.of_folder(data, clock=time.time, entropy=secrets.token_bytes)
+    return asyncio.run(question(client))
+
+
+def _echo_json(message: msgspec.Struct) -> None:
+    click.echo(msgspec.json.encode(message).decode())
+
+
+def _seconds(text: str) -> int:
+    match = re.fullmatch(r"(\d{1,6})([smhd])", text)
+    if not match:
+        raise ConfigError(f"--ttl {text!r}: expected a number with s, m, h or d, for example 15m")
+    return int(match[1]) * _UNITS_S[match[2]]

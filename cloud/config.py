@@ -1,0 +1,253 @@
+"""The aggregator's config: one TOML file, read once, checked whole, frozen.
+
+Every default has its reason beside it. ``SAMPLE`` is what ``emberlora cloud init`` writes.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from cloud.errors import ConfigError
+from cloud.planner import AGGREGATIONS, POLICIES
+from edge_runtime import wire
+
+CONFIG_NAME = "emberlora.toml"
+
+
+class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is learned, by how many devices, in how many rounds."""
+
+    name: str
+    bundle: str  # folder, relative to the config file
+    policy: str = "fixed"  # which modules live; "fixed": all of them, always
+    aggregation: str = "alternate"  # exact and linear, half the bytes of sending both factors (RoLoRA)
+    rounds: int = 12  # six of each factor; MiniLM-sized tasks have settled by then
+    rank: int | None = None  # None: the bundle's r_max
+    devices_per_round: int = 4  # a round closes at once when so many updates are counted
+    min_devices: int = 2  # a mean over one device would be that device's update
+    round_deadline_s: float = 600.0  # slower devices are not waited for longer than this
+    min_examples: int = 1  # a device with fewer stays out of the round
+    weight_cap: int = 65_536  # no device weighs more than this, whatever it says it holds
+    seed: int = 0
+
+
+class TrainingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How devices train; see :class:`edge_runtime.wire.Training`."""
+
+    batch_size: int = 16
+    max_tokens: int | None = None  # None: what the bundle's model can take
+    steps: int | None = None  # optimizer steps of every device a round; None: epochs
+    epochs: int | None = None  # passes over a device's own data a round; both None: one epoch
+    lr_a: float = 5e-4
+    lr_b: float = 2e-3  # B starts at zero and bears a larger rate than A (LoRA+, arXiv 2402.12354)
+    lr_head: float = 2e-3  # a head starts untrained
+    weight_decay: float = 0.0  # adapters are small; decay mostly slows them
+    mu: float = 0.0  # FedProx pull towards the round's start; 0: none
+    clip_norm: float | None = 1.0  # one odd batch must not throw a device's short round
+
+
+class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the server listens and keeps its data."""
+
+    host: str = "127.0.0.1"
+    port: int = 8440  # 0: any free one; the address is written to <data>/server.url
+    data: str = "data"  # folder, relative to the config file
+    allow_plain_http: bool = False  # true: listen on other addresses than loopback without TLS
+    request_timeout_s: float = 120.0  # a body that takes longer is cut
+    max_uploads_at_once: int = 16  # bodies held in memory together; others wait
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole file. ``folder`` is where it lies; relative paths start there."""
+
+    task: TaskConfig
+    training: TrainingConfig = TrainingConfig()
+    server: ServerConfig = ServerConfig()
+    folder: str = "."
+
+    @property
+    def bundle_path(self) -> Path:
+        """The bundle's folder."""
+        return Path(self.folder) / self.task.bundle
+
+    @property
+    def data_path(self) -> Path:
+        """The data folder."""
+        return Path(self.folder) / self.server.data
+
+
+def load_config(path: Path, *, server: Mapping[str, object] | None = None) -> Config:
+    """Read and check a config file.
+
+    Args:
+        path: The file.
+        server: Values from the command line that replace those of ``[server]``; None values do not.
+
+    Raises:
+        ConfigError: no such file, not TOML, unknown or missing keys, or values that contradict each other.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); make one with `emberlora cloud init`") from error
+    return parse_config(data, path=path, server=server)
+
+
+def parse_config(data: bytes, *, path: Path, server: Mapping[str, object] | None = None) -> Config:
+    """Check the bytes of a config file that lies at ``path``; ``server`` as for :func:`load_config`.
+
+    Raises:
+        ConfigError: see :func:`load_config`.
+    """
+    try:
+        # TOML syntax first, so that its errors and those of the keys read differently.
+        table = msgspec.toml.decode(data)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: not UTF-8 text") from error
+    if "folder" in table:
+        raise ConfigError(f"{path}: Object contains unknown field `folder`")
+    given = {key: value for key, value in (server or {}).items() if value is not None}
+    if given and isinstance(table.get("server", {}), dict):
+        table["server"] = {**table.get("server", {}), **given}
+    try:
+        config = msgspec.convert({**table, "folder": str(path.parent)}, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    problems = config_problems(config)
+    if problems:
+        raise ConfigError(f"{path}: " + "; ".join(problems))
+    return config
+
+
+def config_problems(config: Config) -> list[str]:
+    """Every way in which the values are wrong by themselves or contradict each other."""
+    try:
+        wire.check_name(config.task.name, what="task.name")
+    except wire.RequestFormatError as error:
+        return [str(error)]
+    return [*_task_problems(config.task), *_training_problems(config.training), *_server_problems(config.server)]
+
+
+def _task_problems(task: TaskConfig) -> list[str]:
+    rules = {
+        f"task.policy: expected one of {', '.join(POLICIES)}, got {task.policy!r}": task.policy not in POLICIES,
+        f"task.aggregation: expected one of {', '.join(AGGREGATIONS)}, got {task.aggregation!r}": (
+            task.aggregation not in AGGREGATIONS
+        ),
+        f"task.rounds: expected at least 1, got {task.rounds}": task.rounds < 1,
+        f"task.rank: expected at least 1, got {task.rank}": task.rank is not None and task.rank < 1,
+        f"task.min_devices: expected at least 1, got {task.min_devices}": task.min_devices < 1,
+        f"task.min_devices ({task.min_devices}) must not exceed task.devices_per_round ({task.devices_per_round})": (
+            task.min_devices > task.devices_per_round
+        ),
+        f"task.round_deadline_s: expected more than 0, got {task.round_deadline_s}": not (
+            0 < task.round_deadline_s < math.inf
+        ),
+        f"task.min_examples: expected at least 1, got {task.min_examples}": task.min_examples < 1,
+        f"task.weight_cap ({task.weight_cap}) times task.devices_per_round ({task.devices_per_round}) "
+        "must be from 1 to 2**27, so that the sum stays exact": not 1
+        <= task.weight_cap * task.devices_per_round
+        <= 2**27,
+    }
+    return [message for message, broken in rules.items() if broken]
+
+
+def _training_problems(training: TrainingConfig) -> list[str]:
+    amounts = {"batch_size": training.batch_size, "steps": training.steps, "epochs": training.epochs}
+    rates = ("lr_a", "lr_b", "lr_head", "weight_decay", "mu")
+    problems = [
+        f"training.{name}: expected at least 1, got {value}"
+        for name, value in {**amounts, "max_tokens": training.max_tokens}.items()
+        if value is not None and value < 1
+    ]
+    for name in rates:
+        rate = getattr(training, name)
+        if not (math.isfinite(rate) and rate >= 0):
+            problems.append(f"training.{name}: expected 0 or more, got {rate}")
+    if training.steps is not None and training.epochs is not None:
+        problems.append("training.steps and training.epochs: give one of them, not both")
+    if training.clip_norm is not None and not training.clip_norm > 0:
+        problems.append(f"training.clip_norm: expected more than 0, got {training.clip_norm}")
+    return problems
+
+
+def _server_problems(server: ServerConfig) -> list[str]:
+    rules = {
+        f"server.port: expected 0 to 65535, got {server.port}": not 0 <= server.port <= 65535,
+        f"server.host ({server.host}) is not loopback and there is no TLS: set server.allow_plain_http = true "
+        "(or --insecure-http) to serve plain HTTP on it all the same": not (
+            server.allow_plain_http or is_loopback(server.host)
+        ),
+        f"server.request_timeout_s: expected more than 0, got {server.request_timeout_s}": not (
+            0 < server.request_timeout_s < math.inf
+        ),
+        f"server.max_uploads_at_once: expected at least 1, got {server.max_uploads_at_once}": (
+            server.max_uploads_at_once < 1
+        ),
+    }
+    return [message for message, broken in rules.items() if broken]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether listening on ``host`` reaches this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def sample_config(*, task: str, bundle: str, max_tokens: int, rank: int) -> str:
+    """The commented file that ``init`` writes."""
+    values = {"task": task, "bundle": bundle.replace("\\", "/"), "max_tokens": max_tokens, "rank": rank}
+    return "".join(_align(line) + "\n" for line in SAMPLE.format(**values).splitlines())
+
+
+def _align(line: str) -> str:
+    """A line with its comment in one column."""
+    value, separator, comment = line.partition("  # ")
+    return f"{value.rstrip():<30} # {comment}" if separator else line
+
+
+SAMPLE = """\
+# EmberLoRA aggregator. Unknown keys are refused; units stand in the names; paths start at this file's folder.
+
+[task]
+name = "{task}"
+bundle = "{bundle}"            # made by `emberlora export`
+policy = "fixed"               # every module alive in every round
+aggregation = "alternate"      # even rounds train and send B, odd rounds A: exact, and half the bytes
+rounds = 12
+rank = {rank}                  # at most the bundle's r_max
+devices_per_round = 4          # a round closes at once when so many updates are counted …
+min_devices = 2                # … or at its deadline when at least so many are
+round_deadline_s = 600
+min_examples = 1               # a device with fewer examples stays out
+weight_cap = 65536             # no device weighs more than this
+seed = 0
+
+[training]
+batch_size = 16
+max_tokens = {max_tokens}      # longer examples are cut
+epochs = 1                     # passes of a device over its own data in a round; or: steps = 20
+lr_a = 5e-4
+lr_b = 2e-3                    # B starts at zero and bears a larger rate
+lr_head = 2e-3
+weight_decay = 0.0
+mu = 0.0                       # FedProx pull towards the round's start
+clip_norm = 1.0                # of the gradients, globally; leave out for none
+
+[server]
+host = "127.0.0.1"
+port = 8440                    # 0: any free one; the address stands in <data>/server.url
+data = "data"
+allow_plain_http = false       # true: plain HTTP on other addresses than loopback
+request_timeout_s = 120
+max_uploads_at_once = 16
+"""

@@ -1,0 +1,137 @@
+"""What the server shows while it runs: one line an event for people, or one JSON object a line for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cloud import events
+from edge_runtime.wire import DeviceStatus, RoundStatus, TaskStatus
+
+
+def json_reporter(write: Callable[[str], None]) -> events.Report:
+    """A reporter that writes one JSON object a line."""
+
+    def report(event: events.Event) -> None:
+        write(msgspec.json.encode(event).decode())
+
+    return report
+
+
+def text_reporter(console: Console) -> events.Report:
+    """A reporter that prints one line an event."""
+
+    def report(event: events.Event) -> None:
+        console.print(Text(describe(event)), soft_wrap=True)
+
+    return report
+
+
+def describe(event: events.Event) -> str:
+    """An event in one line."""
+    if isinstance(event, events.UpdateCounted):
+        return (
+            f"round {event.round_}: {event.received}/{event.wanted} updates · {event.device} · weight {event.weight} · "
+            f"loss {figure(event.loss_start)} → {figure(event.loss_end)} · {size(event.bytes)}"
+        )
+    if isinstance(event, events.RoundApplied):
+        s = event.status
+        return (
+            f"round {s.round + 1} of {event.rounds} applied: {s.devices} devices · loss {figure(s.loss_start)} → "
+            f"{figure(s.loss_end)} · metric at its start {figure(s.metric)} · {size(s.bytes_up)} up · {s.seconds:.1f} s"
+        )
+    if isinstance(event, events.ServerStarted):
+        return (
+            f"EmberLoRA aggregator at {event.url}: task {event.task}, {event.state}, round {event.round_}, "
+            f"{event.received} updates there already"
+        )
+    if isinstance(event, events.TaskFinished):
+        lost = f", {event.discarded} updates of the open round discarded" if event.discarded else ""
+        return f"task finished after {event.rounds_applied} rounds{lost}; adapter in {event.published}"
+    return _describe_rest(event)
+
+
+def _describe_rest(event: events.Event) -> str:
+    if isinstance(event, events.DeviceEnrolled):
+        return f"device {event.device} enrolled"
+    if isinstance(event, events.DeviceLeft):
+        return f"device {event.device} left"
+    if isinstance(event, events.DeadlineMoved):
+        return (
+            f"round {event.round_}: deadline passed with {event.received} of at least {event.min_devices} updates; "
+            "waiting for one more deadline"
+        )
+    if isinstance(event, events.RequestRefused):
+        return f"refused ({event.problem}): {event.method} {event.path}: {event.detail}"
+    if isinstance(event, events.WorkFailed):
+        return f"failed: {event.what}: {event.detail}"
+    return type(event).__name__
+
+
+def figure(value: float | None) -> str:
+    """A loss or metric, or a dash."""
+    return "–" if value is None else f"{value:.4f}"
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that suits."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def status_view(status: TaskStatus, *, now: float) -> Table:
+    """Task, devices and rounds, one below the other."""
+    view = Table.grid(padding=(0, 0, 1, 0))
+    view.add_row(Text(headline(status, now=now), overflow="fold"))
+    if status.devices:
+        view.add_row(_device_table(status.devices, now=now))
+    if status.history:
+        view.add_row(_round_table(status.history, metric=status.metric))
+    return view
+
+
+def headline(status: TaskStatus, *, now: float) -> str:
+    """The task in one line."""
+    traffic = f"{size(status.bytes_up)} up, {size(status.bytes_down)} down"
+    if status.state == "finished":
+        return f"{status.task}: finished after {len(status.history)} rounds · {traffic} · adapter {status.adapter[:12]}"
+    left = max(status.deadline - now, 0)
+    return (
+        f"{status.task}: round {status.round + 1} of {status.rounds} · {status.received}/{status.wanted} updates · "
+        f"deadline in {left:.0f} s · {traffic} · adapter {status.adapter[:12]}"
+    )
+
+
+def _device_table(devices: tuple[DeviceStatus, ...], *, now: float) -> Table:
+    table = Table(
+        "device", "updates", "up", "down", "last seen", "trained", "memory", title="Devices", title_justify="left"
+    )
+    for device in devices:
+        seen = "never" if device.last_seen is None else f"{max(now - device.last_seen, 0):.0f} s ago"
+        table.add_row(
+            device.name,
+            str(device.updates),
+            size(device.bytes_up),
+            size(device.bytes_down),
+            "left" if device.left else seen,
+            "–" if device.train_s is None else f"{device.train_s:.1f} s",
+            "–" if device.peak_private_mb is None else f"{device.peak_private_mb:.0f} MB",
+        )
+    return table
+
+
+def _round_table(history: tuple[RoundStatus, ...], *, metric: str) -> Table:
+    head = ("round", "devices", "weight", "loss", f"{metric} at start", "up", "time")
+    table = Table(*head, title="Rounds", title_justify="left")
+    for r in history:
+        loss = f"{figure(r.loss_start)} → {figure(r.loss_end)}"
+        cells = (r.devices, r.weight, loss, figure(r.metric), size(r.bytes_up), f"{r.seconds:.1f} s")
+        table.add_row(str(r.round + 1), *(str(cell) for cell in cells))
+    return table

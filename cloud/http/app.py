@@ -1,0 +1,173 @@
+"""The resources of :mod:`edge_runtime.wire.resources` as an aiohttp application."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.web_request import BaseRequest
+
+from cloud import events
+from cloud.http.problems import problem_middleware
+from cloud.http.signed import Gate, body_length, check_no_body, read_body
+from cloud.service import Aggregator
+from edge_runtime import wire
+from edge_runtime.wire import resources
+from edge_runtime.wire.messages import MAX_MESSAGE_BYTES, OPERATOR
+
+_JSON = "application/json"
+_BINARY = "application/octet-stream"
+_NUMBER = re.compile(r"-?[0-9]{1,9}")
+
+
+def make_app(aggregator: Aggregator, *, clock: Callable[[], float], report: events.Report) -> web.Application:
+    """The application. Run it with ``auto_decompress=False``: a compressed body must not be unpacked."""
+    app = web.Application(middlewares=[problem_middleware(report)])
+    handlers = _Resources(aggregator, clock)
+    app.add_routes(
+        [
+            web.get(resources.HEALTH, handlers.health),
+            web.post(resources.ENROLMENTS, handlers.enrol),
+            web.delete(resources.DEVICE, handlers.leave),
+            web.get(resources.PLAN, handlers.plan),
+            web.get(resources.BLOB, handlers.blob),
+            web.put(resources.UPDATE, handlers.update),
+            web.get(resources.OPERATOR_STATUS, handlers.status),
+            web.post(resources.OPERATOR_TOKENS, handlers.make_token),
+            web.post(resources.OPERATOR_STOP, handlers.stop),
+        ]
+    )
+    return app
+
+
+class _Resources:
+    def __init__(self, aggregator: Aggregator, clock: Callable[[], float]) -> None:
+        server = aggregator.config.server
+        self._aggregator = aggregator
+        self._members = aggregator.members
+        self._gate = Gate(self._members.key_of, clock)
+        self._timeout_s = server.request_timeout_s
+        self._slots = asyncio.Semaphore(server.max_uploads_at_once)
+
+    async def health(self, _request: web.Request) -> web.Response:
+        return web.Response(body=b'{"status":"ok"}', content_type=_JSON)
+
+    async def enrol(self, request: web.Request) -> web.Response:
+        body = await read_body(request, limit=MAX_MESSAGE_BYTES, timeout_s=self._timeout_s)
+        enrolment = wire.decode_message(body, wire.Enrolment)
+        enrolled = await self._members.enrol(enrolment, task=self._aggregator.config.task.name)
+        return _message(enrolled, status=201)
+
+    async def leave(self, request: web.Request) -> web.Response:
+        caller = self._gate.caller(request)
+        check_no_body(request, caller)
+        device = request.match_info["device"]
+        if caller.device not in (device, OPERATOR):
+            raise wire.NotPermittedError(f"device {device}: may leave by itself or be sent away by the operator")
+        await self._members.leave(device)
+        return web.Response(status=204)
+
+    async def plan(self, request: web.Request) -> web.Response:
+        caller = self._device(request)
+        check_no_body(request, caller)
+        after, wait_s = _whole(request, "after", least=-1), _whole(request, "wait", least=0)
+        signed = await self._aggregator.plan_after(
+            caller.device,
+            task=request.match_info["task"],
+            after=after,
+            wait_s=min(wait_s, resources.MAX_WAIT_S),
+        )
+        if signed is None:
+            return web.Response(status=204, headers={"Retry-After": "0"})
+        return web.Response(body=signed.data, content_type=_BINARY)
+
+    async def blob(self, request: web.Request) -> web.StreamResponse:
+        caller = self._device(request)
+        check_no_body(request, caller)
+        path = self._aggregator.blob_path(request.match_info["digest"])
+        return _CountedFile(path, lambda sent: self._members.saw(caller.device, sent_bytes=sent))
+
+    async def update(self, request: web.Request) -> web.Response:
+        caller = self._device(request)
+        device, round_ = request.match_info["device"], _round(request)
+        if device != caller.device:
+            raise wire.NotPermittedError(f"update of {device}: signed by {caller.device}")
+        task = request.match_info["task"]
+        answer = await self._aggregator.admit(device, task=task, round_=round_, digest=caller.body_digest)
+        if isinstance(answer, wire.UpdateReceipt):
+            return _message(answer, status=200)
+        length = body_length(request)
+        if length != answer:
+            raise wire.UpdateFormatError(
+                f"update of {device} for round {round_}: length: expected {answer} bytes, got {length}"
+            )
+        async with self._slots:
+            sealed = await read_body(request, limit=answer, timeout_s=self._timeout_s, digest=caller.body_digest)
+            receipt, new = await self._aggregator.submit(
+                device, round_=round_, digest=caller.body_digest, sealed=sealed
+            )
+        return _message(receipt, status=201 if new else 200)
+
+    async def status(self, request: web.Request) -> web.Response:
+        check_no_body(request, self._operator(request))
+        return _message(await self._aggregator.status())
+
+    async def make_token(self, request: web.Request) -> web.Response:
+        caller = self._operator(request)
+        body = await read_body(request, limit=MAX_MESSAGE_BYTES, timeout_s=self._timeout_s, digest=caller.body_digest)
+        answer = await self._members.make_token(wire.decode_message(body, wire.TokenRequest))
+        return _message(answer, status=201)
+
+    async def stop(self, request: web.Request) -> web.Response:
+        check_no_body(request, self._operator(request))
+        await self._aggregator.stop()
+        return _message(await self._aggregator.status())
+
+    def _device(self, request: web.Request) -> wire.SignedRequest:
+        caller = self._gate.caller(request)
+        if caller.device == OPERATOR:
+            raise wire.NotPermittedError(f"{request.path}: is for devices, not for the operator")
+        return caller
+
+    def _operator(self, request: web.Request) -> wire.SignedRequest:
+        caller = self._gate.caller(request)
+        if caller.device != OPERATOR:
+            raise wire.NotPermittedError(f"{request.path}: is for the operator, not for {caller.device}")
+        return caller
+
+
+class _CountedFile(web.FileResponse):
+    """A file, or the asked range of it; ``count`` is told the bytes once they have been sent whole."""
+
+    def __init__(self, path: Path, count: Callable[[int], None]) -> None:
+        super().__init__(path, headers={"Content-Type": _BINARY})
+        self._count = count
+
+    async def prepare(self, request: BaseRequest) -> AbstractStreamWriter | None:
+        writer = await super().prepare(request)
+        self._count(self.content_length or 0)
+        return writer
+
+
+def _message(
+    message: wire.Enrolled | wire.UpdateReceipt | wire.TokenAnswer | wire.TaskStatus, *, status: int = 200
+) -> web.Response:
+    return web.Response(body=wire.encode_message(message), status=status, content_type=_JSON)
+
+
+def _whole(request: web.Request, name: str, *, least: int) -> int:
+    text = request.query.get(name, "")
+    if not _NUMBER.fullmatch(text) or int(text) < least:
+        raise wire.RequestFormatError(f"request: {name}: expected a whole number from {least}, got {text[:20]!r}")
+    return int(text)
+
+
+def _round(request: web.Request) -> int:
+    text = request.match_info["round"]
+    if not _NUMBER.fullmatch(text):
+        raise wire.RequestFormatError(f"request: round: expected a number, got {text[:20]!r}")
+    return int(text)

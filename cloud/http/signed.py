@@ -1,0 +1,131 @@
+"""Who sent a request and what its body is: signature first, then the length, then the bytes, each before the next."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+
+from aiohttp import web
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from edge_runtime import wire
+from edge_runtime.wire.requests import EMPTY_BODY, MAX_CLOCK_SKEW_S
+
+
+class NonceMemory:
+    """Nonces of verified requests, for as long as their time stamp would pass. Lost when the process ends."""
+
+    def __init__(self, clock: Callable[[], float], *, capacity: int = 200_000) -> None:
+        self._clock = clock
+        self._capacity = capacity  # about 40 MB; only enrolled devices can fill it
+        self._seen: OrderedDict[tuple[str, str], float] = OrderedDict()
+
+    def seen(self, request: wire.SignedRequest) -> bool:
+        """Remember a request's nonce and say whether it was known.
+
+        Raises:
+            UnavailableError: too many requests in a few minutes to remember another.
+        """
+        now = self._clock()
+        while self._seen and next(iter(self._seen.values())) < now:
+            self._seen.popitem(last=False)
+        key = (request.device, request.nonce)
+        if key in self._seen:
+            return True
+        if len(self._seen) >= self._capacity:
+            raise wire.UnavailableError("too many requests; try again later")
+        # A stamp may lie up to one skew in the future and then stay valid for another.
+        self._seen[key] = now + 2 * MAX_CLOCK_SKEW_S
+        return False
+
+
+class Gate:
+    """Checks signatures."""
+
+    def __init__(self, key_of: Callable[[str], Ed25519PublicKey], clock: Callable[[], float]) -> None:
+        self._key_of = key_of
+        self._clock = clock
+        self._nonces = NonceMemory(clock)
+
+    def caller(self, request: web.Request) -> wire.SignedRequest:
+        """The verified head of a request; its body must still be held against ``body_digest``.
+
+        Raises:
+            RequestFormatError, UnknownDeviceError, SignatureError: why it is refused.
+        """
+        header = request.headers.get("Authorization", "")
+        claimed, signature = wire.parse_authorization(header, method=request.method, target=request.raw_path)
+        key = self._key_of(claimed.device)
+        wire.verify_request(claimed, signature, key=key, now=self._clock(), seen=self._nonces.seen)
+        return claimed
+
+
+def check_no_body(request: web.Request, caller: wire.SignedRequest) -> None:
+    """Demand that a request has no body and signs none.
+
+    Raises:
+        RequestFormatError: it has one.
+        UpdateDigestError: it signed one.
+    """
+    if request.can_read_body:
+        raise wire.RequestFormatError(f"request of {caller.device}: no body expected")
+    if caller.body_digest != EMPTY_BODY:
+        raise wire.UpdateDigestError(f"request of {caller.device}: the body is not the one that was signed")
+
+
+def body_length(request: web.Request) -> int:
+    """The announced length of a body, known before a byte of it is read.
+
+    Raises:
+        RequestFormatError: no length, or a compressed body.
+    """
+    if "Content-Encoding" in request.headers:
+        raise wire.RequestFormatError("request: Content-Encoding is not accepted")
+    if request.content_length is None:
+        raise wire.RequestFormatError("request: Content-Length is missing")
+    return request.content_length
+
+
+async def read_body(request: web.Request, *, limit: int, timeout_s: float, digest: str | None = None) -> bytes:
+    """Read a body of known length, hashing it on the way.
+
+    Args:
+        request: Its head has been accepted.
+        limit: Most bytes taken.
+        timeout_s: For the whole body.
+        digest: SHA-256 it must have, hex; None when the request is not signed.
+
+    Raises:
+        RequestFormatError: no length, a compressed body, or one that ended early.
+        RequestTooLargeError: over ``limit`` bytes.
+        UpdateDigestError: the bytes are not those that were signed.
+        UnavailableError: it came too slowly.
+    """
+    length = body_length(request)
+    if length > limit:
+        raise wire.RequestTooLargeError(f"request: expected at most {limit} bytes, got {length}")
+    try:
+        data, found = await asyncio.wait_for(_read(request, length), timeout_s)
+    except asyncio.TimeoutError as error:
+        raise wire.UnavailableError(
+            f"request: the body did not come within {timeout_s:.0f} s; send it again"
+        ) from error
+    except web.RequestPayloadError as error:
+        raise wire.RequestFormatError("request: the body ended early") from error
+    if digest is not None and found != digest:
+        raise wire.UpdateDigestError(f"request: body: expected digest {digest[:12]}, got {found[:12]}")
+    return data
+
+
+async def _read(request: web.Request, length: int) -> tuple[bytes, str]:
+    pieces: list[bytes] = []
+    found, count = hashlib.sha256(), 0
+    async for piece in request.content.iter_any():
+        count += len(piece)
+        if count > length:  # the parser should have stopped; never trust it with memory
+            raise wire.RequestTooLargeError(f"request: expected {length} bytes, got more")
+        found.update(piece)
+        pieces.append(piece)
+    return b"".join(pieces), found.hexdigest()

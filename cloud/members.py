@@ -1,0 +1,189 @@
+"""Who may speak: tokens, enrolled devices, the operator, and what was last seen of each.
+
+The decision whether an enrolment holds is :func:`judge_enrolment`, pure; the database makes it inside one transaction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from cloud import events
+from cloud.keys import Keys
+from cloud.store import Database, DeviceRecord, TokenRecord
+from edge_runtime import wire
+from edge_runtime.wire.messages import OPERATOR
+
+_MAX_TTL_S = 7 * 24 * 3600
+
+
+def judge_enrolment(
+    token: TokenRecord | None, known: DeviceRecord | None, *, request: wire.Enrolment, now: float
+) -> DeviceRecord:
+    """The device record that an enrolment makes.
+
+    The same device repeating its enrolment (its first answer was lost) gets the same record, even after the token ran
+    out. A device that left comes back with a new token, and may bring a new key.
+
+    Raises:
+        TokenError: the token is unknown, used, run out or for another name, or the name is taken.
+    """
+    device = request.device
+    enrolled = known is not None and known.left_at is None
+    if token is None:
+        raise wire.TokenError(f"enrolment of {device}: the token is unknown")
+    if token.device != device:
+        raise wire.TokenError(f"enrolment of {device}: the token was made for another name")
+    if token.used_by is not None:
+        if enrolled and known is not None and token.used_by == known.signing_key == request.signing_key:
+            return known
+        raise wire.TokenError(f"enrolment of {device}: the token was used before")
+    if now > token.expires:
+        raise wire.TokenError(f"enrolment of {device}: the token ran out {now - token.expires:.0f} s ago")
+    if enrolled:
+        raise wire.TokenError(f"enrolment of {device}: a device of this name is enrolled already")
+    if known is not None:
+        return replace(known, signing_key=request.signing_key, enrolled=now, left_at=None)
+    return DeviceRecord(device, request.signing_key, now)
+
+
+class Members:
+    """Devices and operator of one task."""
+
+    def __init__(
+        self,
+        database: Database,
+        keys: Keys,
+        *,
+        clock: Callable[[], float],
+        entropy: Callable[[int], bytes],
+        report: events.Report,
+    ) -> None:
+        self._database = database
+        self._keys = keys
+        self._clock = clock
+        self._entropy = entropy
+        self._report = report
+        self._devices: dict[str, DeviceRecord] = {}
+        self._traffic: dict[str, tuple[float, int]] = {}
+
+    async def start(self) -> None:
+        """Read who is enrolled."""
+        self._devices = {record.name: record for record in await self._database.call(self._database.devices)}
+
+    def key_of(self, name: str) -> Ed25519PublicKey:
+        """The key that ``name``'s requests must be signed with.
+
+        Raises:
+            UnknownDeviceError: never enrolled, or it left.
+        """
+        if name == OPERATOR:
+            return self._keys.operator.public_key()
+        record = self._devices.get(name)
+        if record is None or record.left_at is not None:
+            raise wire.UnknownDeviceError(f"device {name}: {'has left' if record else 'is not enrolled'}")
+        return Ed25519PublicKey.from_public_bytes(bytes.fromhex(record.signing_key))
+
+    async def make_token(self, request: wire.TokenRequest) -> wire.TokenAnswer:
+        """A token that lets one device of this name enrol once.
+
+        Raises:
+            RequestFormatError: not a device name, or a lifetime outside one second to a week.
+            NotPermittedError: a device of this name is enrolled.
+        """
+        name = wire.check_name(request.device, what="device")
+        if name == OPERATOR:
+            raise wire.RequestFormatError(f"device {name!r}: this name is taken by the operator")
+        if not 1 <= request.ttl_s <= _MAX_TTL_S:
+            raise wire.RequestFormatError(f"token: lifetime: expected 1 to {_MAX_TTL_S} s, got {request.ttl_s}")
+        record = self._devices.get(name)
+        if record is not None and record.left_at is None:
+            raise wire.NotPermittedError(f"device {name}: is enrolled already; choose another name")
+        secret = self._entropy(16)
+        expires = self._clock() + request.ttl_s
+        row = TokenRecord(hashlib.sha256(secret).hexdigest(), name, expires)
+        await self._database.call(self._database.add_token, row)
+        return wire.TokenAnswer(
+            device=name, token=str(wire.Token(secret.hex(), self._keys.fingerprint)), expires=expires
+        )
+
+    async def enrol(self, request: wire.Enrolment, *, task: str) -> wire.Enrolled:
+        """Make a device known.
+
+        Raises:
+            RequestFormatError: name, token or key are malformed.
+            TokenError: see :func:`judge_enrolment`.
+        """
+        device = wire.check_name(request.device, what="device")
+        try:
+            secret, key = bytes.fromhex(request.token), bytes.fromhex(request.signing_key)
+            Ed25519PublicKey.from_public_bytes(key)
+        except ValueError as error:
+            raise wire.RequestFormatError(f"enrolment of {device}: token or key are not keys in hex") from error
+        request = wire.Enrolment(token=secret.hex(), device=device, signing_key=key.hex())
+        now = self._clock()
+        record = await self._database.call(
+            self._database.enrol,
+            hashlib.sha256(secret).hexdigest(),
+            device,
+            lambda token, known: judge_enrolment(token, known, request=request, now=now),
+        )
+        if self._devices.get(device) != record:
+            self._devices[device] = record
+            self._report(events.DeviceEnrolled(device))
+        return wire.Enrolled(device=device, task=task, plan_key=self._keys.plan_key)
+
+    async def leave(self, name: str) -> None:
+        """A device leaves; its key is refused from now on, its counted updates stay counted.
+
+        Raises:
+            UnknownDeviceError: it is not enrolled.
+        """
+        self.key_of(name)
+        if name == OPERATOR:
+            raise wire.UnknownDeviceError(f"device {name}: is not a device")
+        now = self._clock()
+        await self._database.call(self._database.leave, name, now)
+        self._devices[name] = replace(self._devices[name], left_at=now)
+        self._report(events.DeviceLeft(name))
+
+    def saw(self, name: str, *, sent_bytes: int = 0) -> None:
+        """Note that a device was heard of and that bytes went to it; written to disk by :meth:`flush`."""
+        if name in self._devices:
+            _, sent = self._traffic.get(name, (0.0, 0))
+            self._traffic[name] = (self._clock(), sent + sent_bytes)
+
+    async def flush(self) -> None:
+        """Write what :meth:`saw` noted. These figures are for people: a kill may lose the last seconds of them."""
+        traffic, self._traffic = self._traffic, {}
+        if traffic:
+            rows = [(name, seen, sent) for name, (seen, sent) in traffic.items()]
+            await self._database.call(self._database.note_traffic, rows)
+
+    async def statuses(self) -> tuple[wire.DeviceStatus, ...]:
+        """Every device as the operator sees it, by name."""
+        await self.flush()
+        records = await self._database.call(self._database.devices)
+        given = await self._database.call(self._database.contributions)
+        last = {
+            update.receipt.device: update.metrics for update in await self._database.call(self._database.last_updates)
+        }
+        nothing = wire.LocalMetrics()
+        return tuple(
+            wire.DeviceStatus(
+                name=record.name,
+                enrolled=record.enrolled,
+                last_seen=record.last_seen,
+                left=record.left_at is not None,
+                updates=given.get(record.name, (0, 0))[0],
+                bytes_up=given.get(record.name, (0, 0))[1],
+                bytes_down=record.bytes_down,
+                peak_private_mb=last.get(record.name, nothing).peak_private_mb,
+                peak_total_mb=last.get(record.name, nothing).peak_total_mb,
+                train_s=last.get(record.name, nothing).seconds,
+            )
+            for record in records
+        )

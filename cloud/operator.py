@@ -1,0 +1,79 @@
+"""The operator's side: signed requests to the server of a data folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import aiohttp
+import msgspec
+
+from cloud.errors import ServerAbsentError, ServerRefusedError
+from cloud.keys import KEYS_FOLDER, Keys, load_keys
+from edge_runtime import wire
+from edge_runtime.wire import resources
+from edge_runtime.wire.messages import OPERATOR
+
+URL_NAME = "server.url"  # in the data folder while a server runs
+_TIMEOUT_S = 60
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class OperatorClient:
+    """Asks the server that runs on a data folder."""
+
+    def __init__(self, url: str, keys: Keys, *, clock: Callable[[], float], entropy: Callable[[int], bytes]) -> None:
+        self._url = url.rstrip("/")
+        self._keys = keys
+        self._clock = clock
+        self._entropy = entropy
+
+    @classmethod
+    def of_folder(cls, data: Path, *, clock: Callable[[], float], entropy: Callable[[int], bytes]) -> OperatorClient:
+        """The client for the server that runs on this data folder.
+
+        Raises:
+            DataMissingError: there are no keys.
+            ServerAbsentError: no server runs.
+        """
+        keys = load_keys(data / KEYS_FOLDER)
+        try:
+            url = (data / URL_NAME).read_text().strip()
+        except OSError as error:
+            raise ServerAbsentError(
+                f"{data}: no aggregator runs on this folder; start it with `emberlora cloud serve`"
+            ) from error
+        return cls(url, keys, clock=clock, entropy=entropy)
+
+    async def status(self) -> wire.TaskStatus:
+        """Rounds, devices, figures."""
+        return await self._ask("GET", resources.OPERATOR_STATUS, b"", wire.TaskStatus)
+
+    async def make_token(self, device: str, ttl_s: int) -> wire.TokenAnswer:
+        """A token for one enrolment."""
+        body = wire.encode_message(wire.TokenRequest(device=device, ttl_s=ttl_s))
+        return await self._ask("POST", resources.OPERATOR_TOKENS, body, wire.TokenAnswer)
+
+    async def stop(self) -> wire.TaskStatus:
+        """End the task; the status after it."""
+        return await self._ask("POST", resources.OPERATOR_STOP, b"", wire.TaskStatus)
+
+    async def _ask(self, method: str, target: str, body: bytes, kind: type[T]) -> T:
+        digest = hashlib.sha256(body).hexdigest()
+        nonce = self._entropy(16).hex()
+        request = wire.SignedRequest(OPERATOR, method, target, digest, int(self._clock()), nonce)
+        headers = {"Authorization": wire.authorization(request, self._keys.operator)}
+        timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
+        try:
+            async with (
+                aiohttp.ClientSession(timeout=timeout) as session,
+                session.request(method, self._url + target, data=body or None, headers=headers) as response,
+            ):
+                data, status = await response.read(), response.status
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise ServerAbsentError(f"{self._url}: no aggregator answers ({error})") from error
+        if status >= 400:
+            raise ServerRefusedError(str(wire.decode_problem(data, status=status)))
+        return msgspec.json.decode(data, type=kind)

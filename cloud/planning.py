@@ -1,0 +1,121 @@
+"""From config, bundle and a policy's choice to the plan of a round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cloud.config import Config
+from cloud.errors import ConfigError
+from cloud.planner import Choice, Situation, choose
+from cloud.rounds import RoundRules, TaskState
+from edge_runtime import wire
+from edge_runtime.bundle import Array, Bundle, cut_ranks
+from edge_runtime.wire.plan import SCHEMA
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter file by what a plan says of it."""
+
+    digest: str
+    bytes: int
+
+
+def check_fit(config: Config, bundle: Bundle) -> None:
+    """Demand that the config asks only for what the bundle has.
+
+    Raises:
+        ConfigError: naming the key and the bundle's bound.
+    """
+    manifest, task, training = bundle.manifest, config.task, config.training
+    if task.rank is not None and task.rank > manifest.r_max:
+        raise ConfigError(f"task.rank ({task.rank}) must not exceed the bundle's r_max ({manifest.r_max})")
+    if training.max_tokens is not None and training.max_tokens > manifest.text.max_tokens:
+        raise ConfigError(
+            f"training.max_tokens ({training.max_tokens}) must not exceed the bundle's ({manifest.text.max_tokens})"
+        )
+
+
+def round_rules(config: Config) -> RoundRules:
+    """The state machine's part of the config."""
+    task = config.task
+    return RoundRules(task.rounds, task.devices_per_round, task.min_devices, task.round_deadline_s)
+
+
+def update_rules(config: Config) -> wire.UpdateRules:
+    """Bounds that keep this task's sums exact."""
+    return wire.UpdateRules(weight_cap=config.task.weight_cap, max_devices=config.task.devices_per_round)
+
+
+def first_adapter(config: Config, bundle: Bundle) -> dict[str, Array]:
+    """The bundle's adapter cut to the config's rank."""
+    rank = config.task.rank or bundle.manifest.r_max
+    return cut_ranks(bundle.manifest, bundle.initial_adapter(), dict.fromkeys(bundle.manifest.module_names, rank))
+
+
+def choose_modules(
+    config: Config, bundle: Bundle, state: TaskState, ranks: dict[str, int], history: tuple[wire.RoundStatus, ...]
+) -> Choice:
+    """What the configured policy wants trained in the state's round, given the adapter's ranks; nothing at the end."""
+    if state.phase == "finished":
+        names = bundle.manifest.module_names
+        return Choice(tuple(wire.ModulePlan(name=name, rank=ranks[name], alive="") for name in names), head_alive=False)
+    situation = Situation(
+        manifest=bundle.manifest,
+        ranks=ranks,
+        aggregation=config.task.aggregation,
+        round=state.round,
+        rounds=config.task.rounds,
+        seed=config.task.seed,
+        history=history,
+    )
+    return choose(config.task.policy, situation)
+
+
+def make_plan(
+    config: Config, bundle: Bundle, state: TaskState, *, choice: Choice, adapter: Adapter, round_key: str
+) -> wire.Plan:
+    """The plan of a state; ``round_key`` is the public key in hex, empty when the task is finished."""
+    task = config.task
+    return wire.Plan(
+        schema=SCHEMA,
+        task=task.name,
+        round=state.round,
+        rounds=task.rounds,
+        state="finished" if state.phase == "finished" else "train",
+        bundle=bundle.digest,
+        adapter=adapter.digest,
+        adapter_bytes=adapter.bytes,
+        modules=choice.modules,
+        head_alive=choice.head_alive,
+        training=_training(config, bundle),
+        update=update_rules(config),
+        seed=task.seed,
+        deadline=state.deadline,
+        round_key=round_key,
+        min_examples=task.min_examples,
+    )
+
+
+def _training(config: Config, bundle: Bundle) -> wire.Training:
+    training = config.training
+    return wire.Training(
+        batch_size=training.batch_size,
+        max_tokens=training.max_tokens or bundle.manifest.text.max_tokens,
+        lr_a=training.lr_a,
+        lr_b=training.lr_b,
+        lr_head=training.lr_head,
+        steps=training.steps,
+        epochs=training.epochs or (1 if training.steps is None else None),
+        weight_decay=training.weight_decay,
+        mu=training.mu,
+        clip_norm=training.clip_norm,
+    )
+
+
+def plan_layout(bundle: Bundle, plan: wire.Plan) -> wire.Layout:
+    """The layout of updates to a plan."""
+    manifest = bundle.manifest
+    features = {module.name: (module.in_features, module.out_features) for module in manifest.modules}
+    head = {f"{manifest.head.module}.{param.name}": param.shape for param in manifest.head.params}
+    return wire.layout_of(plan.modules, features, head if plan.head_alive else {})

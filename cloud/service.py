@@ -1,0 +1,435 @@
+"""The aggregator: the thin shell around round state, planner, sum and store.
+
+One event loop owns it. What changes a round happens under one lock, in the order that makes a kill harmless: blob
+durable, row committed, sum added, answer sent. Hashing, opening and summing run in worker threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from cloud import events, planning
+from cloud.config import Config
+from cloud.errors import CloudError, DataMissingError
+from cloud.keys import Keys
+from cloud.members import Members
+from cloud.metrics import METRIC_NAMES, summarise
+from cloud.publish import PUBLISHED, publish
+from cloud.rounds import (
+    RoundApplied,
+    StopAsked,
+    TaskState,
+    TimePassed,
+    UpdateArrived,
+    advance,
+    check_update,
+    first_state,
+)
+from cloud.store import OBJECTS, UPDATES, Blobs, Database, Identity, RoundRecord, UpdateRecord
+from cloud.work import RoundWork, next_adapter, open_update, read_adapter, start_work
+from edge_runtime import wire
+from edge_runtime.bundle import MANIFEST_NAME, Array, Bundle, adapter_ranks, cut_ranks, encode_tensors
+
+_TICK_S = 0.5
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the aggregator takes from outside: Unix time in seconds, random bytes, and who is told what happens."""
+
+    clock: Callable[[], float]
+    entropy: Callable[[int], bytes]
+    report: events.Report
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    record: RoundRecord
+    digest: str  # of the adapter
+    tensors: dict[str, Array]
+
+
+class Aggregator:
+    """One task. :meth:`start` before use, :meth:`close` after; both on the loop that serves it."""
+
+    def __init__(self, config: Config, bundle: Bundle, *, keys: Keys, folder: Path, surroundings: Surroundings) -> None:
+        self.config = config
+        self._bundle = bundle
+        self._keys = keys
+        self._folder = folder
+        self._clock, self._report, self._entropy = surroundings.clock, surroundings.report, surroundings.entropy
+        self._database = Database(folder / "emberlora.sqlite3")
+        self._blobs = Blobs(folder / "blobs")
+        self.members = Members(self._database, keys, clock=self._clock, entropy=self._entropy, report=self._report)
+        self._lock = asyncio.Lock()
+        self._changed = asyncio.Event()
+        self._kick = asyncio.Event()
+        self._closing = False
+        self._keeper: asyncio.Task[None] | None = None
+        self._state: TaskState
+        self._signed: wire.SignedPlan
+        self._work: RoundWork | None = None
+        self._history: tuple[wire.RoundStatus, ...] = ()
+        self._previous_adapter: str | None = None
+
+    # Life
+
+    async def start(self) -> None:
+        """Open the store and go on where it left off, or begin round 0.
+
+        Raises:
+            DataError: the store is another task's, or lacks something it must hold.
+        """
+        try:
+            identity = Identity(self.config.task.name, self._bundle.digest)
+            await self._database.call(self._database.open, identity)
+            await self.members.start()
+            self._history = await self._database.call(self._database.history)
+            record = await self._database.call(self._database.last_round)
+            if record is None:
+                await self._begin()
+            else:
+                await self._resume(record)
+        except BaseException:  # whatever stopped the start, the database's thread must end with it
+            await self._database.close()
+            raise
+        self._keeper = asyncio.create_task(self._keep())
+
+    def drain(self) -> None:
+        """Send waiting devices away, so that a server that stops need not wait for them."""
+        self._closing = True
+        self._changed.set()
+
+    async def close(self) -> None:
+        """Write what is still in memory and close the store."""
+        self.drain()
+        if self._keeper is not None:
+            self._keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeper
+        async with self._lock:
+            await self.members.flush()
+            await self._database.close()
+
+    async def _begin(self) -> None:
+        state = first_state(planning.round_rules(self.config), now=self._clock())
+        new = await self._prepare(state, planning.first_adapter(self.config, self._bundle), ())
+        await self._database.call(self._database.open_round, new.record)
+        self._enter(state, new.record)
+
+    async def _resume(self, record: RoundRecord) -> None:
+        updates = await self._database.call(self._database.updates_of, record.round)
+        finished = record.state == "finished"
+        counted = {} if finished else {update.receipt.device: update.receipt for update in updates}
+        rules = planning.round_rules(self.config)
+        state = TaskState(rules, record.round, "finished" if finished else "open", record.deadline, counted)
+        self._enter(state, record)
+        # The config may have changed; the open round has room for as many devices as its plan said.
+        room = min(rules.devices_per_round, self._signed.plan.update.max_devices)
+        self._state = replace(state, rules=replace(rules, devices_per_round=room))
+        data = await asyncio.to_thread(self._blobs.get, OBJECTS, self._signed.plan.adapter)
+        work = self._work
+        if work is not None:
+            await asyncio.to_thread(self._sum_again, work, updates)
+        await asyncio.to_thread(self._blobs.keep_only, UPDATES, {receipt.digest for receipt in counted.values()})
+        if self._history:
+            self._previous_adapter = self._history[-2].adapter if len(self._history) > 1 else None
+        if self._history or finished:
+            await asyncio.to_thread(self._publish, read_adapter(self._bundle, data), self._signed.plan.adapter)
+
+    def _sum_again(self, work: RoundWork, updates: list[UpdateRecord]) -> None:
+        """Open the stored updates of a round once more; the sum is the same, whatever the order."""
+        for update in updates:
+            sealed = self._blobs.get(UPDATES, update.receipt.digest)
+            try:
+                opened = open_update(work, update.receipt.device, sealed)
+            except wire.UpdateError as error:
+                raise DataMissingError(f"stored {error}") from error
+            work.total.add(opened.values, opened.weight)
+
+    # Devices
+
+    @property
+    def finished(self) -> bool:
+        """Whether the task has ended."""
+        return self._state.phase == "finished"
+
+    async def plan_after(self, device: str, *, task: str, after: int, wait_s: float) -> wire.SignedPlan | None:
+        """The current plan once its round is later than ``after``, or None when ``wait_s`` pass without it.
+
+        Raises:
+            NotFoundError: another task.
+            UnavailableError: the server is shutting down.
+        """
+        self._check_task(task)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + wait_s
+        while not self._closing:
+            if self._signed.plan.round > after:
+                self.members.saw(device, sent_bytes=len(self._signed.data))
+                return self._signed
+            self.members.saw(device)
+            changed = self._changed
+            try:
+                await asyncio.wait_for(changed.wait(), max(end - loop.time(), 0))
+            except asyncio.TimeoutError:
+                return None
+        raise wire.UnavailableError("the aggregator is shutting down; ask again later")
+
+    def blob_path(self, digest: str) -> Path:
+        """Where a bundle file or one of the two newest adapters lies.
+
+        Raises:
+            NotFoundError: no such blob in this task.
+        """
+        if digest == self._bundle.digest:
+            return self._bundle.path(MANIFEST_NAME)
+        for name, entry in self._bundle.manifest.files.items():
+            if entry.sha256 == digest:
+                return self._bundle.path(name)
+        if digest in (self._signed.plan.adapter, self._previous_adapter):
+            return self._blobs.path(OBJECTS, digest)
+        raise wire.NotFoundError(f"blob {digest[:80]!r}: not part of this task")
+
+    async def admit(self, device: str, *, task: str, round_: int, digest: str) -> wire.UpdateReceipt | int:
+        """Say before its body is read whether an update could count.
+
+        Returns:
+            The first receipt if this very update was counted, now or in an earlier round; else the exact length in
+            bytes that its body must have.
+
+        Raises:
+            NotFoundError: another task.
+            UpdateConflictError, RoundClosedError, TaskFinishedError: the round's state forbids it.
+        """
+        self._check_task(task)
+        try:
+            known = check_update(self._state, device=device, round_=round_, digest=digest)
+        except (wire.RoundClosedError, wire.TaskFinishedError):
+            known = await self._database.call(self._database.receipt_of, round_, device)
+            if known is None or known.digest != digest:
+                raise
+        return known or self._open_work().sealed_bytes
+
+    async def submit(self, device: str, *, round_: int, digest: str, sealed: bytes) -> tuple[wire.UpdateReceipt, bool]:
+        """Check and count a sealed update whose SHA-256 is ``digest`` (hex).
+
+        Returns:
+            The receipt, and whether it is new. It is durable and summed by then.
+
+        Raises:
+            UpdateError: what is wrong with it; nothing has changed then, in memory or on disk.
+            RoundError: the round's state forbids it.
+            DataError: the disk does not take it; nothing has changed then.
+        """
+        # Again after :meth:`admit`: the round may have ended while the body came in.
+        known = check_update(self._state, device=device, round_=round_, digest=digest)
+        if known is not None:
+            return known, False
+        work = self._open_work()
+        update = await asyncio.to_thread(open_update, work, device, sealed)
+        receipt = wire.UpdateReceipt(
+            device=device, round=round_, digest=digest, weight=work.total.capped(update.weight)
+        )
+        # Shielded: a device that hangs up now must not leave a row without its share of the sum.
+        return await asyncio.shield(asyncio.create_task(self._count(work, receipt, sealed, update)))
+
+    async def _count(
+        self, work: RoundWork, receipt: wire.UpdateReceipt, sealed: bytes, update: wire.Update
+    ) -> tuple[wire.UpdateReceipt, bool]:
+        async with self._lock:
+            state = advance(self._state, UpdateArrived(receipt))
+            if state is self._state:
+                return receipt, False
+            row = UpdateRecord(receipt, len(sealed), self._clock(), update.metrics)
+            await asyncio.to_thread(self._blobs.put, UPDATES, sealed)
+            await self._database.call(self._database.add_update, row)
+            await asyncio.to_thread(work.total.add, update.values, update.weight)
+            self._state = state
+        if state.phase == "closed":
+            self._kick.set()
+        self.members.saw(receipt.device)
+        self._report(
+            events.UpdateCounted(
+                round_=receipt.round,
+                device=receipt.device,
+                received=len(state.counted),
+                wanted=state.rules.devices_per_round,
+                weight=receipt.weight,
+                bytes=len(sealed),
+                loss_start=update.metrics.loss_start,
+                loss_end=update.metrics.loss_end,
+            )
+        )
+        return receipt, True
+
+    # Operator
+
+    async def stop(self) -> None:
+        """End the task; see :mod:`cloud.rounds` for what happens to an open round. Stopping twice does no harm."""
+        async with self._lock:
+            state = advance(self._state, StopAsked())
+            if state.phase == "closed":
+                self._state = state
+                await self._apply()
+            elif not self.finished:
+                data = await asyncio.to_thread(self._blobs.get, OBJECTS, self._signed.plan.adapter)
+                await self._end(state, read_adapter(self._bundle, data), summary=None)
+
+    async def status(self) -> wire.TaskStatus:
+        """Everything the operator may want to see."""
+        devices = await self.members.statuses()
+        state = self._state
+        return wire.TaskStatus(
+            task=self.config.task.name,
+            state="finished" if self.finished else "training",
+            round=state.round,
+            rounds=state.rules.rounds,
+            metric=METRIC_NAMES[self._bundle.manifest.task],
+            received=len(state.counted),
+            wanted=state.rules.devices_per_round,
+            deadline=state.deadline,
+            adapter=self._signed.plan.adapter,
+            bytes_up=sum(device.bytes_up for device in devices),
+            bytes_down=sum(device.bytes_down for device in devices),
+            devices=devices,
+            history=self._history,
+        )
+
+    # Rounds
+
+    async def tick(self) -> None:
+        """Close the round if it is full or its time is over, and apply it.
+
+        Raises:
+            DataError: the disk does not take the result; the next tick tries again.
+        """
+        async with self._lock:
+            before, state = self._state, advance(self._state, TimePassed(self._clock()))
+            if state.deadline != before.deadline:
+                await self._database.call(self._database.move_deadline, state.round, state.deadline)
+                rules, received = state.rules, len(state.counted)
+                self._report(events.DeadlineMoved(state.round, received, rules.min_devices, state.deadline))
+            self._state = state
+            if state.phase == "closed":
+                await self._apply()
+
+    async def _keep(self) -> None:
+        said = ""
+        while True:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._kick.wait(), _TICK_S)
+            self._kick.clear()
+            try:
+                await self.tick()
+                await self.members.flush()
+                said = ""
+            except Exception as error:  # noqa: BLE001 - rounds must go on after any fault; it is reported, and retried
+                if str(error) != said:  # once, not twice a second
+                    self._report(events.WorkFailed(f"round {self._state.round}", f"{type(error).__name__}: {error}"))
+                said = str(error)
+
+    async def _apply(self) -> None:
+        """Apply the closed round's mean. When this fails the round stays closed, and the next tick tries again."""
+        work = self._open_work()
+        updates = await self._database.call(self._database.updates_of, self._state.round)
+        data = await asyncio.to_thread(self._blobs.get, OBJECTS, work.signed.plan.adapter)
+        tensors = await asyncio.to_thread(next_adapter, self._bundle, work, data)
+        now = self._clock()
+        summary = summarise(
+            updates,
+            task=self._bundle.manifest.task,
+            round_=self._state.round,
+            seconds=now - work.opened,
+            adapter="",  # known once the next plan has settled its ranks
+        )
+        state = advance(self._state, RoundApplied(now))
+        await self._end(replace(state, rules=planning.round_rules(self.config)), tensors, summary=summary)
+
+    async def _end(self, state: TaskState, tensors: dict[str, Array], *, summary: wire.RoundStatus | None) -> None:
+        """Make the round final in the store, then enter ``state``, whose adapter is ``tensors``."""
+        ended, received = self._signed.plan, len(self._state.counted)
+        history = self._history if summary is None else (*self._history, summary)
+        new = await self._prepare(state, tensors, history)
+        if summary is not None:
+            summary = msgspec.structs.replace(summary, adapter=new.digest)
+        await self._database.call(self._database.end_round, ended.round, summary=summary, new=new.record)
+        try:
+            await asyncio.to_thread(self._tidy, {ended.adapter, new.digest})
+            await asyncio.to_thread(self._publish, new.tensors, new.digest)
+        except CloudError as error:  # the round is final all the same; the next one, or a restart, makes up for it
+            self._report(events.WorkFailed(f"after round {ended.round}", str(error)))
+        self._enter(state, new.record)
+        self._previous_adapter = ended.adapter
+        if summary is not None:
+            self._history = (*self._history, summary)
+            self._report(events.RoundApplied(summary, state.rules.rounds))
+        if self.finished:
+            discarded = received if summary is None else 0
+            path = str(self._folder / PUBLISHED)
+            self._report(events.TaskFinished(len(self._history), discarded, new.digest, path))
+
+    async def _prepare(
+        self, state: TaskState, tensors: dict[str, Array], history: tuple[wire.RoundStatus, ...]
+    ) -> _Prepared:
+        """Store the adapter, cut to the plan's ranks, and make the record of what starts from it."""
+        manifest = self._bundle.manifest
+        choice = planning.choose_modules(self.config, self._bundle, state, adapter_ranks(manifest, tensors), history)
+        cut = cut_ranks(manifest, tensors, {module.name: module.rank for module in choice.modules})
+        data = await asyncio.to_thread(encode_tensors, cut)
+        digest = await asyncio.to_thread(self._blobs.put, OBJECTS, data)
+        finished = state.phase == "finished"
+        key = None if finished else X25519PrivateKey.from_private_bytes(self._entropy(32))
+        plan = planning.make_plan(
+            self.config,
+            self._bundle,
+            state,
+            choice=choice,
+            adapter=planning.Adapter(digest, len(data)),
+            round_key="" if key is None else key.public_key().public_bytes_raw().hex(),
+        )
+        signed = wire.sign_plan(plan, self._keys.plan)
+        wire.open_plan(signed.data, self._keys.plan.public_key())  # a plan no device would take is not stored either
+        record = RoundRecord(
+            round=state.round,
+            state="finished" if finished else "open",
+            plan=signed.data,
+            opened=self._clock(),
+            deadline=state.deadline,
+            round_key=None if key is None else key.private_bytes_raw(),
+        )
+        return _Prepared(record, digest, cut)
+
+    def _enter(self, state: TaskState, record: RoundRecord) -> None:
+        signed = wire.open_plan(record.plan, self._keys.plan.public_key())
+        if record.round_key is None:
+            self._work = None
+        else:
+            key = X25519PrivateKey.from_private_bytes(record.round_key)
+            self._work = start_work(self._bundle, signed, key=key, opened=record.opened)
+        self._state, self._signed = state, signed
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _tidy(self, adapters: set[str]) -> None:
+        self._blobs.keep_only(UPDATES, set())
+        self._blobs.keep_only(OBJECTS, adapters)
+
+    def _publish(self, tensors: dict[str, Array], digest: str) -> None:
+        publish(self._folder, self._bundle.manifest, tensors, digest=digest)
+
+    def _open_work(self) -> RoundWork:
+        if self._work is None:
+            raise wire.TaskFinishedError(f"task {self.config.task.name}: has ended")
+        return self._work
+
+    def _check_task(self, task: str) -> None:
+        if task != self.config.task.name:
+            raise wire.NotFoundError(f"task {task[:80]!r}: not served here")

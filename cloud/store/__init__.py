@@ -1,0 +1,17 @@
+"""What the aggregator keeps: rows in SQLite, blobs in a folder."""
+
+from cloud.store.blobs import OBJECTS, UPDATES, Blobs
+from cloud.store.database import Database, Identity
+from cloud.store.records import DeviceRecord, RoundRecord, TokenRecord, UpdateRecord
+
+__all__ = [
+    "OBJECTS",
+    "UPDATES",
+    "Blobs",
+    "Database",
+    "DeviceRecord",
+    "Identity",
+    "RoundRecord",
+    "TokenRecord",
+    "UpdateRecord",
+]

@@ -1,0 +1,96 @@
+"""Content-addressed blobs in a local folder, durable once :meth:`Blobs.put` has returned.
+
+Two kinds: ``objects`` (adapters, which devices fetch) and ``updates`` (sealed, which nobody fetches). A blob's name is
+the SHA-256 of its bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore
+
+from cloud.errors import DataError, DataMissingError
+
+Kind = Literal["objects", "updates"]
+OBJECTS: Kind = "objects"
+UPDATES: Kind = "updates"
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class Blobs:
+    """Blobs under one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        for kind in (OBJECTS, UPDATES):
+            (folder / kind).mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._store = LocalStore(prefix=folder)
+
+    def path(self, kind: Kind, digest: str) -> Path:
+        """Where a blob lies.
+
+        Raises:
+            DataMissingError: ``digest`` is not one, so it can never leave the folder.
+        """
+        if not _DIGEST.fullmatch(digest):
+            raise DataMissingError(f"blob {digest[:80]!r}: not a digest")
+        return self._folder / kind / digest
+
+    def put(self, kind: Kind, data: bytes) -> str:
+        """Store bytes durably and return their digest; storing the same again is harmless.
+
+        Raises:
+            DataError: the disk does not take them.
+        """
+        digest = hashlib.sha256(data).hexdigest()
+        try:
+            # obstore writes aside and renames; it does not sync, so that is done here, file first, then folder.
+            obstore.put(self._store, f"{kind}/{digest}", data)
+            for path in (self.path(kind, digest), self._folder / kind):
+                _sync(path)
+        except (BaseError, OSError) as error:
+            raise DataError(f"blob {digest[:12]}: cannot be stored: {error}") from error
+        return digest
+
+    def get(self, kind: Kind, digest: str) -> bytes:
+        """The bytes of a blob, checked.
+
+        Raises:
+            DataMissingError: not there, or other bytes than its name says.
+        """
+        try:
+            data = bytes(obstore.get(self._store, f"{kind}/{self.path(kind, digest).name}").bytes())
+        except (BaseError, FileNotFoundError) as error:
+            raise DataMissingError(f"blob {digest[:12]}: not in {self._folder / kind}") from error
+        found = hashlib.sha256(data).hexdigest()
+        if found != digest:
+            raise DataMissingError(f"blob {digest[:12]}: damaged on disk: its digest is {found[:12]}")
+        return data
+
+    def keep_only(self, kind: Kind, digests: set[str]) -> None:
+        """Delete every blob of a kind but these, half-written ones included.
+
+        Raises:
+            DataError: one cannot be deleted.
+        """
+        try:
+            for path in (self._folder / kind).iterdir():
+                if path.name not in digests:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise DataError(f"{self._folder / kind}: cannot be tidied: {error.strerror}") from error
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

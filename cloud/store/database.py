@@ -1,0 +1,249 @@
+"""Rows in one SQLite file through one connection, which lives in one thread.
+
+SQLite before 3.51.3 can damage a WAL database when two connections write or checkpoint at once, so there is one. Every
+method is one transaction (``BEGIN IMMEDIATE``, synchronous=FULL): when it returns, its effect survives a power cut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import StaticPool
+
+from cloud.errors import DataError, DataSchemaError
+from cloud.store import schema as t
+from cloud.store.records import DeviceRecord, RoundRecord, TokenRecord, UpdateRecord
+from edge_runtime.wire import LocalMetrics, RoundStatus, UpdateReceipt
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Judge = Callable[[TokenRecord | None, DeviceRecord | None], DeviceRecord]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a database belongs to; it is refused for anything else."""
+
+    task: str
+    bundle: str
+
+
+class Database:
+    """The rows of one task. Methods are synchronous; :meth:`call` runs them in the connection's thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="emberlora-db")
+        self._engine = sa.create_engine(f"sqlite:///{path}", poolclass=StaticPool)
+        sa.event.listen(self._engine, "connect", _on_connect)
+        sa.event.listen(self._engine, "begin", _on_begin)
+
+    async def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run one of the methods below in the database's thread.
+
+        Raises:
+            DataError: the database cannot be read or written, for example because the disk is full.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._thread, lambda: function(*args, **kwargs))
+        except SQLAlchemyError as error:
+            raise DataError(f"{self._path}: database: {str(error).splitlines()[0]}") from error
+
+    async def close(self) -> None:
+        """Close the connection and end the thread."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.dispose)
+        self._thread.shutdown()
+
+    def open(self, identity: Identity) -> None:
+        """Make the tables, or check that they are those of this version, task and bundle.
+
+        Raises:
+            DataSchemaError: they are not.
+        """
+        with self._engine.begin() as connection:
+            if not sa.inspect(connection).has_table(t.identity.name):
+                t.metadata.create_all(connection)
+                connection.execute(t.identity.insert().values(only=1, schema=t.SCHEMA, **asdict(identity)))
+            row = connection.execute(sa.select(t.identity)).one()
+        if row.schema != t.SCHEMA:
+            raise DataSchemaError(f"{self._path}: schema: expected {t.SCHEMA}, got {row.schema}")
+        if (row.task, row.bundle) != (identity.task, identity.bundle):
+            raise DataSchemaError(
+                f"{self._path}: belongs to another task or bundle: expected {identity.task} on "
+                f"{identity.bundle[:12]}, got {row.task} on {row.bundle[:12]}"
+            )
+
+    # Rounds
+
+    def last_round(self) -> RoundRecord | None:
+        """The round opened last, or the finished state; None before the first."""
+        query = sa.select(t.rounds).order_by(t.rounds.c.round.desc()).limit(1)
+        with self._engine.begin() as connection:
+            row = connection.execute(query).one_or_none()
+        if row is None:
+            return None
+        return RoundRecord(row.round, row.state, row.plan, row.opened, row.deadline, row.round_key)
+
+    def open_round(self, new: RoundRecord) -> None:
+        """Store the first round."""
+        with self._engine.begin() as connection:
+            _insert_round(connection, new)
+
+    def end_round(self, round_: int, *, summary: RoundStatus | None, new: RoundRecord) -> None:
+        """Make a round final and open what follows, in one transaction; the round's private key is destroyed in it.
+
+        Args:
+            round_: The round that ends.
+            summary: What it did, or None when its updates are discarded.
+            new: The next round, or the finished state.
+        """
+        values: dict[str, Any] = {"round_key": None, "state": "discarded"}
+        if summary is not None:
+            values |= {"state": "applied", "summary": msgspec.json.encode(summary).decode()}
+        with self._engine.begin() as connection:
+            connection.execute(t.rounds.update().where(t.rounds.c.round == round_).values(values))
+            _insert_round(connection, new)
+        # The write-ahead log still holds the page with the key; emptying it is what destroys the key on disk.
+        raw = self._engine.raw_connection()
+        raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        raw.close()
+
+    def move_deadline(self, round_: int, deadline: float) -> None:
+        """Store a later deadline."""
+        with self._engine.begin() as connection:
+            connection.execute(t.rounds.update().where(t.rounds.c.round == round_).values(deadline=deadline))
+
+    def history(self) -> tuple[RoundStatus, ...]:
+        """Every applied round, in order."""
+        query = sa.select(t.rounds.c.summary).where(t.rounds.c.state == "applied").order_by(t.rounds.c.round)
+        with self._engine.begin() as connection:
+            return tuple(msgspec.json.decode(text, type=RoundStatus) for text in connection.scalars(query))
+
+    # Updates
+
+    def add_update(self, update: UpdateRecord) -> None:
+        """Count an update; its blob is durable already."""
+        row = msgspec.structs.asdict(update.receipt) | {
+            "bytes": update.bytes,
+            "received": update.received,
+            "metrics": msgspec.json.encode(update.metrics).decode(),
+        }
+        with self._engine.begin() as connection:
+            connection.execute(t.updates.insert().values(row))
+
+    def updates_of(self, round_: int) -> list[UpdateRecord]:
+        """The counted updates of a round in the order they came."""
+        return self._updates(sa.select(t.updates).where(t.updates.c.round == round_).order_by(t.updates.c.received))
+
+    def receipt_of(self, round_: int, device: str) -> UpdateReceipt | None:
+        """The receipt a device got for a round."""
+        query = sa.select(t.updates).where(t.updates.c.round == round_, t.updates.c.device == device)
+        found = self._updates(query)
+        return found[0].receipt if found else None
+
+    def last_updates(self) -> list[UpdateRecord]:
+        """The newest counted update of every device."""
+        newest = sa.select(t.updates.c.device, sa.func.max(t.updates.c.round)).group_by(t.updates.c.device)
+        return self._updates(sa.select(t.updates).where(sa.tuple_(t.updates.c.device, t.updates.c.round).in_(newest)))
+
+    def contributions(self) -> dict[str, tuple[int, int]]:
+        """By device: how many of its updates are in applied rounds, and the bytes of all it sent."""
+        applied = sa.func.sum(sa.case((t.rounds.c.state == "applied", 1), else_=0))
+        query = (
+            sa.select(t.updates.c.device, applied, sa.func.sum(t.updates.c.bytes))
+            .join(t.rounds, t.rounds.c.round == t.updates.c.round)
+            .group_by(t.updates.c.device)
+        )
+        with self._engine.begin() as connection:
+            return {device: (count, size) for device, count, size in connection.execute(query)}
+
+    def _updates(self, query: sa.Select[Any]) -> list[UpdateRecord]:
+        with self._engine.begin() as connection:
+            return [
+                UpdateRecord(
+                    UpdateReceipt(device=row.device, round=row.round, digest=row.digest, weight=row.weight),
+                    row.bytes,
+                    row.received,
+                    msgspec.json.decode(row.metrics, type=LocalMetrics),
+                )
+                for row in connection.execute(query)
+            ]
+
+    # Devices
+
+    def devices(self) -> list[DeviceRecord]:
+        """Every device that was ever enrolled, by name."""
+        with self._engine.begin() as connection:
+            return [_device(row) for row in connection.execute(sa.select(t.devices).order_by(t.devices.c.name))]
+
+    def add_token(self, token: TokenRecord) -> None:
+        """Store a new token."""
+        with self._engine.begin() as connection:
+            connection.execute(t.tokens.insert().values(asdict(token)))
+
+    def enrol(self, token_digest: str, device: str, judge: Judge) -> DeviceRecord:
+        """Use up a token for a device in one transaction, so that of two racing devices one wins.
+
+        Args:
+            token_digest: SHA-256 of the token's secret, hex.
+            device: The name asked for.
+            judge: Given the token and the device of that name, if there are such, gives the record to keep or raises
+                a refusal, which then changes nothing.
+        """
+        find_token = sa.select(t.tokens).where(t.tokens.c.digest == token_digest)
+        find_device = sa.select(t.devices).where(t.devices.c.name == device)
+        with self._engine.begin() as connection:
+            token = connection.execute(find_token).one_or_none()
+            known = connection.execute(find_device).one_or_none()
+            record = judge(None if token is None else _token(token), None if known is None else _device(known))
+            row = asdict(record)
+            if known is None:
+                connection.execute(t.devices.insert().values(row))
+            else:
+                connection.execute(t.devices.update().where(t.devices.c.name == device).values(row))
+            used = t.tokens.update().where(t.tokens.c.digest == token_digest)
+            connection.execute(used.values(used_by=record.signing_key))
+        return record
+
+    def leave(self, device: str, now: float) -> None:
+        """Note that a device left."""
+        with self._engine.begin() as connection:
+            connection.execute(t.devices.update().where(t.devices.c.name == device).values(left_at=now))
+
+    def note_traffic(self, traffic: Iterable[tuple[str, float, int]]) -> None:
+        """Add (device, last seen, further bytes sent to it)."""
+        with self._engine.begin() as connection:
+            for device, seen, sent in traffic:
+                values = {"last_seen": seen, "bytes_down": t.devices.c.bytes_down + sent}
+                connection.execute(t.devices.update().where(t.devices.c.name == device).values(values))
+
+
+def _insert_round(connection: sa.Connection, new: RoundRecord) -> None:
+    connection.execute(t.rounds.insert().values(asdict(new)))
+
+
+def _device(row: sa.Row[Any]) -> DeviceRecord:
+    return DeviceRecord(row.name, row.signing_key, row.enrolled, row.last_seen, row.left_at, row.bytes_down)
+
+
+def _token(row: sa.Row[Any]) -> TokenRecord:
+    return TokenRecord(row.digest, row.device, row.expires, row.used_by)
+
+
+def _on_connect(connection: Any, _record: object) -> None:
+    connection.isolation_level = None  # SQLAlchemy begins and commits, not the driver
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=5000", "secure_delete=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _on_begin(connection: sa.Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -1,0 +1,51 @@
+"""Rows as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from edge_runtime.wire import LocalMetrics, UpdateReceipt
+
+
+@dataclass(frozen=True)
+class TokenRecord:
+    """An enrolment token by the digest of its secret."""
+
+    digest: str
+    device: str
+    expires: float
+    used_by: str | None = None
+
+
+@dataclass(frozen=True)
+class DeviceRecord:
+    """A device that is, or was, enrolled."""
+
+    name: str
+    signing_key: str
+    enrolled: float
+    last_seen: float | None = None
+    left_at: float | None = None
+    bytes_down: int = 0
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """A round and its signed plan; the private key is there while updates may have to be opened."""
+
+    round: int
+    state: str
+    plan: bytes
+    opened: float
+    deadline: float
+    round_key: bytes | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class UpdateRecord:
+    """A counted update. Its sealed bytes are a blob named by ``receipt.digest`` until the round is final."""
+
+    receipt: UpdateReceipt
+    bytes: int
+    received: float
+    metrics: LocalMetrics

@@ -1,0 +1,62 @@
+"""The tables. Times are Unix seconds, digests SHA-256 in hex. Changing anything here raises ``SCHEMA``."""
+
+from __future__ import annotations
+
+from sqlalchemy import REAL, Column, ForeignKey, Integer, LargeBinary, MetaData, Table, Text
+
+SCHEMA = 1
+metadata = MetaData()
+
+identity = Table(
+    "identity",
+    metadata,
+    Column("only", Integer, primary_key=True),  # always 1
+    Column("schema", Integer, nullable=False),
+    Column("task", Text, nullable=False),
+    Column("bundle", Text, nullable=False),
+    sqlite_strict=True,
+)
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("digest", Text, primary_key=True),  # of the secret; the secret itself is never kept
+    Column("device", Text, nullable=False),
+    Column("expires", REAL, nullable=False),
+    Column("used_by", Text),  # signing key it was used with, hex
+    sqlite_strict=True,
+)
+devices = Table(
+    "devices",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("signing_key", Text, nullable=False),  # Ed25519 public key, hex
+    Column("enrolled", REAL, nullable=False),
+    Column("last_seen", REAL),
+    Column("left_at", REAL),
+    Column("bytes_down", Integer, nullable=False),
+    sqlite_strict=True,
+)
+rounds = Table(
+    "rounds",
+    metadata,
+    Column("round", Integer, primary_key=True),
+    Column("state", Text, nullable=False),  # open | applied | discarded | finished
+    Column("plan", LargeBinary, nullable=False),  # as signed
+    Column("round_key", LargeBinary),  # X25519 private key; NULL once the round is final
+    Column("opened", REAL, nullable=False),
+    Column("deadline", REAL, nullable=False),
+    Column("summary", Text),  # RoundStatus as JSON, of applied rounds
+    sqlite_strict=True,
+)
+updates = Table(
+    "updates",
+    metadata,
+    Column("round", Integer, ForeignKey("rounds.round"), primary_key=True),
+    Column("device", Text, ForeignKey("devices.name"), primary_key=True),
+    Column("digest", Text, nullable=False),  # of the sealed bytes
+    Column("weight", Integer, nullable=False),  # as counted
+    Column("bytes", Integer, nullable=False),
+    Column("received", REAL, nullable=False),
+    Column("metrics", Text, nullable=False),  # LocalMetrics as JSON
+    sqlite_strict=True,
+)

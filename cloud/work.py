@@ -1,0 +1,65 @@
+"""The open round in memory: its plan, its key, the sum of what came, and how an update gets in.
+
+Functions here take no lock and touch no disk; they are what runs in worker threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from cloud.aggregate import UpdateSum, apply_mean
+from cloud.planning import plan_layout
+from edge_runtime import wire
+from edge_runtime.bundle import Array, Bundle, adapter_ranks, adapter_shapes, check_tensors, parse_tensors
+from edge_runtime.wire.envelope import OVERHEAD_BYTES
+
+
+@dataclass(frozen=True)
+class RoundWork:
+    """Everything needed to take updates to one plan; the private key is gone with this object."""
+
+    signed: wire.SignedPlan
+    layout: wire.Layout
+    opened: float
+    total: UpdateSum
+    key: X25519PrivateKey = field(repr=False)
+
+    @property
+    def sealed_bytes(self) -> int:
+        """Exact length of a sealed update to this plan."""
+        return self.layout.frame_bytes + OVERHEAD_BYTES
+
+
+def start_work(bundle: Bundle, signed: wire.SignedPlan, *, key: X25519PrivateKey, opened: float) -> RoundWork:
+    """An empty round of this plan."""
+    layout = plan_layout(bundle, signed.plan)
+    return RoundWork(signed, layout, opened, UpdateSum(layout.count, signed.plan.update), key)
+
+
+def open_update(work: RoundWork, device: str, sealed: bytes) -> wire.Update:
+    """Open and check a sealed update.
+
+    Raises:
+        EnvelopeError, UpdateFormatError, UpdatePlanError, UpdateLayoutError, UpdateValueError: what is wrong with it.
+    """
+    context = wire.EnvelopeContext.of(work.signed, device)
+    frame = wire.unseal(sealed, round_key=work.key, context=context)
+    return wire.decode_update(frame, signed_plan=work.signed, layout=work.layout)
+
+
+def read_adapter(bundle: Bundle, data: bytes) -> dict[str, Array]:
+    """The tensors of an adapter file of this bundle, whatever its ranks.
+
+    Raises:
+        TensorFileError: it is not one.
+    """
+    tensors = parse_tensors(data, what="adapter")
+    check_tensors(tensors, adapter_shapes(bundle.manifest, adapter_ranks(bundle.manifest, tensors)), what="adapter")
+    return tensors
+
+
+def next_adapter(bundle: Bundle, work: RoundWork, data: bytes) -> dict[str, Array]:
+    """The adapter file ``data`` of the round's plan moved by the round's mean."""
+    return apply_mean(read_adapter(bundle, data), work.layout, work.total.mean())

@@ -1,0 +1,102 @@
+"""Checking bundles and adapters and writing the final one: ``python -m edge_runtime.device.artifacts``.
+
+This is the part of a device that needs numpy and reads large untrusted files, so it runs in a short-lived process of
+its own: the resident process stays small, and a hostile file can at worst end a child. One
+:class:`Request` as JSON is the input, one :class:`Reply` as JSON the output. The resident process imports this module
+for those two, so edge_runtime.bundle, which brings numpy, is imported by the functions.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+if TYPE_CHECKING:
+    from edge_runtime.bundle import Manifest
+
+
+class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What to do with the bundle in ``folder``, whose manifest must have ``digest``.
+
+    manifest: read it, its files need not be there. bundle: verify every file. adapter: check the adapter's tensors
+    against ``ranks``. publish: check, then write ``out`` as a peft folder.
+    """
+
+    action: Literal["manifest", "bundle", "adapter", "publish"]
+    folder: str
+    digest: str
+    adapter: str = ""
+    ranks: dict[str, int] = {}
+    out: str = ""
+
+
+class FileOf(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One file of a bundle: its path inside, SHA-256 in hex, length in bytes."""
+
+    name: str
+    sha256: str
+    bytes: int
+
+
+class Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``error`` is empty when all is well; ``files`` answers the action "manifest"."""
+
+    error: str = ""
+    files: tuple[FileOf, ...] = ()
+
+
+def handle(request: Request) -> Reply:
+    """Do what is asked; a bad artifact is an answer, not an exception."""
+    from edge_runtime.bundle import BundleError, open_bundle
+
+    try:
+        bundle = open_bundle(Path(request.folder), expected_digest=request.digest, verify=request.action == "bundle")
+        if request.action == "manifest":
+            files = bundle.manifest.files.items()
+            return Reply(files=tuple(FileOf(name, entry.sha256, entry.bytes) for name, entry in files))
+        if request.action in ("adapter", "publish"):
+            _adapter(bundle.manifest, request)
+    except BundleError as error:
+        return Reply(error=str(error))
+    return Reply()
+
+
+def _adapter(manifest: Manifest, request: Request) -> None:
+    from edge_runtime.bundle import (
+        TensorFileError,
+        adapter_ranks,
+        adapter_shapes,
+        check_tensors,
+        map_tensors,
+        write_peft_folder,
+    )
+
+    what = f"adapter {Path(request.adapter).stem[:12]}"
+    tensors = map_tensors(Path(request.adapter))
+    missing = [name for name in manifest.module_names if f"{name}.lora_a" not in tensors]
+    if missing:
+        raise TensorFileError(f"{what}: missing {missing[0]}.lora_a")
+    # A plan that says "finished" need not name ranks; then the adapter's own hold.
+    ranks = request.ranks or adapter_ranks(manifest, tensors)
+    if set(ranks) != set(manifest.module_names):
+        raise TensorFileError(f"{what}: the plan's modules are not those of bundle {request.digest[:12]}")
+    check_tensors(tensors, adapter_shapes(manifest, ranks), what=what)
+    if request.action == "publish":
+        out = Path(request.out)
+        shutil.rmtree(out, ignore_errors=True)
+        write_peft_folder(out, manifest, tensors)
+
+
+def main() -> int:
+    """Answer one request; the exit code is 0 whatever the answer says."""
+    reply = handle(msgspec.json.decode(sys.stdin.buffer.read(), type=Request))
+    sys.stdout.buffer.write(msgspec.json.encode(reply))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

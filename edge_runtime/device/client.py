@@ -1,0 +1,323 @@
+"""The device's side of the HTTP resources: one method a resource, nothing decided.
+
+Every request is signed with a fresh nonce. What the server refuses is raised as the wire's own error; whatever is not
+an answer of an aggregator (no connection, a cut, a timeout, a proxy's page) is :class:`TransportError`. Answers are
+never decompressed, never followed elsewhere, and read only up to a stated size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import aiohttp
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from yarl import URL
+
+from edge_runtime.device.errors import RefusedError, TransportError
+from edge_runtime.device.host import Host
+from edge_runtime.device.records import Identity, Pending
+from edge_runtime.wire import (
+    Enrolled,
+    Enrolment,
+    RequestFormatError,
+    SignedRequest,
+    UnavailableError,
+    UpdateReceipt,
+    WireError,
+    authorization,
+    decode_message,
+    decode_problem,
+    encode_message,
+)
+from edge_runtime.wire.messages import MAX_MESSAGE_BYTES
+from edge_runtime.wire.plan import MAX_PLAN_BYTES
+from edge_runtime.wire.problems import CONTENT_TYPE, ProblemDocument
+from edge_runtime.wire.requests import EMPTY_BODY
+from edge_runtime.wire.resources import BLOB, DEVICE, ENROLMENTS, plan_target, update_path
+
+_CONNECT_S = 15.0
+_READ_S = 60.0  # longest silence within an answer
+_SLOWEST_UPLOAD = 4 << 10  # bytes per second; slower than this is a stalled link
+_PIECE = 64 << 10
+_RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(?:\d{1,18}|\*)")
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+@dataclass
+class Traffic:
+    """Bytes of bodies that went over the network, repeats included."""
+
+    up: int = 0
+    down: int = 0
+
+
+@dataclass(frozen=True)
+class Signer:
+    """Whose requests these are."""
+
+    device: str
+    key: Ed25519PrivateKey
+
+    @classmethod
+    def of(cls, identity: Identity) -> Signer:
+        """The signer of an enrolled device."""
+        return cls(identity.device, identity.signing_key())
+
+
+@dataclass(frozen=True)
+class PlanAnswer:
+    """Plan bytes, nothing checked; None when there is no new plan, with the server's hint when to ask again."""
+
+    data: bytes | None
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True)
+class BlobAnswer:
+    """Bytes of a blob from ``start`` on; None when the answer's range is not the one asked for."""
+
+    start: int | None
+    pieces: AsyncIterator[bytes]
+
+
+@dataclass(frozen=True)
+class _Body:
+    pieces: AsyncIterator[bytes]
+    length: int
+    digest: str  # SHA-256, hex
+
+
+class Client:
+    """Use as an async context manager; one per process.
+
+    Args:
+        server: Origin, "https://host:port".
+        host: Clock for request times and entropy for nonces.
+        signer: None before enrolment.
+        traffic: Counters to go on with.
+    """
+
+    def __init__(
+        self, server: str, host: Host, *, signer: Signer | None = None, traffic: Traffic | None = None
+    ) -> None:
+        self._server = server
+        self._host = host
+        self._signer = signer
+        self.traffic = traffic or Traffic()
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Client:
+        # A connection is never used twice: aiohttp would repeat a request by itself on a stale one, with the same
+        # nonce, which the server must take for a replay. Requests are minutes apart anyway.
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(force_close=True),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            headers={"User-Agent": "EmberLoRA-device", "Accept-Encoding": "identity"},
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def enrol(self, enrolment: Enrolment) -> Enrolled:
+        """Ask to be known; not signed, the token speaks for it.
+
+        Raises:
+            TokenError, RequestError: the server's refusal.
+            TransportError: no answer; asking again with the same key and token is safe.
+        """
+        data = encode_message(enrolment)
+        body = _Body(_whole(data), len(data), "")
+        async with self._answer("POST", ENROLMENTS, body=body) as response:
+            return await self._message(response, Enrolled)
+
+    async def leave(self) -> None:
+        """Make the server forget this device.
+
+        Raises:
+            RequestError: the server's refusal, ``UnknownDeviceError`` when it has forgotten already.
+            TransportError: no answer.
+        """
+        async with self._answer("DELETE", DEVICE.format(device=self._signed_by().device)):
+            pass
+
+    async def plan(self, task: str, *, after: int, wait_s: int) -> PlanAnswer:
+        """Wait at the server, at most ``wait_s`` seconds, for the first plan of a round after ``after``.
+
+        Raises:
+            RequestError, RoundError: the server's refusal.
+            TransportError: no answer.
+        """
+        target = plan_target(task, after=after, wait_s=wait_s)
+        async with self._answer("GET", target, read_s=wait_s + _READ_S) as response:
+            if response.status == 204:
+                return PlanAnswer(None, _seconds(response.headers.get("Retry-After")))
+            return PlanAnswer(await self._capped(response, MAX_PLAN_BYTES))
+
+    @contextlib.asynccontextmanager
+    async def blob(self, digest: str, *, offset: int) -> AsyncIterator[BlobAnswer]:
+        """Open a blob from byte ``offset`` on; the server may answer from the beginning instead.
+
+        Raises:
+            NotFoundError, RequestError: the server's refusal.
+            TransportError: no answer, or cut, also while the pieces are read.
+        """
+        headers = {"Range": f"bytes={offset}-"} if offset else {}
+        async with self._answer("GET", BLOB.format(digest=digest), headers=headers) as response:
+            if response.status == 416:  # nothing after offset: what is here is all there is
+                yield BlobAnswer(offset, _whole(b""))
+            else:
+                yield BlobAnswer(_start(response), self._pieces(response))
+
+    async def upload(self, pending: Pending, sealed: Path) -> UpdateReceipt:
+        """Send a sealed update from its file.
+
+        Raises:
+            UpdateError, RoundError, RequestError: the server's refusal.
+            RefusedError: the receipt is for another update.
+            TransportError: no answer; sending the same bytes again is safe.
+        """
+        target = update_path(pending.task, pending.round, self._signed_by().device)
+        body = _Body(self._sent(sealed), pending.bytes, pending.digest)
+        async with self._answer("PUT", target, body=body) as response:
+            receipt = await self._message(response, UpdateReceipt)
+        if (receipt.round, receipt.digest) != (pending.round, pending.digest):
+            raise RefusedError(
+                f"receipt: expected round {pending.round} and digest {pending.digest[:12]}, "
+                f"got {receipt.round} and {receipt.digest[:12]}"
+            )
+        return receipt
+
+    def _signed_by(self) -> Signer:
+        if self._signer is None:
+            raise ValueError("this client has no signer: a fault of the caller")
+        return self._signer
+
+    @contextlib.asynccontextmanager
+    async def _answer(
+        self,
+        method: str,
+        target: str,
+        *,
+        body: _Body | None = None,
+        headers: dict[str, str] | None = None,
+        read_s: float = _READ_S,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send one request and give its answer, refusals raised. Writing to disk inside may raise OSError as it is."""
+        if self._session is None:
+            raise ValueError("this client is not open: a fault of the caller")
+        sent = dict(headers or {})
+        if body is not None:
+            sent |= {"Content-Length": str(body.length), "Content-Type": "application/octet-stream"}
+        if self._signer is not None:
+            sent["Authorization"] = self._authorization(method, target, EMPTY_BODY if body is None else body.digest)
+        try:
+            async with self._session.request(
+                method,
+                URL(self._server + target, encoded=True),  # sent exactly as signed
+                data=None if body is None else body.pieces,
+                headers=sent,
+                timeout=_timeout(read_s, body),
+                allow_redirects=False,
+            ) as response:
+                if response.status not in (200, 201, 204, 206, 416):
+                    raise await self._refusal(response)
+                yield response
+        except (aiohttp.ClientError, asyncio.TimeoutError, ConnectionError) as error:
+            raise TransportError(f"{self._server}: {_describe(error)}") from error
+
+    def _authorization(self, method: str, target: str, body_digest: str) -> str:
+        signer = self._signed_by()
+        nonce = self._host.entropy(16).hex()
+        request = SignedRequest(signer.device, method, target, body_digest, int(self._host.clock()), nonce)
+        return authorization(request, signer.key)
+
+    async def _refusal(self, response: aiohttp.ClientResponse) -> WireError | TransportError:
+        body = await self._capped(response, MAX_MESSAGE_BYTES)
+        hint = _seconds(response.headers.get("Retry-After"))
+        if response.content_type != CONTENT_TYPE:
+            text = " ".join(body[:120].decode("utf-8", "replace").split())
+            return TransportError(
+                f"{self._server}: answered {response.status}, and not as an aggregator does: {text}", retry_after_s=hint
+            )
+        error = decode_problem(body, status=response.status)
+        if not isinstance(error, UnavailableError):
+            return error
+        return TransportError(f"{self._server}: {error}", retry_after_s=_problem_hint(body) or hint)
+
+    async def _message(self, response: aiohttp.ClientResponse, kind: type[T]) -> T:
+        try:
+            return decode_message(await self._capped(response, MAX_MESSAGE_BYTES), kind)
+        except RequestFormatError as error:  # some gateway's page with status 200
+            raise TransportError(f"{self._server}: answered with no {kind.__name__}: {error}") from error
+
+    async def _capped(self, response: aiohttp.ClientResponse, most: int) -> bytes:
+        """The answer's body; of a longer one ``most`` + 1 bytes, which every reader refuses."""
+        data = bytearray()
+        async for piece in self._pieces(response):
+            data += piece
+            if len(data) > most:
+                break
+        return bytes(data[: most + 1])
+
+    async def _pieces(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+        async for piece in response.content.iter_chunked(_PIECE):
+            self.traffic.down += len(piece)
+            yield piece
+
+    async def _sent(self, path: Path) -> AsyncIterator[bytes]:
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE):
+                self.traffic.up += len(piece)
+                yield piece
+
+
+async def _whole(data: bytes) -> AsyncIterator[bytes]:
+    if data:
+        yield data
+
+
+def _timeout(read_s: float, body: _Body | None) -> aiohttp.ClientTimeout:
+    # While a body is sent nothing is read, so a stalled upload needs a bound of its own.
+    total = None if body is None else _READ_S + body.length / _SLOWEST_UPLOAD
+    return aiohttp.ClientTimeout(total=total, sock_connect=_CONNECT_S, sock_read=read_s)
+
+
+def _start(response: aiohttp.ClientResponse) -> int | None:
+    if response.status != 206:
+        return 0
+    match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    return int(match[1]) if match else None
+
+
+def _seconds(text: str | None) -> float | None:
+    """A ``Retry-After`` in seconds; its other form, a date, is not used by aggregators."""
+    return float(text) if text is not None and re.fullmatch(r"\d{1,9}(\.\d{1,3})?", text) else None
+
+
+def _problem_hint(body: bytes) -> float | None:
+    try:
+        return msgspec.json.decode(body, type=ProblemDocument).retry_after_s
+    except msgspec.DecodeError:
+        return None
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, asyncio.TimeoutError):
+        return "did not answer in time"
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return "the answer was cut"
+    return f"cannot be reached: {error}" if str(error) else f"cannot be reached: {type(error).__name__}"

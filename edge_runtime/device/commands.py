@@ -1,0 +1,295 @@
+"""The commands of a resident device: enroll, run, status, leave.
+
+Exit codes: 0 success (for ``run``: the task is finished), 1 the work failed, 2 bad usage or input, 130 after Ctrl-C and
+143 after SIGTERM. A failure is one line on standard error. What is heavy is imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import msgspec
+
+from edge_runtime.device.errors import DeviceError, InputError
+from edge_runtime.device.home import Home, default_home
+from edge_runtime.device.records import DeviceState, Settings
+from edge_runtime.wire import RequestFormatError, UnknownDeviceError, WireError
+
+
+class Failure(click.ClickException):
+    """One line on standard error, exit code 1."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class InputFailure(Failure):
+    """One line on standard error, exit code 2."""
+
+    exit_code = 2
+
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_home_option = click.option(
+    "--home",
+    type=click.Path(file_okay=False, path_type=Path),
+    envvar="EMBERLORA_HOME",
+    default=lambda: default_home(os.environ, sys.platform),
+    show_default="the user's data folder",
+    help="The device's folder: identity, downloads, unsent updates. Also from EMBERLORA_HOME.",
+)
+_data_option = click.option(
+    "--data", type=_FILE, multiple=True, help="Training data, JSONL or CSV; may be repeated. Remembered."
+)
+_eval_option = click.option(
+    "--eval",
+    "evaluation",
+    type=_FILE,
+    multiple=True,
+    help="Held-out data, evaluated before each round; may be repeated. Remembered.",
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    """Turn what a user must be told into one line and an exit code."""
+    try:
+        yield
+    except InputError as error:
+        raise InputFailure(str(error)) from error
+    except UnknownDeviceError as error:
+        line = f"{error}: this device was revoked or has left: run 'emberlora edge leave', then enroll with a new token"
+        raise Failure(line) from error
+    except (DeviceError, WireError, OSError) as error:
+        raise Failure(str(error)) from error
+
+
+@click.command()
+@click.option("--server", required=True, help="Address of the aggregator, https://host:port.")
+@click.option(
+    "--token",
+    required=True,
+    envvar="EMBERLORA_TOKEN",
+    show_envvar=True,
+    help="One-time token from 'emberlora cloud token'; '-' reads it from standard input.",
+)
+@click.option("--name", required=True, help="This device's name, the one the token was made for.")
+@_home_option
+@_data_option
+@_eval_option
+@click.option("--insecure-http", is_flag=True, help="Allow plain http to another machine. Updates stay sealed.")
+def enroll(  # noqa: PLR0913  # click passes each option as an argument
+    *,
+    server: str,
+    token: str,
+    name: str,
+    home: Path,
+    data: tuple[Path, ...],
+    evaluation: tuple[Path, ...],
+    insecure_http: bool,
+) -> None:
+    """Make this device known to an aggregator.
+
+    The operator makes a token for a name; the device makes its own key, which never leaves it. A lost answer is
+    repaired by running the same command again.
+
+    \b
+    Example:
+      emberlora cloud token --name pi-1                                   # on the server
+      emberlora edge enroll --server https://host:8440 --name pi-1 \\
+          --token ember1.… --data mine.jsonl                              # on the device
+      emberlora edge run
+    """
+    from edge_runtime.device.enrolment import check_server, enrol
+    from edge_runtime.device.host import Host
+    from edge_runtime.wire import Token, check_name
+
+    with _one_line():
+        try:
+            parsed = Token.parse(sys.stdin.readline() if token == "-" else token)
+            check_name(name, what="device")
+        except RequestFormatError as error:
+            raise InputError(str(error)) from error
+        origin = check_server(server, insecure_http=insecure_http)
+        place = Home(home)
+        with place.locked():
+            identity = asyncio.run(enrol(place, server=origin, token=parsed, device=name, host=Host()))
+            _remember(place, data, evaluation)
+    click.echo(f"{identity.device} is enrolled in task {identity.task}; next: emberlora edge run")
+
+
+@click.command()
+@_home_option
+@_data_option
+@_eval_option
+@click.option("--threads", type=click.IntRange(min=1), help="Threads for training.  [default: all cores]")
+@click.option("--memory-mb", type=click.IntRange(min=1), help="Memory the training may plan with, in MB.")
+@click.option("--skip-bad-lines", is_flag=True, help="Train on the good lines of a file that has bad ones.")
+@click.option("--once", is_flag=True, help="Stop after one round.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON event a line for machines.")
+def run(  # noqa: PLR0913  # click passes each option as an argument
+    *,
+    home: Path,
+    data: tuple[Path, ...],
+    evaluation: tuple[Path, ...],
+    threads: int | None,
+    memory_mb: int | None,
+    skip_bad_lines: bool,
+    once: bool,
+    as_json: bool,
+) -> None:
+    """Take part in rounds until the task is finished.
+
+    The device asks for plans, trains in a child process, and sends sealed updates. It may be stopped and started at
+    any time: downloads go on where they were cut, and an update that was not acknowledged is sent again, not trained
+    again. When the server cannot be reached it waits and says so. Ends with 0 when the task is finished, 143 after
+    SIGTERM, 130 after Ctrl-C.
+
+    \b
+    Example:
+      emberlora edge run --data mine.jsonl --eval held-out.jsonl
+      emberlora edge run --json | jq 'select(.event == "uploaded")'
+    """
+    from edge_runtime.device.display import JsonDisplay, TerminalDisplay
+    from edge_runtime.device.events import Stopped
+    from edge_runtime.device.host import Host
+    from edge_runtime.device.inspector import ChildInspector
+    from edge_runtime.device.loop import RunOptions, Tools
+    from edge_runtime.device.running import check_settings, run_device, until_signal
+    from edge_runtime.device.trainer import ChildTrainer
+
+    place = Home(home)
+    display = JsonDisplay() if as_json else TerminalDisplay()
+    with _one_line(), contextlib.closing(display):
+        place.identity()  # a home that is none is told so, not made
+        with place.locked():
+            settings = _remember(place, data, evaluation)
+            if not place.state().finished:
+                check_settings(settings)
+            options = RunOptions(
+                settings, threads=threads, skip_bad=skip_bad_lines, memory_budget_mb=memory_mb, once=once
+            )
+            tools = Tools(trainer=ChildTrainer(), inspector=ChildInspector(), host=Host(), report=display.show)
+            work = run_device(place, tools, options)
+            code = until_signal(work, lambda name: display.show(Stopped(name)))
+    if code:
+        click.echo("stopped; 'emberlora edge run' goes on where it was", err=True)
+        sys.exit(code)
+
+
+class StatusReport(msgspec.Struct, frozen=True):
+    """What ``status --json`` prints. Rounds are numbered from 0; -1 for none."""
+
+    device: str
+    server: str
+    task: str
+    home: str
+    finished: bool
+    seen_round: int
+    done_round: int
+    updates_counted: int
+    pending_round: int | None  # of an update that is not acknowledged yet
+    bytes_up: int
+    bytes_down: int
+    bundle: str
+    published: str | None  # peft folder
+    data: tuple[str, ...]
+    evaluation: tuple[str, ...]
+
+
+@click.command()
+@_home_option
+@_json_option
+def status(*, home: Path, as_json: bool) -> None:
+    """Show what this device is doing and has done. Asks nobody; works while 'run' is running.
+
+    \b
+    Example:
+      emberlora edge status
+      emberlora edge status --json | jq .done_round
+    """
+    from edge_runtime.device.outbox import Outbox
+
+    with _one_line():
+        place = Home(home)
+        identity, state, settings = place.identity(), place.state(), place.settings()
+        pending = Outbox(place.outbox).first()
+        report = StatusReport(
+            device=identity.device,
+            server=identity.server,
+            task=identity.task,
+            home=str(place.folder),
+            finished=state.finished,
+            seen_round=state.seen_round,
+            done_round=state.done_round,
+            updates_counted=state.counted,
+            pending_round=None if pending is None else pending.round,
+            bytes_up=state.bytes_up,
+            bytes_down=state.bytes_down,
+            bundle=state.bundle,
+            published=str(place.published_folder) if place.published() else None,
+            data=settings.data,
+            evaluation=settings.evaluation,
+        )
+    click.echo(msgspec.json.encode(report) if as_json else _status_text(report, state))
+
+
+def _status_text(report: StatusReport, state: DeviceState) -> str:
+    from edge_runtime.device.display import size
+
+    where = "finished" if state.finished else f"round {state.seen_round + 1}" if state.plan else "no plan seen yet"
+    rows = {
+        "device": report.device,
+        "task": f"{report.task} at {report.server}",
+        "state": where,
+        "updates": f"{report.updates_counted} counted",
+        "traffic": f"{size(report.bytes_up)} sent, {size(report.bytes_down)} received",
+        "data": ", ".join(report.data) or "none yet: pass --data FILE to 'emberlora edge run'",
+        "evaluation": ", ".join(report.evaluation),
+        "adapter": report.published or "",
+        "home": report.home,
+    }
+    if report.pending_round is not None:
+        rows["updates"] += f", one for round {report.pending_round + 1} not yet acknowledged"
+    return "\n".join(f"{name:<11} {text}" for name, text in rows.items() if text)
+
+
+@click.command()
+@_home_option
+def leave(*, home: Path) -> None:
+    """Leave the task; the aggregator forgets this device's key.
+
+    Identity, position and unsent updates are removed here; downloads and a published adapter stay.
+
+    \b
+    Example:
+      emberlora edge leave
+    """
+    from edge_runtime.device.enrolment import leave as leave_task
+    from edge_runtime.device.host import Host
+
+    with _one_line():
+        place = Home(home)
+        place.identity()
+        with place.locked():
+            identity = asyncio.run(leave_task(place, host=Host()))
+    click.echo(f"{identity.device} has left task {identity.task}")
+
+
+def _remember(home: Home, data: tuple[Path, ...], evaluation: tuple[Path, ...]) -> Settings:
+    """The settings with what was given just now in place of what was remembered."""
+    old = home.settings()
+    new = Settings(
+        data=tuple(str(path.resolve()) for path in data) or old.data,
+        evaluation=tuple(str(path.resolve()) for path in evaluation) or old.evaluation,
+    )
+    if new != old:
+        home.save_settings(new)
+    return new

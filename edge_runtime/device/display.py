@@ -1,0 +1,145 @@
+"""A running device's events on the terminal, or as JSON lines. rich is loaded only for the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import click
+import msgspec
+
+from edge_runtime.device import events
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+
+class Display(Protocol):
+    """Receives every event; closed once at the end."""
+
+    def show(self, event: events.DeviceEvent) -> None:
+        """Show one event."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+class JsonDisplay:
+    """One JSON object a line on standard output."""
+
+    def show(self, event: events.DeviceEvent) -> None:
+        """See :class:`Display`."""
+        click.echo(msgspec.json.encode(event))
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class TerminalDisplay:
+    """A line per round, and a step bar while training when the output is a terminal."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        from rich.console import Console as RichConsole
+
+        self._console = console or RichConsole(highlight=False)
+        self._rounds = 0
+        self._ending = False
+        self._trained: events.TrainedRound | None = None
+        self._evaluated = ""
+        self._progress: Progress | None = None
+        self._bar: TaskID | None = None
+
+    def show(self, event: events.DeviceEvent) -> None:
+        """See :class:`Display`."""
+        if isinstance(event, events.StepDone):
+            self._step(event)
+            return
+        if not isinstance(event, (events.Noticed, events.EvaluatedRound)):
+            self._end_bar()
+        if isinstance(event, events.Planned):
+            self._rounds = event.rounds
+            self._ending = event.state == "finished"
+        elif isinstance(event, events.EvaluatedRound):
+            share = event.correct / event.examples if event.examples else 0.0
+            self._evaluated = f"held-out loss {event.loss:.3f}" + (f", accuracy {share:.3f}" if event.correct else "")
+        elif isinstance(event, events.TrainedRound):
+            self._trained = event
+        line = self._line(event)
+        if line:
+            self._console.print(line, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """See :class:`Display`."""
+        self._end_bar()
+
+    def _line(self, event: events.DeviceEvent) -> str:
+        if isinstance(event, events.Started):
+            return f"{event.device} takes part in task {event.task} at {event.server}"
+        if isinstance(event, events.Fetched):
+            what = "the last adapter" if self._ending else self._name(event.round)
+            return f"{what}: {size(event.bytes)} fetched" if event.bytes else ""
+        if isinstance(event, events.Noticed):
+            return event.text
+        if isinstance(event, events.Uploaded):
+            return self._round_line(event)
+        if isinstance(event, events.Skipped):
+            return f"{self._name(event.round)}: left out ({event.reason}): {event.detail}"
+        if isinstance(event, events.Waiting):
+            waited = f" for {duration(event.waited_s)}" if event.waited_s >= 1 else ""
+            return f"waiting{waited}: {event.detail}; next try in {duration(event.retry_s)}"
+        if isinstance(event, events.Finished):
+            both = f"{size(event.bytes_up)} sent, {size(event.bytes_down)} received"
+            return f"the task is finished ({both}); its adapter: {event.folder}"
+        return ""
+
+    def _round_line(self, event: events.Uploaded) -> str:
+        parts = [f"{self._name(event.round)}: update sent, {size(event.bytes)}, weight {event.weight}"]
+        trained = self._trained
+        if trained is not None and trained.round == event.round:
+            if trained.loss_start is not None and trained.loss_end is not None:
+                parts.append(f"loss {trained.loss_start:.3f} → {trained.loss_end:.3f}")
+            if trained.seconds is not None:
+                parts.append(f"{trained.steps} steps in {duration(trained.seconds)}")
+        if self._evaluated:
+            parts.append(self._evaluated)
+        self._evaluated = ""
+        return " · ".join(parts)
+
+    def _name(self, round_: int) -> str:
+        """Rounds are numbered from 0 on the wire and counted from 1 for people."""
+        return f"round {round_ + 1}" + (f" of {self._rounds}" if self._rounds else "")
+
+    def _step(self, event: events.StepDone) -> None:
+        if not self._console.is_terminal:
+            return
+        if self._progress is None or self._bar is None:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=self._console, transient=True)
+            self._bar = self._progress.add_task("", total=event.steps)
+            self._progress.start()
+        text = f"{self._name(event.round)} · loss {event.loss:.3f}"
+        self._progress.update(self._bar, completed=event.step, total=event.steps, description=text)
+
+    def _end_bar(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._progress = self._bar = None
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1,000."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{minutes:.0f} min" if minutes < 120 else f"{hours:.1f} h"

@@ -1,0 +1,107 @@
+"""Becoming known to an aggregator: the key is made here, and the server proves itself by the token's fingerprint."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import ipaddress
+from urllib.parse import urlsplit
+
+import msgspec
+
+from edge_runtime.device.client import Client, Signer
+from edge_runtime.device.errors import EnrolledError, InputError, PinMismatchError
+from edge_runtime.device.home import Home
+from edge_runtime.device.host import Host
+from edge_runtime.device.records import Identity
+from edge_runtime.wire import Enrolment, Token, UnknownDeviceError, check_name
+from edge_runtime.wire.messages import OPERATOR
+
+
+def check_server(url: str, *, insecure_http: bool = False) -> str:
+    """The origin of a server's address.
+
+    Raises:
+        InputError: not an http(s) origin, or plain http to another machine without being allowed.
+    """
+    parts = urlsplit(url.strip())
+    try:
+        port = parts.port
+    except ValueError as error:
+        raise InputError(f"server {url!r}: its port is not a number from 0 to 65535") from error
+    plain = parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment)
+    if not plain or parts.path not in ("", "/") or parts.username is not None:
+        raise InputError(f"server {url!r}: expected an address like https://host:port, and nothing after it")
+    host = str(parts.hostname)
+    if parts.scheme == "http" and not (insecure_http or _is_loopback(host)):
+        raise InputError(f"server {url!r}: plain http leaves this machine: use https, or say --insecure-http")
+    shown = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{shown}" + (f":{port}" if port is not None else "")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def enrol(home: Home, *, server: str, token: Token, device: str, host: Host) -> Identity:
+    """Make this home a device of the server's task.
+
+    The key is on disk before the request leaves, so that after a lost answer the same call with the same token
+    repeats it with the same key.
+
+    Args:
+        home: A home without an identity, or with one whose enrolment was not answered.
+        server: Origin, from :func:`check_server`.
+        token: From the operator.
+        device: The name the token was made for.
+        host: Entropy for the key.
+
+    Raises:
+        EnrolledError: this home is a device already.
+        RequestFormatError: ``device`` is no name, or a reserved one.
+        TokenError, RequestError: the server's refusal.
+        PinMismatchError: the server is not the one the token names; nothing is enrolled here.
+        TransportError: no answer.
+    """
+    check_name(device, what="device")
+    if device == OPERATOR:
+        raise InputError(f"device {device!r}: this name is the operator's: choose another")
+    identity = home.stored_identity()
+    if identity is not None and identity.enrolled:
+        raise EnrolledError(
+            f"{home.folder}: already enrolled as {identity.device} in task {identity.task} at {identity.server}: "
+            "run 'emberlora edge leave' first, or pass another --home"
+        )
+    if identity is None or (identity.server, identity.device) != (server, device):
+        identity = Identity(server=server, device=device, private_key=host.entropy(32).hex())
+        home.save_identity(identity)
+    public = identity.signing_key().public_key().public_bytes_raw().hex()
+    async with Client(server, host) as client:
+        answer = await client.enrol(Enrolment(token.secret, device, public))
+    if hashlib.sha256(bytes.fromhex(answer.plan_key)).hexdigest() != token.fingerprint or answer.device != device:
+        raise PinMismatchError(
+            f"{server}: not the aggregator this token is for: its plan key has another fingerprint; "
+            "nothing was enrolled"
+        )
+    enrolled = msgspec.structs.replace(identity, task=answer.task, plan_key=answer.plan_key)
+    home.save_identity(enrolled)
+    return enrolled
+
+
+async def leave(home: Home, *, host: Host) -> Identity:
+    """Make the server forget this device, then this home; downloads and a published adapter stay.
+
+    Raises:
+        NotEnrolledError: there is nothing to leave.
+        RequestError: the server's refusal; one that knows the device no longer is taken for consent.
+        TransportError: no answer; nothing has changed here.
+    """
+    identity = home.identity()
+    async with Client(identity.server, host, signer=Signer.of(identity)) as client:
+        with contextlib.suppress(UnknownDeviceError):
+            await client.leave()
+    home.forget()
+    return identity

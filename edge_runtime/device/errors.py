@@ -1,0 +1,101 @@
+"""What can go wrong on a device besides what the wire names (``edge_runtime.wire.errors``), split by who must act.
+
+DeviceError
+├── LocalError              the user or the machine must act; the message is for the user
+│   ├── InputError          settings or data of the user are the cause (exit code 2)
+│   │   ├── NotEnrolledError    this home has no identity yet, or gave it up
+│   │   ├── EnrolledError       this home already has an identity
+│   │   ├── NotPublishedError   this home has received no final adapter yet
+│   │   └── TrainingInputError  a data file is missing or has bad lines
+│   ├── HomeLockedError     another process runs on this home
+│   ├── CorruptFileError    a file of the home cannot be read as what it should be
+│   └── TrainingError       the training child failed for another reason than its input
+├── TransportError          the server cannot be reached or cannot answer now: retry
+├── RefusedError            what the server sent must not be obeyed: do nothing, ask again
+│   ├── PinMismatchError    the server's plan key is not the one the token names
+│   └── FloorError          a plan asks for more than this device allows
+└── ArtifactError           a downloaded bundle or adapter is bad: fetch it again
+    ├── ArtifactDigestError     its bytes are not the ones the plan names
+    └── ArtifactFormatError     right bytes, but not a bundle or adapter this plan can train
+"""
+
+from __future__ import annotations
+
+
+class DeviceError(Exception):
+    """Base of all; never raised itself."""
+
+
+class LocalError(DeviceError):
+    """The user or the machine must act."""
+
+
+class InputError(LocalError):
+    """Settings or data of the user are the cause."""
+
+
+class NotEnrolledError(InputError):
+    """This home has no identity."""
+
+
+class EnrolledError(InputError):
+    """This home already has an identity."""
+
+
+class NotPublishedError(InputError):
+    """This home has received no final adapter yet."""
+
+
+class TrainingInputError(InputError):
+    """A data file is missing or has bad lines."""
+
+
+class HomeLockedError(LocalError):
+    """Another process runs on this home."""
+
+
+class CorruptFileError(LocalError):
+    """A file of the home cannot be read as what it should be."""
+
+
+class TrainingError(LocalError):
+    """The training child failed for another reason than its input."""
+
+
+class TransportError(DeviceError):
+    """The server cannot be reached or cannot answer now.
+
+    Args:
+        message: What happened, for the user.
+        retry_after_s: When the server wants to be asked again, in seconds; None if it did not say.
+        progress: Bytes of a download arrived before it was cut, so that waiting longer each time is not called for.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None, progress: bool = False) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.progress = progress
+
+
+class RefusedError(DeviceError):
+    """What the server sent must not be obeyed."""
+
+
+class PinMismatchError(RefusedError):
+    """The server's plan key is not the one the token names."""
+
+
+class FloorError(RefusedError):
+    """A plan asks for more than this device allows."""
+
+
+class ArtifactError(DeviceError):
+    """A downloaded bundle or adapter is bad."""
+
+
+class ArtifactDigestError(ArtifactError):
+    """Its bytes are not the ones the plan names."""
+
+
+class ArtifactFormatError(ArtifactError):
+    """Right bytes, but not a bundle or adapter this plan can train."""

@@ -1,0 +1,116 @@
+"""What a running device tells its user; with ``run --json`` each is one line, named by its member ``event``."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class DeviceEvent(msgspec.Struct, frozen=True, tag_field="event"):
+    """Base of all."""
+
+
+class Started(DeviceEvent, frozen=True, tag="started"):
+    """The device is running; ``round`` is the last one it is done with, -1 for none."""
+
+    device: str
+    task: str
+    server: str
+    round: int
+
+
+class Planned(DeviceEvent, frozen=True, tag="plan"):
+    """A plan was accepted."""
+
+    round: int
+    rounds: int  # planned number of rounds
+    state: str  # "train" or "finished"
+    digest: str
+    factors_alive: int
+    factors: int  # two for every module
+    head_alive: bool
+    adapter_bytes: int
+
+
+class Fetched(DeviceEvent, frozen=True, tag="fetched"):
+    """Bundle and adapter of the plan are here and verified."""
+
+    round: int
+    bytes: int  # downloaded for it; 0 when everything was here
+
+
+class Noticed(DeviceEvent, frozen=True, tag="notice"):
+    """A line for the user, for example about truncated examples."""
+
+    text: str
+
+
+class EvaluatedRound(DeviceEvent, frozen=True, tag="evaluated"):
+    """The plan's adapter on the device's evaluation data, before training."""
+
+    round: int
+    examples: int
+    correct: int
+    loss: float  # mean nats
+
+
+class StepDone(DeviceEvent, frozen=True, tag="step"):
+    """One optimizer step is done."""
+
+    round: int
+    step: int  # counted from 1
+    steps: int
+    loss: float  # mean nats of this batch
+
+
+class TrainedRound(DeviceEvent, frozen=True, tag="trained"):
+    """Local training ended."""
+
+    round: int
+    weight: int
+    steps: int
+    loss_start: float | None  # mean nats
+    loss_end: float | None
+    seconds: float | None
+    peak_private_mb: float | None
+    peak_total_mb: float | None
+
+
+class Uploaded(DeviceEvent, frozen=True, tag="uploaded"):
+    """The server has acknowledged the update."""
+
+    round: int
+    bytes: int  # sealed
+    weight: int  # as counted, after the cap
+
+
+class Skipped(DeviceEvent, frozen=True, tag="skipped"):
+    """This device adds nothing to a round. ``reason`` is a problem's name, "few-examples" or "damaged"."""
+
+    round: int
+    reason: str
+    detail: str
+
+
+class Waiting(DeviceEvent, frozen=True, tag="waiting"):
+    """Something did not work and is tried again; ``error`` is the name of its class."""
+
+    error: str
+    detail: str
+    waited_s: float  # since it first failed
+    retry_s: float  # until the next attempt
+
+
+class Finished(DeviceEvent, frozen=True, tag="finished"):
+    """The task has ended and its adapter is here."""
+
+    round: int
+    adapter: str  # digest
+    folder: str  # peft folder
+    bytes_up: int
+    bytes_down: int
+
+
+class Stopped(DeviceEvent, frozen=True, tag="stopped"):
+    """A signal ended the process; nothing is lost."""
+
+    signal: str

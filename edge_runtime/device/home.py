@@ -1,0 +1,189 @@
+"""A device's folder. One process at a time works on it; every file in it is written atomically.
+
+identity.json               name, private key, server, task, pinned plan key     (0600)
+settings.json               data and evaluation files
+state.json                  last round seen and done, bytes, published adapter
+plans/round-N.plan          the signed plan in force
+bundles/<digest>/           the verified bundle
+adapters/<digest>.safetensors
+outbox/round-N.sealed|json  an update that is not acknowledged yet
+work/                       what the training child writes; emptied after every round
+published/                  the final adapter as a peft folder
+lock
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from edge_runtime.device.errors import HomeLockedError, NotEnrolledError, NotPublishedError
+from edge_runtime.device.files import make_folder, read_record, sync_folder, write_bytes, write_record
+from edge_runtime.device.records import DeviceState, Identity, Published, Settings
+
+
+class Home:
+    """Paths and records of one device; reading raises ``CorruptFileError`` for a damaged file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def work(self) -> Path:
+        """Scratch folder of the training child."""
+        return self.folder / "work"
+
+    @property
+    def outbox(self) -> Path:
+        """Unsent updates."""
+        return self.folder / "outbox"
+
+    @property
+    def published_folder(self) -> Path:
+        """The final adapter as a peft folder."""
+        return self.folder / "published"
+
+    def bundle_path(self, digest: str) -> Path:
+        """Where the bundle with this digest is, or will be."""
+        return self.folder / "bundles" / digest
+
+    def adapter_path(self, digest: str) -> Path:
+        """Where the adapter with this digest is, or will be."""
+        return self.folder / "adapters" / f"{digest}.safetensors"
+
+    def plan_path(self, round_: int) -> Path:
+        """Where the signed plan of a round is while it is in force."""
+        return self.folder / "plans" / f"round-{round_}.plan"
+
+    def identity(self) -> Identity:
+        """Who this device is.
+
+        Raises:
+            NotEnrolledError: it was never enrolled, or has left.
+        """
+        identity = self.stored_identity()
+        if identity is None or not identity.enrolled:
+            raise NotEnrolledError(
+                f"{self.folder}: this device is not enrolled: get a token from the operator and run "
+                "'emberlora edge enroll'"
+            )
+        return identity
+
+    def stored_identity(self) -> Identity | None:
+        """What identity.json holds, even when the server has not accepted it yet."""
+        return read_record(self.folder / "identity.json", Identity)
+
+    def save_identity(self, identity: Identity) -> None:
+        """Keep who this device is, readable by its owner only."""
+        make_folder(self.folder)
+        write_record(self.folder / "identity.json", identity)
+
+    def settings(self) -> Settings:
+        """What the user told this device to use."""
+        return read_record(self.folder / "settings.json", Settings) or Settings()
+
+    def save_settings(self, settings: Settings) -> None:
+        """Keep what the user told this device to use."""
+        write_record(self.folder / "settings.json", settings)
+
+    def state(self) -> DeviceState:
+        """Where the device is; a new device has seen no round."""
+        return read_record(self.folder / "state.json", DeviceState) or DeviceState()
+
+    def save_state(self, state: DeviceState) -> None:
+        """Keep where the device is."""
+        write_record(self.folder / "state.json", state)
+
+    def published(self) -> Published | None:
+        """What the task's last adapter is, once it has arrived."""
+        return read_record(self.published_folder / "published.json", Published)
+
+    def save_plan(self, round_: int, data: bytes) -> Path:
+        """Keep the plan in force and drop the others; returns its path."""
+        path = self.plan_path(round_)
+        make_folder(path.parent)
+        write_bytes(path, data)
+        for other in path.parent.iterdir():
+            if other != path:
+                other.unlink()
+        return path
+
+    def fresh_work(self) -> Path:
+        """An empty scratch folder."""
+        self.clear_work()
+        return make_folder(self.work)
+
+    def clear_work(self) -> None:
+        """Remove the scratch folder, and with it an update that is not sealed."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def prune(self, *, bundle: str, adapter: str) -> None:
+        """Drop bundles and adapters other than these; what is half downloaded of these stays."""
+        for folder, keep in (("bundles", bundle), ("adapters", adapter)):
+            for path in sorted(make_folder(self.folder / folder).iterdir()):
+                if path.name.startswith(keep):
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """Remove identity, position and unsent updates: what makes this home one device. Downloads stay."""
+        for name in ("identity.json", "state.json"):
+            (self.folder / name).unlink(missing_ok=True)
+        for folder in (self.outbox, self.work, self.folder / "plans"):
+            shutil.rmtree(folder, ignore_errors=True)
+        sync_folder(self.folder)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold this home for one process; the system releases it however the process ends.
+
+        Raises:
+            HomeLockedError: another process has it.
+        """
+        with (make_folder(self.folder) / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+                raise HomeLockedError(
+                    f"{self.folder}: another 'emberlora edge' process works on this home: "
+                    "stop it, or pass another --home"
+                ) from error
+            yield
+
+
+def default_home(environ: Mapping[str, str], platform: str) -> Path:
+    """Where a device lives if nothing is said: the platform's folder for a user's data."""
+    if platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "emberlora"
+    base = environ.get("XDG_DATA_HOME", "")
+    return (Path(base) if base.startswith("/") else Path.home() / ".local" / "share") / "emberlora"
+
+
+def published_adapter(folder: Path | None) -> tuple[Path, Path]:
+    """The bundle folder and the peft folder of the adapter a device received when its task finished.
+
+    Args:
+        folder: The device's home; None for the platform's default. For commands, as that default reads the environment.
+
+    Raises:
+        NotPublishedError: there is none, or not yet.
+        CorruptFileError: its record is damaged.
+    """
+    home = Home(folder or default_home(os.environ, sys.platform))
+    published = home.published()
+    if published is None:
+        raise NotPublishedError(
+            f"{home.folder}: no published adapter: it arrives when the task is finished, by 'emberlora edge run'"
+        )
+    return home.bundle_path(published.bundle), home.published_folder

@@ -1,0 +1,67 @@
+"""The journal of unsent updates.
+
+Sealing is randomised, so a repeated upload must send the very bytes of the first one: they are durable before the
+first of them leaves. ``round-N.json`` is written after ``round-N.sealed``; without it there is nothing to send.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from edge_runtime.device.errors import CorruptFileError
+from edge_runtime.device.files import file_digest, make_folder, read_record, sync_folder, write_bytes, write_record
+from edge_runtime.device.records import Pending
+
+
+class Outbox:
+    """At most a few updates, usually none."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def first(self) -> Pending | None:
+        """The oldest unsent update.
+
+        Raises:
+            CorruptFileError: its record is damaged.
+        """
+        rounds = sorted(self._rounds())
+        return read_record(self._folder / f"round-{rounds[0]}.json", Pending) if rounds else None
+
+    def add(self, pending: Pending, sealed: bytes) -> None:
+        """Make an update durable; when this returns it survives any crash."""
+        make_folder(self._folder)
+        write_bytes(self._folder / f"round-{pending.round}.sealed", sealed)
+        write_record(self._folder / f"round-{pending.round}.json", pending)
+
+    def sealed(self, pending: Pending) -> Path:
+        """The bytes to send, checked.
+
+        Raises:
+            CorruptFileError: they are gone or changed.
+        """
+        path = self._folder / f"round-{pending.round}.sealed"
+        found = file_digest(path) if path.exists() else "no file"
+        if found != pending.digest:
+            raise CorruptFileError(f"{path}: damaged: expected SHA-256 {pending.digest}, got {found}")
+        return path
+
+    def remove(self, round_: int) -> None:
+        """Forget an update; doing so twice is fine."""
+        (self._folder / f"round-{round_}.json").unlink(missing_ok=True)
+        (self._folder / f"round-{round_}.sealed").unlink(missing_ok=True)
+        if self._folder.exists():
+            sync_folder(self._folder)
+
+    def _rounds(self) -> list[int]:
+        if not self._folder.exists():
+            return []
+        names = (path.name.removeprefix("round-").removesuffix(".json") for path in self._folder.glob("round-*.json"))
+        return [int(name) for name in names if name.isdecimal()]
+
+
+def pending_for(task: str, round_: int, plan: str, *, sealed: bytes, weight: int) -> Pending:
+    """The journal record of a sealed update; ``plan`` is the digest of the plan it answers."""
+    digest = hashlib.sha256(sealed).hexdigest()
+    return Pending(task=task, round=round_, plan=plan, digest=digest, bytes=len(sealed), weight=weight)

@@ -1,0 +1,80 @@
+"""Putting a device together and running it until it ends or a signal stops it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.device.client import Client, Signer, Traffic
+from edge_runtime.device.errors import InputError
+from edge_runtime.device.home import Home
+from edge_runtime.device.loop import Device, RunOptions, Tools
+from edge_runtime.device.records import Settings
+
+
+async def run_device(home: Home, tools: Tools, options: RunOptions) -> None:
+    """Run an enrolled device; the caller holds the home's lock.
+
+    Raises:
+        NotEnrolledError: the home has no identity.
+        What :meth:`Device.run` raises.
+    """
+    identity = home.identity()
+    async with Client(identity.server, tools.host, signer=Signer.of(identity), traffic=Traffic()) as client:
+        await Device(home, client, tools, options).run()
+
+
+def check_settings(settings: Settings) -> Settings:
+    """Demand that there is training data and that every file is there.
+
+    Raises:
+        InputError: naming what is missing.
+    """
+    if not settings.data:
+        raise InputError("no training data: pass --data FILE once; it is remembered")
+    missing = [name for name in (*settings.data, *settings.evaluation) if not Path(name).is_file()]
+    if missing:
+        raise InputError(f"{missing[0]}: no such file" + (f" ({len(missing)} missing)" if len(missing) > 1 else ""))
+    return settings
+
+
+def until_signal(work: Coroutine[Any, Any, None], on_signal: Callable[[str], None]) -> int:
+    """Run ``work``; the first SIGINT or SIGTERM cancels it in good order, children included.
+
+    Args:
+        work: The coroutine to run.
+        on_signal: Called with the signal's name when the work has ended because of it.
+
+    Returns:
+        0 when the work ended by itself; 130 after SIGINT, 143 after SIGTERM.
+    """
+    received: list[signal.Signals] = []
+
+    async def main() -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
+
+        def stop(number: signal.Signals) -> None:
+            if not received:  # a second one must not cut the tidying up short
+                received.append(number)
+                task.cancel()
+
+        handled = (signal.SIGINT, signal.SIGTERM)
+        for number in handled:
+            loop.add_signal_handler(number, stop, number)
+        try:
+            await task
+        except asyncio.CancelledError:
+            if not received:
+                raise
+        finally:
+            for number in handled:
+                loop.remove_signal_handler(number)
+
+    asyncio.run(main())
+    if not received:
+        return 0
+    on_signal(received[0].name)
+    return 128 + received[0]

@@ -1,0 +1,123 @@
+"""What a device does next: pure decisions, no clock, disk or socket.
+
+The device distrusts its server: a plan changes the state only through :func:`accept`, which refuses by name what is
+not signed, older than one seen, for another task, or over the device's own floors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from edge_runtime.device.errors import FloorError
+from edge_runtime.device.records import DeviceState, Pending
+from edge_runtime.wire import Plan, SignedPlan, check_order, open_plan
+
+
+@dataclass(frozen=True)
+class Floors:
+    """Limits of this device that no plan can move; generous for the models of this project, and finite."""
+
+    max_adapter_bytes: int = 1 << 30
+    max_bundle_bytes: int = 16 << 30
+    max_modules: int = 4_096
+    max_steps: int = 1_000_000  # optimizer steps, or epochs, of one round
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Send an update that is not acknowledged yet; always first."""
+
+    pending: Pending
+
+
+@dataclass(frozen=True)
+class Discard:
+    """Drop an update of a round this device is done with: the crash came between the two writes."""
+
+    pending: Pending
+
+
+@dataclass(frozen=True)
+class Poll:
+    """Ask for the first plan of a round after ``after``."""
+
+    after: int
+
+
+@dataclass(frozen=True)
+class Train:
+    """Fetch what the plan names and train."""
+
+    signed: SignedPlan
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Fetch the task's last adapter."""
+
+    signed: SignedPlan
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The task is finished and its adapter is here."""
+
+
+Action = Upload | Discard | Poll | Train | Publish | Stop
+
+
+def decide(state: DeviceState, pending: Pending | None, signed: SignedPlan | None) -> Action:
+    """The next action.
+
+    Args:
+        state: Where the device is.
+        pending: The oldest unsent update.
+        signed: The plan in hand, accepted into ``state``.
+    """
+    if pending is not None:
+        return Discard(pending) if pending.round <= state.done_round else Upload(pending)
+    if state.finished:
+        return Stop()
+    if signed is None or signed.plan.round <= state.done_round:
+        return Poll(state.done_round)
+    return Publish(signed) if signed.plan.state == "finished" else Train(signed)
+
+
+def accept(
+    state: DeviceState, data: bytes, *, key: Ed25519PublicKey, task: str, floors: Floors
+) -> tuple[DeviceState, SignedPlan]:
+    """Check a plan as it came from the network.
+
+    Returns:
+        The state that has seen it, and the plan.
+
+    Raises:
+        PlanSignatureError, PlanFormatError, PlanOrderError: see :mod:`edge_runtime.wire.plan`.
+        FloorError: it asks for more than this device allows.
+    """
+    signed = open_plan(data, key)
+    check_order(signed.plan, task=task, last_round=state.seen_round)
+    _check_floors(signed.plan, floors)
+    return msgspec.structs.replace(state, seen_round=signed.plan.round, plan=signed.digest), signed
+
+
+def done_with(state: DeviceState, round_: int, *, counted: bool = False) -> DeviceState:
+    """The state of a device that has nothing more to do for a round; ``counted`` if its update was acknowledged."""
+    return msgspec.structs.replace(
+        state, done_round=max(state.done_round, round_), counted=state.counted + int(counted)
+    )
+
+
+def _check_floors(plan: Plan, floors: Floors) -> None:
+    amounts = {
+        "adapter_bytes": (plan.adapter_bytes, floors.max_adapter_bytes),
+        "modules": (len(plan.modules), floors.max_modules),
+        "training.steps": (plan.training.steps or 0, floors.max_steps),
+        "training.epochs": (plan.training.epochs or 0, floors.max_steps),
+    }
+    over = [f"{name}: expected at most {most}, got {asked}" for name, (asked, most) in amounts.items() if asked > most]
+    if over:
+        raise FloorError(f"plan of round {plan.round}: more than this device allows: " + "; ".join(over))

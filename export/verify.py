@@ -1,0 +1,172 @@
+"""Checks a written bundle against autograd: the Hugging Face model with real peft layers is the oracle.
+
+Every gradient is compared: both factors of every module of every block, and the head. Nothing is shared with the
+exporter's own LoRA code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+
+from edge_runtime.bundle import Array, Bundle, Manifest
+from export.errors import VerificationError
+from export.options import VerifiedCase
+from export.quiet import quiet
+from export.runner import Batch, Runner
+
+TOLERANCE = 1e-4  # of ‖g − g*‖ / ‖g*‖; float32 on both sides gives about 1e-6 a block
+_SHAPES = ((2, 12), (1, 20))  # (batch, seq); the first has a padded example
+_FLOOR = 1e-5  # a gradient this small beside the whole is measured against the whole
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: a batch, adapter tensors whose shapes set the ranks, and each module's scale."""
+
+    name: str
+    batch: Batch
+    adapter: dict[str, Array]
+    scales: dict[str, float]
+
+
+def verify(bundle: Bundle, model: Any, *, seed: int) -> tuple[VerifiedCase, ...]:
+    """Compare the bundle on two shapes and two rank assignments.
+
+    Args:
+        bundle: The bundle on disk.
+        model: The model it was made from, eager attention, float32; it comes back without adapters.
+        seed: Of the batches and factors.
+
+    Raises:
+        VerificationError: a relative error above :data:`TOLERANCE`, or a result that is not finite.
+    """
+    runner = _runner(bundle)
+    cases = []
+    for case in make_cases(bundle.manifest, np.random.default_rng(seed)):
+        with quiet():
+            loss, expected = autograd(model, bundle.manifest, case)
+        found_loss, found = _run(runner, case)
+        errors = relative_errors(found, expected)
+        errors["loss"] = abs(found_loss - loss) / abs(loss)
+        worst = max(errors, key=lambda name: np.inf if np.isnan(errors[name]) else errors[name])
+        cases.append(VerifiedCase(case.name, errors[worst], worst))
+        if not errors[worst] <= TOLERANCE:
+            raise VerificationError(
+                f"verification {case.name}: {worst}: relative error: expected at most {TOLERANCE:g}, "
+                f"got {errors[worst]:.2e}"
+            )
+    return tuple(cases)
+
+
+def _runner(bundle: Bundle) -> Runner:
+    try:
+        return Runner(bundle)
+    except Exception as error:
+        raise VerificationError(f"verification: onnxruntime cannot load a graph: {error!r:.300}") from error
+
+
+def _run(runner: Runner, case: Case) -> tuple[float, dict[str, Array]]:
+    try:
+        return runner.gradients(case.batch, case.adapter, case.scales, _grad_scale(case))
+    except Exception as error:
+        raise VerificationError(f"verification {case.name}: a graph cannot be run: {error!r:.300}") from error
+
+
+def relative_errors(found: Mapping[str, Array], expected: Mapping[str, Array]) -> dict[str, float]:
+    """‖g − g*‖ / ‖g*‖ of every expected tensor; a missing or extra one counts as infinite."""
+    whole = float(np.sqrt(sum(float(np.square(value).sum()) for value in expected.values())))
+    errors = {name: float("inf") for name in found.keys() ^ expected.keys()}
+    for name in found.keys() & expected.keys():
+        scale = max(float(np.linalg.norm(expected[name])), _FLOOR * whole)
+        errors[name] = float(np.linalg.norm(found[name] - expected[name])) / scale
+    return errors
+
+
+def make_cases(manifest: Manifest, rng: np.random.Generator) -> Iterator[Case]:
+    """Two shapes times two rank assignments: the full rank everywhere, and ranks that differ from module to module."""
+    full = [manifest.r_max] * len(manifest.modules)
+    mixed = [1 + (5 * index + 2) % manifest.r_max for index in range(len(manifest.modules))]
+    for batch, seq in _SHAPES:
+        for word, ranks in (("full", full), ("mixed", mixed)):
+            yield _case(
+                manifest, f"{batch}x{seq} {word} ranks", (batch, min(seq, manifest.text.max_tokens)), ranks, rng
+            )
+
+
+def _case(manifest: Manifest, name: str, shape: tuple[int, int], ranks: list[int], rng: np.random.Generator) -> Case:
+    ids = rng.integers(0, manifest.text.vocab_size, shape)
+    mask = np.ones(shape, np.int64)
+    if shape[0] > 1:
+        mask[0, -(shape[1] // 3) :] = 0
+    ids[mask == 0] = manifest.text.pad_id
+    classes = rng.integers(0, len(manifest.labels), shape[0]) if manifest.task == "classify" else None
+    adapter: dict[str, Array] = {}
+    scales = {}
+    for index, (module, rank) in enumerate(zip(manifest.modules, ranks, strict=True)):
+        adapter[f"{module.name}.lora_a"] = _normal(rng, (rank, module.in_features), module.in_features**-0.5)
+        adapter[f"{module.name}.lora_b"] = _normal(rng, (module.out_features, rank), 0.1 * rank**-0.5)
+        scales[module.name] = manifest.scale * (1 + 0.1 * (index % 3))  # differ, so that a mix-up shows
+    for param in manifest.head.params:
+        adapter[f"{manifest.head.module}.{param.name}"] = _normal(rng, param.shape, 0.05)
+    return Case(name, Batch(ids, mask, classes), adapter, scales)
+
+
+def _normal(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> Array:
+    return (std * rng.standard_normal(shape)).astype(np.float32)
+
+
+def _grad_scale(case: Case) -> float:
+    return 1.0 / len(case.batch.targets()[1])
+
+
+def autograd(model: Any, manifest: Manifest, case: Case) -> tuple[float, dict[str, Array]]:
+    """Summed loss and gradients of its mean by torch and peft, for the same adapter tensors."""
+    ranks = {module.name: int(case.adapter[f"{module.name}.lora_a"].shape[0]) for module in manifest.modules}
+    config = LoraConfig(
+        task_type=manifest.peft.task_type,
+        target_modules=list(manifest.peft.target_modules),
+        r=manifest.r_max,
+        lora_alpha=manifest.scale * manifest.r_max,
+        rank_pattern=ranks,
+        alpha_pattern={name: case.scales[name] * rank for name, rank in ranks.items()},
+    )
+    wrapped = get_peft_model(model, config).eval()
+    try:
+        tensors = _peft_tensors(wrapped, manifest)
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(torch.from_numpy(case.adapter[name]))
+        loss = _loss(wrapped, case.batch)
+        (loss * _grad_scale(case)).backward()
+        grads = {name: tensor.grad.numpy().copy() for name, tensor in tensors.items()}
+    finally:
+        wrapped.unload()
+    return float(loss.detach()), grads
+
+
+def _peft_tensors(wrapped: Any, manifest: Manifest) -> dict[str, Any]:
+    tensors = {}
+    for module in manifest.modules:
+        layer = wrapped.get_submodule(f"base_model.model.{module.name}")
+        tensors[f"{module.name}.lora_a"] = layer.lora_A["default"].weight
+        tensors[f"{module.name}.lora_b"] = layer.lora_B["default"].weight
+    trained = sum(1 for name, value in wrapped.named_parameters() if value.requires_grad and ".lora_" in name)
+    if trained != len(tensors):
+        raise VerificationError(f"peft: expected {len(tensors)} LoRA factors by the manifest's targets, got {trained}")
+    for param in manifest.head.params:
+        head = wrapped.get_submodule(f"base_model.model.{manifest.head.module}.modules_to_save.default")
+        tensors[f"{manifest.head.module}.{param.name}"] = head.get_parameter(param.name)
+    return tensors
+
+
+def _loss(wrapped: Any, batch: Batch) -> Any:
+    logits = wrapped(input_ids=torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.mask)).logits
+    (examples, positions), labels = batch.targets()
+    chosen = logits if batch.classes is not None else logits[torch.from_numpy(examples), torch.from_numpy(positions)]
+    return torch.nn.functional.cross_entropy(chosen, torch.from_numpy(labels), reduction="sum")

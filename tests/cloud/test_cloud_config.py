@@ -1,0 +1,78 @@
+"""The config: what init writes is accepted, everything wrong is one line that names file and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from cloud.config import Config, load_config, parse_config, sample_config
+from cloud.errors import ConfigError
+
+BASE = '[task]\nname = "t"\nbundle = "b"\n'
+PATH = Path("folder/emberlora.toml")
+
+
+def test_sample_gives_the_defaults() -> None:
+    sample = parse_config(sample_config(task="t", bundle="b", max_tokens=64, rank=8).encode(), path=PATH)
+    plain = parse_config(BASE.encode(), path=PATH)
+    replace = msgspec.structs.replace
+    assert replace(sample.task, rank=None) == plain.task
+    assert replace(sample.training, max_tokens=None, epochs=None) == plain.training
+    assert sample.server == plain.server
+    assert sample.bundle_path == Path("folder/b")
+    assert sample.training.lr_b > sample.training.lr_a
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[task", "not TOML"),
+        ("\xff\xfe", "not TOML"),
+        ('[task]\nname = "t"', "missing required field `bundle`"),
+        (BASE + "round = 3", "unknown field `round`"),
+        (BASE + "rounds = 'x'", r"\$.task.rounds"),
+        (BASE + "rounds = 0", "task.rounds: expected at least 1, got 0"),
+        (BASE + "rank = 0", "task.rank"),
+        (BASE + "min_devices = 0", "task.min_devices"),
+        (BASE + "min_devices = 5", r"task.min_devices \(5\) must not exceed task.devices_per_round \(4\)"),
+        (BASE + "round_deadline_s = nan", "task.round_deadline_s"),
+        (BASE + "min_examples = 0", "task.min_examples"),
+        (BASE + "devices_per_round = 100000", "task.weight_cap .* task.devices_per_round"),
+        (BASE + 'policy = "magic"', "task.policy: expected one of fixed"),
+        (BASE + 'aggregation = "stack"', "task.aggregation: expected one of alternate"),
+        (BASE.replace('"t"', '"T T"'), "task.name 'T T'"),
+        (BASE + "[training]\nsteps = 1\nepochs = 1", "training.steps and training.epochs"),
+        (BASE + "[training]\nlr_a = -1.0", "training.lr_a"),
+        (BASE + "[training]\nmu = inf", "training.mu"),
+        (BASE + "[training]\nbatch_size = 0", "training.batch_size"),
+        (BASE + "[training]\nclip_norm = 0.0", "training.clip_norm"),
+        (BASE + "[server]\nport = 70000", "server.port"),
+        (BASE + '[server]\nhost = "0.0.0.0"', "server.host .* server.allow_plain_http"),
+        (BASE + "[server]\nrequest_timeout_s = 0", "server.request_timeout_s"),
+        (BASE + "[server]\nmax_uploads_at_once = 0", "server.max_uploads_at_once"),
+        ('folder = "x"\n' + BASE, "unknown field `folder`"),
+    ],
+)
+def test_wrong_configs_are_one_clear_line(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_config(text.encode("latin-1"), path=PATH)
+    assert str(caught.value).startswith(f"{PATH}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_all_problems_are_named_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"task.rounds.*training.lr_b.*server.port"):
+        parse_config((BASE + "rounds = 0\n[training]\nlr_b = -1\n[server]\nport = -1").encode(), path=PATH)
+
+
+def test_missing_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be read .*cloud init"):
+        load_config(tmp_path / "none.toml")
+
+
+def test_plain_http_elsewhere_must_be_asked_for() -> None:
+    server = {"host": "0.0.0.0", "port": None, "allow_plain_http": True}
+    config: Config = parse_config(BASE.encode(), path=PATH, server=server)
+    assert (config.server.host, config.server.port) == ("0.0.0.0", 8440)

@@ -1,0 +1,85 @@
+"""A stand-in for the training child that trains nothing but speaks as the real one does.
+
+``python device_standin.py JOB.json``; what stands in the first data file says how it behaves. :func:`make_frame` is
+shared with the trainer that tests run in their own process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from edge_runtime.bundle import open_bundle
+from edge_runtime.training.job import FRAME_NAME, Done, Failed, Notice, Stepped, TrainingJob
+from edge_runtime.wire import LocalMetrics, Update, encode_update, layout_of, open_plan
+
+WEIGHT = 5
+
+
+def make_frame(job: TrainingJob, weight: int = WEIGHT) -> Done:
+    """Verify what the parent prepared as the real child does, and write a frame of constant change."""
+    key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(job.plan_key))
+    signed = open_plan(Path(job.plan).read_bytes(), key)
+    bundle = open_bundle(Path(job.bundle), expected_digest=signed.plan.bundle)
+    assert Path(job.adapter).stem == signed.plan.adapter
+    features = {module.name: (module.in_features, module.out_features) for module in bundle.manifest.modules}
+    layout = layout_of(signed.plan.modules, features, {})
+    values = np.full(layout.count, 0.25 * (signed.plan.round + 1), dtype=np.float32)
+    metrics = LocalMetrics(steps=3, loss_start=2.0, loss_end=1.0, seconds=0.5)
+    frame = encode_update(Update(values, max(weight, 1), metrics), signed_plan=signed, layout=layout)
+    (Path(job.out) / FRAME_NAME).write_bytes(frame)
+    return Done(weight, metrics)
+
+
+def say(event: msgspec.Struct) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(event) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def hang(data: Path, *, stubborn: bool) -> None:
+    if stubborn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    data.with_name("pid").write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def main() -> int:
+    job = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=TrainingJob)
+    data = Path(job.data[0])
+    how = data.read_text().strip()
+    with data.with_name("calls").open("a") as calls:
+        calls.write(how + "\n")
+    if how == "bad line":
+        say(Failed(f"{data}: line 3: no text", input=True))
+        return 2
+    if how == "broken":
+        say(Failed("EngineError: no graph", input=False))
+        return 1
+    if how == "crash":
+        sys.stderr.write("noise\n" * 5000 + "out of luck\n")
+        return 3
+    if how == "junk":
+        sys.stdout.write("hello\n")
+    if how in ("hang", "stubborn"):
+        hang(data, stubborn=how == "stubborn")
+    if how == "long line":
+        sys.stdout.write("x" * (3 << 20))
+    if how == "no frame":
+        say(Done(WEIGHT, LocalMetrics()))
+        return 0
+    say(Notice("two texts were cut"))
+    for step in (1, 2, 3):
+        say(Stepped(step, 3, 2.0 / step))
+    say(make_frame(job))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

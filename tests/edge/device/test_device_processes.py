@@ -1,0 +1,124 @@
+"""The real thing: ``edge run`` as a process with a training child, killed and stopped at named points."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from asyncio.subprocess import PIPE, Process
+from pathlib import Path
+
+import psutil
+import pytest
+from device_bench import Bench
+
+from edge_runtime.device.outbox import Outbox
+from edge_runtime.device.records import Settings
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def data(bench: Bench, tmp_path: Path) -> Path:
+    path = tmp_path / "mine.jsonl"
+    path.write_text("well")
+    bench.home.save_settings(Settings(data=(str(path),)))
+    return path
+
+
+async def start(bench: Bench, *options: str) -> Process:
+    command = (sys.executable, "-W", "error", str(HERE / "device_process.py"), str(bench.home.folder), *options)
+    return await asyncio.create_subprocess_exec(*command, stdout=PIPE, stderr=PIPE)
+
+
+async def ended(process: Process) -> tuple[int, list[dict[str, object]], str]:
+    """Exit code, events, standard error."""
+    output, errors = await asyncio.wait_for(process.communicate(), 20)
+    assert process.returncode is not None
+    return process.returncode, [json.loads(line) for line in output.splitlines()], errors.decode()
+
+
+async def until(condition: object, what: str) -> None:
+    for _ in range(1000):
+        if condition():  # type: ignore[operator]
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"did not happen: {what}")
+
+
+async def test_a_task_in_processes(bench: Bench, data: Path) -> None:
+    bench.aggregator.rounds = 1
+    code, events, errors = await ended(await start(bench))
+    assert (code, errors) == (0, "")
+    names = [event["event"] for event in events]
+    one_round = ["plan", "fetched", "notice", "step", "step", "step", "trained", "uploaded"]
+    assert names == ["started", *one_round, "plan", "fetched", "finished"]
+    assert data.with_name("calls").read_text().splitlines() == ["well"]
+
+
+async def test_kill_9_between_journal_and_upload(bench: Bench, data: Path) -> None:
+    """The next process sends the very bytes of the first, and trains nothing again."""
+    bench.aggregator.rounds = 1
+    bench.aggregator.faults.away_for = {"PUT"}
+    process = await start(bench)
+    await until(lambda: (bench.home.outbox / "round-0.json").exists(), "the update is journaled")
+    process.kill()
+    await ended(process)
+    sealed = (bench.home.outbox / "round-0.sealed").read_bytes()
+    bench.aggregator.faults.away_for = set()
+    code, events, _ = await ended(await start(bench))
+    assert code == 0
+    assert bench.aggregator.received[0] == (0, "pi-1", sealed)
+    assert data.with_name("calls").read_text().splitlines() == ["well"]
+    assert [event["round"] for event in events if event["event"] == "uploaded"] == [0]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+async def test_signals_end_device_and_child(bench: Bench, data: Path, number: signal.Signals, code: int) -> None:
+    data.write_text("hang")
+    pid_file = data.with_name("pid")
+    process = await start(bench)
+    await until(lambda: pid_file.exists() and pid_file.read_text(), "the child trains")
+    process.send_signal(number)
+    got, events, errors = await ended(process)
+    assert got == code
+    assert events[-1] == {"event": "stopped", "signal": number.name}
+    assert errors == "stopped; 'emberlora edge run' goes on where it was\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)
+
+
+async def test_a_waiting_device_stops_at_once(bench: Bench, data: Path) -> None:
+    bench.aggregator.faults.away = True
+    process = await start(bench)
+    await until(lambda: bench.aggregator.requests[2:], "it has tried")
+    process.terminate()
+    code, events, _ = await ended(process)
+    assert code == 143
+    assert {event["event"] for event in events} == {"started", "waiting", "stopped"}
+
+
+async def test_the_waiting_process_is_small(bench: Bench, data: Path) -> None:
+    """After a whole round the resident process holds no numpy and no engine: 50 MB at most."""
+    bench.aggregator.rounds, bench.aggregator.wanted = 5, 2  # round 0 stays open after this device's update
+    process = await start(bench)
+    await until(lambda: bench.home.state().counted == 1, "round 0 is done")
+    await asyncio.sleep(0.2)
+    used = psutil.Process(process.pid).memory_info().rss / 2**20
+    process.terminate()
+    await ended(process)
+    assert Outbox(bench.home.outbox).first() is None
+    assert used < 50, used
+
+
+def test_the_resident_modules_load_nothing_heavy() -> None:
+    modules = [f"edge_runtime.device.{path.stem}" for path in Path("edge_runtime/device").glob("*.py")]
+    code = (
+        f"import sys, importlib; [importlib.import_module(m) for m in {modules!r}]; "
+        "print(sorted({'numpy', 'onnx', 'onnxruntime', 'tokenizers', 'torch', 'rich'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "[]\n"

@@ -1,0 +1,139 @@
+"""The bytes of every format. Changing one of these literals is changing the format: ``docs/wire.md``, Versions."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from edge_runtime.wire import (
+    EnvelopeContext,
+    Layout,
+    Plan,
+    RoundClosedError,
+    SignedPlan,
+    SignedRequest,
+    Token,
+    Update,
+    authorization,
+    decode_update,
+    encode_problem,
+    encode_update,
+    open_plan,
+    parse_authorization,
+    seal,
+    unseal,
+)
+
+PUBLIC_KEY = "03a107bff3ce10be1d70dd18e74bc09967e4d6309ba50d5f1ddc8664125531b8"  # of the private key 00 01 … 1f
+
+PLAN = bytes.fromhex(
+    # Ed25519 signature of b"emberlora plan 1\0" and the text
+    "5ae47dfe09593955495dc226582ebfa06c32ac6a69433fe1ba8e123c1d3640d4"
+    "2c572fe4698547ac1fd03e1a068b94e5e88bafb3bca111725f07bb1ec4030a00"
+) + (
+    b'{"schema":1,"task":"sst2","round":7,"rounds":20,"state":"train",'
+    b'"bundle":"b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0",'
+    b'"adapter":"adadadadadadadadadadadadadadadadadadadadadadadadadadadadadadadad","adapter_bytes":1234,'
+    b'"modules":[{"name":"layer.0.query","rank":2,"alive":"AB"},{"name":"layer.1.query","rank":1,"alive":"B"}],'
+    b'"head_alive":true,'
+    b'"training":{"batch_size":8,"max_tokens":128,"lr_a":0.0002,"lr_b":0.001,"lr_head":0.001,"steps":null,"epochs":1,'
+    b'"weight_decay":0.0,"beta1":0.9,"beta2":0.999,"eps":1e-8,"mu":0.0,"clip_norm":null},'
+    b'"update":{"fraction_bits":32,"max_abs":8.0,"weight_cap":65536,"max_devices":1024},'
+    b'"seed":42,"deadline":1800000000.0,'
+    b'"round_key":"358072d6365880d1aeea329adf9121383851ed21a28e3b75e965d0d2cd166254","min_examples":1,"tier":0}'
+)
+PLAN_DIGEST = "5f1e885de64fb7a03fb8b4bcd7eedd24d90a1be968db80f7b57f774d35ca89c4"
+
+FRAME = bytes.fromhex(
+    "454d424552555044"  # 0: "EMBERUPD"
+    "0100"  # 8: version 1
+    "0000"  # 10: reserved
+    "07000000"  # 12: round 7
+    "5f1e885de64fb7a03fb8b4bcd7eedd24d90a1be968db80f7b57f774d35ca89c4"  # 16: plan digest
+    "00b0c1f1d6e9db6be55f403e7d8c65590f94d84074b91a16c4ee11a82ab97f52"  # 48: layout digest
+    "0e00000000000000"  # 80: 14 values
+    "000080bf000040bf000000bf000080be000000000000803e"  # 88: layer.0.query.lora_a (2, 3): -1, -0.75 … 0.25
+    "0000003f0000403f0000803f0000a03f"  # layer.0.query.lora_b (2, 2): 0.5 … 1.25
+    "0000c03f0000e03f"  # layer.1.query.lora_b (2, 1): 1.5, 1.75
+    "0000004000001040"  # classifier.bias (2,): 2, 2.25
+    "2c01000000000000"  # 88 + 4·14: weight 300
+    "26000000"  # 38 steps
+    "64000000"  # 100 examples
+    "3d000000"  # 61 correct
+    "000000000000e63f"  # loss at start 0.6875
+    "000000000000e03f"  # loss at end 0.5
+    "000000000000e43f"  # evaluation loss 0.625
+    "0000000000002940"  # 12.5 seconds
+    "0000c07f"  # peak private memory: NaN, not measured
+    "00002044"  # peak total memory 640 MB
+)
+LAYOUT_TEXT = b"layer.0.query.lora_a 2x3\nlayer.0.query.lora_b 2x2\nlayer.1.query.lora_b 2x1\nclassifier.bias 2\n"
+
+INFO = b"emberlora update 1\nsst2\n7\n5f1e885de64fb7a03fb8b4bcd7eedd24d90a1be968db80f7b57f774d35ca89c4\npi-4\n"
+SEALED = bytes.fromhex(  # made once: sealing is randomised
+    "06b7324d31c6cc37660751808333b4c34b569ea7f918e747512b093c0be9e73c"  # encapsulated key
+    "22ef5f2adf9c12c7"  # ciphertext of "EMBERUPD"
+    "637a7352ed556eee09c0125ed525d67b"  # tag
+)
+
+REQUEST_TEXT = (
+    b"emberlora request 1\npi-4\nPUT\n/v1/tasks/sst2/rounds/7/updates/pi-4\n"
+    b"2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881\n1800000000\n000102030405060708090a0b0c0d0e0f\n"
+)
+AUTHORIZATION = (
+    'EmberLoRA device="pi-4", time="1800000000", nonce="000102030405060708090a0b0c0d0e0f", '
+    'body="2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881", '
+    'signature="Pv8oxqu6ZT38j/r5jXfi2mhqVU+QrcHD4D7jU6N+EWdymz6DIUtSFM/k6otz3+KiAejqCLZ8sCXHrIffnaznDQ=="'
+)
+
+TOKEN = "ember1.AAECAwQFBgcICQoLDA0OD1ZHWqdUY0dMAoXfXb8ryrc9plE1iDnpt3SBsuqxB3CM"  # 00 … 0f, SHA-256 of PUBLIC_KEY
+
+PROBLEM = (
+    b'{"type":"urn:emberlora:problem:round-closed","title":"This round takes no more updates","status":409,'
+    b'"detail":"round 7: closed","retry_after_s":0.0}'
+)
+
+
+def test_plan_bytes(plan: Plan, signed: SignedPlan, signing_key: Ed25519PrivateKey) -> None:
+    assert signing_key.public_key().public_bytes_raw().hex() == PUBLIC_KEY
+    assert signed.data == PLAN
+    assert signed.digest == PLAN_DIGEST
+    assert open_plan(PLAN, signing_key.public_key()) == SignedPlan(PLAN, plan, PLAN_DIGEST)
+
+
+def test_update_bytes(signed: SignedPlan, layout: Layout, update: Update) -> None:
+    assert hashlib.sha256(LAYOUT_TEXT).digest() == layout.digest()
+    assert layout.frame_bytes == len(FRAME) == 148 + 4 * 14
+    assert encode_update(update, signed_plan=signed, layout=layout) == FRAME
+    decoded = decode_update(FRAME, signed_plan=signed, layout=layout)
+    assert (decoded.weight, decoded.metrics) == (300, update.metrics)
+    np.testing.assert_array_equal(decoded.values, update.values)
+
+
+def test_envelope_bytes(context: EnvelopeContext, round_key: X25519PrivateKey) -> None:
+    assert context.info() == INFO
+    assert unseal(SEALED, round_key=round_key, context=context) == b"EMBERUPD"
+    fresh = seal(b"EMBERUPD", round_key=round_key.public_key().public_bytes_raw().hex(), context=context)
+    assert fresh != SEALED
+    assert len(fresh) == len(SEALED)
+
+
+def test_request_bytes(request_: SignedRequest, signing_key: Ed25519PrivateKey) -> None:
+    assert request_.text() == REQUEST_TEXT
+    assert authorization(request_, signing_key) == AUTHORIZATION
+    parsed, signature = parse_authorization(AUTHORIZATION, method=request_.method, target=request_.target)
+    assert parsed == request_
+    signing_key.public_key().verify(signature, REQUEST_TEXT)
+
+
+def test_token_text() -> None:
+    token = Token(bytes(range(16)).hex(), hashlib.sha256(bytes.fromhex(PUBLIC_KEY)).hexdigest())
+    assert str(token) == TOKEN
+    assert Token.parse(f" {TOKEN}\n") == token
+
+
+def test_problem_bytes() -> None:
+    assert encode_problem(RoundClosedError("round 7: closed")) == PROBLEM

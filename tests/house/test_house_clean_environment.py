@@ -1,0 +1,76 @@
+"""What ``pip install emberlora`` alone gives: the edge runtime, and nothing heavy."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from tests.house.sources import ROOT, read_sources
+
+pytestmark = [pytest.mark.house, pytest.mark.slow]
+
+ABSENT = ("torch", "transformers", "peft", "onnxscript", "sqlalchemy", "plotly", "sklearn", "safetensors")
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment with the base install, made from a copy of the sources."""
+    folder = tmp_path_factory.mktemp("clean")
+    copy = folder / "source"
+    copy.mkdir()
+    for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    for name in ("edge_runtime", "cloud", "export"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    venv.create(folder / "venv", with_pip=True, symlinks=True)
+    python = folder / "venv" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", "constraints.txt", "."]
+    done = subprocess.run(install, cwd=copy, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return python
+
+
+def run(python: Path, *arguments: str) -> str:
+    """Run in the environment, away from the checkout, so that only what was installed is importable."""
+    done = subprocess.run([python, *arguments], cwd=python.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_nothing_heavy_is_installed(python: Path) -> None:
+    find = "import importlib.util as u, sys; print([name for name in sys.argv[1:] if u.find_spec(name)])"
+    assert run(python, "-c", find, *ABSENT).strip() == "[]"
+
+
+def test_every_edge_module_can_be_imported(python: Path) -> None:
+    modules = [source.module for source in read_sources() if source.module.startswith("edge_runtime")]
+    run(python, "-c", "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]", *modules)
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("edge", "--help"), ("edge", "run", "--help")])
+def test_the_command_helps(python: Path, arguments: tuple[str, ...]) -> None:
+    script = python.parent / "emberlora"
+    done = subprocess.run([script, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: emberlora" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["export", "cloud", "demo"])
+def test_a_missing_extra_is_one_clear_line(python: Path, command: str) -> None:
+    script = python.parent / "emberlora"
+    done = subprocess.run([script, command, "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "pip install 'emberlora[" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_wire_does_not_load_the_engine() -> None:
+    code = "import sys, edge_runtime.wire; print([name for name in sys.argv[1:] if name in sys.modules])"
+    heavy = ("onnxruntime", "onnx", "aiohttp", "tokenizers")
+    done = subprocess.run([sys.executable, "-c", code, *heavy], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]"
