@@ -128,10 +128,10 @@ def _device_table(devices: tuple[DeviceStatus, ...], *, now: float) -> Table:
 
 
 def _round_table(history: tuple[RoundStatus, ...], *, metric: str) -> Table:
-    head = ("round", "devices", "weight", "loss", f"{metric} at start", "up", "time")
-    table = Table(*head, title="Rounds", title_justify="left")
+    head = ("round", "devices", "weight", "loss", metric, "up", "time")
+    table = Table(*head, title=f"Rounds ({metric} of the adapter a round started from)", title_justify="left")
     for r in history:
-        loss = f"{figure(r.loss_start)} → {figure(r.loss_end)}"
+        loss = f"{figure(r.loss_start)}→{figure(r.loss_end)}"
         cells = (r.devices, r.weight, loss, figure(r.metric), size(r.bytes_up), f"{r.seconds:.1f} s")
         table.add_row(str(r.round + 1), *(str(cell) for cell in cells))
     return table

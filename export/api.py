@@ -16,10 +16,11 @@ from export.options import ExportOptions, ExportReport
 class Evaluation:
     """What a peft adapter reaches on held-out data.
 
-    ``value`` is the accuracy (0 to 1) or the perplexity; ``loss`` the mean in nats, an example or a trained token.
+    ``value`` is the accuracy (0 to 1) or the loss itself; ``loss`` the mean in nats, an example or a trained token;
+    ``examples`` counts texts, or for a language model trained tokens.
     """
 
-    metric: Literal["accuracy", "perplexity"]
+    metric: Literal["accuracy", "loss"]
     value: float
     loss: float
     examples: int

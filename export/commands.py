@@ -119,7 +119,7 @@ def _as_text(report: ExportReport) -> str:
 def peft_eval(model: str, adapter: Path, data: Path, max_tokens: int, as_json: bool) -> None:
     """Evaluate a peft adapter with torch and peft: an opinion independent of the devices' engine.
 
-    Records are {"text", "label"} when the adapter folder has labels.json (accuracy), else {"text"} (perplexity).
+    Records are {"text", "label"} when the adapter folder has labels.json (accuracy), else {"text"} (mean loss).
 
     \b
     Example:

@@ -1,4 +1,7 @@
-"""``emberlora demo``. Exit status 0: done and within bounds; 1: a command failed or a bound was missed; 2: bad usage."""
+"""``emberlora demo``.
+
+Exit status 0: done and within bounds; 1: a command failed or a bound was missed; 2: bad usage; 130: interrupted.
+"""
 
 from __future__ import annotations
 

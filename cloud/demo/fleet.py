@@ -67,11 +67,9 @@ class Fleet:
                 _update(bar, live)
                 if not waiting:
                     break
-        call = self._processes.call_json
-        status = call("cloud-status", "cloud", "status", "--config", self._folder.server)
-        self._processes.call(
-            "cloud-adapter", "cloud", "adapter", "--config", self._folder.server, "--out", self._folder.adapter
-        )
+        config = ("--config", self._folder.server)
+        status = self._processes.call_json("cloud-status", "cloud", "status", *config)
+        self._processes.call("cloud-adapter", "cloud", "adapter", *config, "--out", self._folder.adapter)
         self._processes.end(SERVER)
         return Outcome(status, tuple(self._down))
 

@@ -77,9 +77,7 @@ def _main_rows(report: Report) -> Rows:
         ("pooled training", f"{report.central:.3f}", "all texts in one place, as many steps as all devices together"),
     ]
     if report.tfidf is not None:
-        rows.append(
-            ("tf-idf", f"{report.tfidf:.3f}", "with logistic regression on all texts in one place; a yardstick")
-        )
+        rows.append(("tf-idf", f"{report.tfidf:.3f}", "with logistic regression on all texts; a yardstick"))
     return [
         *rows,
         ("sent by devices", megabytes(report.bytes_up), "sealed updates"),

@@ -49,7 +49,7 @@ class Show:
 
     def say(self, text: str) -> None:
         """One line that stays."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def phase(self, name: str, text: str) -> Iterator[None]:

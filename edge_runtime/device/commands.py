@@ -38,7 +38,7 @@ class InputFailure(Failure):
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _home_option = click.option(
     "--home",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=click.Path(file_okay=False, resolve_path=True, path_type=Path),
     envvar="EMBERLORA_HOME",
     default=lambda: default_home(os.environ, sys.platform),
     show_default="the user's data folder",

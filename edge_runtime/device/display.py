@@ -44,6 +44,7 @@ class TerminalDisplay:
         self._console = console or RichConsole(highlight=False)
         self._rounds = 0
         self._ending = False
+        self._noticed: set[str] = set()
         self._trained: events.TrainedRound | None = None
         self._evaluated = ""
         self._progress: Progress | None = None
@@ -79,7 +80,9 @@ class TerminalDisplay:
             what = "the last adapter" if self._ending else self._name(event.round)
             return f"{what}: {size(event.bytes)} fetched" if event.bytes else ""
         if isinstance(event, events.Noticed):
-            return event.text
+            new = event.text not in self._noticed  # the same data says the same in every round
+            self._noticed.add(event.text)
+            return event.text if new else ""
         if isinstance(event, events.Uploaded):
             return self._round_line(event)
         if isinstance(event, events.Skipped):

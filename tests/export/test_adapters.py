@@ -130,7 +130,7 @@ def test_peft_eval_classifies_as_peft_does(workshop: Path, tmp_path: Path, data:
     assert found["value"] == pytest.approx(float((logits.argmax(1) == torch.arange(3)).float().mean()))
 
 
-def test_peft_eval_measures_perplexity(workshop: Path, tmp_path: Path, data: Path) -> None:
+def test_peft_eval_measures_loss(workshop: Path, tmp_path: Path, data: Path) -> None:
     """Without labels.json: a fresh adapter leaves a random model near the uniform guess."""
     base = load(find_source(str(workshop / "llama")), "lm").model
     with quiet():
@@ -138,9 +138,10 @@ def test_peft_eval_measures_perplexity(workshop: Path, tmp_path: Path, data: Pat
             tmp_path / "lm"
         )
     found = evaluate_adapter(str(workshop / "llama"), tmp_path / "lm", data)
-    assert (found.metric, found.examples) == ("perplexity", 3)
-    assert found.value == pytest.approx(np.exp(found.loss))
-    assert 7 < found.value < 28
+    assert found.metric == "loss"
+    assert found.value == found.loss
+    assert 7 < np.exp(found.value) < 28
+    assert found.examples > 3
 
 
 def test_peft_eval_refuses_an_unknown_label(workshop: Path, adapter: Path, data: Path) -> None:

@@ -18,6 +18,8 @@ from device_server import Aggregator, Serving
 
 from edge_runtime.device import commands, inspector, trainer
 from edge_runtime.device.commands import enroll, leave, run, status
+from edge_runtime.device.display import TerminalDisplay
+from edge_runtime.device.events import Noticed
 from edge_runtime.device.home import Home, default_home
 
 STANDIN = (sys.executable, str(Path(__file__).with_name("device_standin.py")))
@@ -119,6 +121,14 @@ def test_a_task_for_a_machine(enrolled: User, data: Path) -> None:
     data.unlink()  # a finished device needs none
     again = enrolled.types(run, "--json")
     assert (again.exit_code, json.loads(again.stdout.splitlines()[-1])) == (0, events[-1])
+
+
+def test_a_notice_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    display = TerminalDisplay()
+    for text in ("60 examples", "60 examples", "3 were cut"):
+        display.show(Noticed(text))
+    display.close()
+    assert capsys.readouterr().out == "60 examples\n3 were cut\n"
 
 
 def test_status_before_and_after(enrolled: User, data: Path) -> None:
