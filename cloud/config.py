@@ -48,7 +48,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lr_head: float = 2e-3  # a head starts untrained
     weight_decay: float = 0.0  # adapters are small; decay mostly slows them
     mu: float = 0.0  # FedProx pull towards the round's start; 0: none
-    clip_norm: float | None = 1.0  # one odd batch must not throw a device's short round
+    clip_norm: float | None = None  # None: gradients are not clipped
 
 
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -241,7 +241,7 @@ lr_b = 2e-3                    # B starts at zero and bears a larger rate
 lr_head = 2e-3
 weight_decay = 0.0
 mu = 0.0                       # FedProx pull towards the round's start
-clip_norm = 1.0                # of the gradients, globally; leave out for none
+# clip_norm = 1.0              # bound on the global gradient norm; left out: no clipping
 
 [server]
 host = "127.0.0.1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +73,7 @@ class OperatorClient:
                 session.request(method, self._url + target, data=body or None, headers=headers) as response,
             ):
                 data, status = await response.read(), response.status
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
             raise ServerAbsentError(f"{self._url}: no aggregator answers ({error})") from error
         if status >= 400:
             raise ServerRefusedError(str(wire.decode_problem(data, status=status)))

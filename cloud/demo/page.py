@@ -39,7 +39,7 @@ def page(report: Report) -> str:
         charts.append(("Who has what", "Training texts of each device by package.", _holdings_chart(report)))
     sections = "".join(
         f"<h2>{html.escape(title)}</h2><p class=note>{html.escape(note)}</p>"
-        + figure.to_html(full_html=False, include_plotlyjs=number == 0, config={"displaylogo": False})
+        + figure.to_html(full_html=False, include_plotlyjs=number == 0, config={"displayModeBar": False})
         for number, (title, note, figure) in enumerate(charts)
     )
     return (
@@ -124,6 +124,7 @@ def _metric_chart(report: Report) -> go.Figure:
         )
     if report.metric == "accuracy":
         figure.update_yaxes(range=[0, 1])
+    figure.update_xaxes(tickformat="d")
     return figure
 
 
@@ -144,6 +145,7 @@ def _traffic_chart(report: Report) -> go.Figure:
         megas = [amount / 1e6 for amount in amounts]
         figure.add_scatter(x=rounds, y=megas, mode="lines+markers", name=name, line_color=colour)
     figure.update_yaxes(type="log")
+    figure.update_xaxes(tickformat="d")
     return figure
 
 

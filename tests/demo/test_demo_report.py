@@ -18,26 +18,6 @@ PROMISED = [
     *("bytes_up", "bytes_down", "bytes_full_fedavg", "run_s", "round_s", "edge_peak_private_mb", "edge_peak_rss_mb"),
     *("adapter", "bundle_digest"),
 ]
-    "model",
-    "task",
-    "devices",
-    "rounds",
-    "metric",
-    "before",
-    "after",
-    "central",
-    "peft_after",
-    "tfidf",
-    "bytes_up",
-    "bytes_down",
-    "bytes_full_fedavg",
-    "run_s",
-    "round_s",
-    "edge_peak_private_mb",
-    "edge_peak_rss_mb",
-    "adapter",
-    "bundle_digest",
-]
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ HOMES = {
     "onnxruntime": ("edge_runtime.engine", "export"),
     "onnx": ("edge_runtime.engine", "export"),
     "tokenizers": ("edge_runtime.data", "edge_runtime.training", "export"),
-    "aiohttp": ("cloud.http", "edge_runtime.device"),
+    "aiohttp": ("cloud.http", "cloud.operator", "edge_runtime.device"),
     "sqlalchemy": ("cloud.store",),
     "alembic": ("cloud.store",),
     "obstore": ("cloud.store",),

@@ -182,3 +182,12 @@ def test_a_real_model_learns_from_real_speakers(tmp_path: Path) -> None:
     )
     result = json.loads(done.stdout)
     assert result["eval"]["loss"] < result["before"]["loss"] - 0.5
+
+
+@pytest.mark.parametrize("command", ["eval", "predict"])
+def test_no_published_adapter_is_one_clear_line(data: Path, tmp_path: Path, command: str) -> None:
+    """Before a task is finished the device's folder holds no adapter; the line says when it will."""
+    done = emberlora("edge", command, "--home", tmp_path / "home", "--data", data)
+    assert done.exit_code == 2
+    assert done.stderr.count("\n") == 1
+    assert "no published adapter: it arrives when the task is finished" in done.stderr
