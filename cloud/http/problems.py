@@ -20,6 +20,8 @@ def problem_response(error: wire.WireError) -> web.Response:
     """The answer for a refusal, as the contract's table says."""
     problem = wire.problem_for(error)
     headers = {} if problem.retry_s is None else {"Retry-After": str(math.ceil(problem.retry_s))}
+    if problem.status == 401:
+        headers["WWW-Authenticate"] = "EmberLoRA"  # RFC 9110 § 11.6.1 wants one
     return web.Response(
         body=wire.encode_problem(error), status=problem.status, content_type=CONTENT_TYPE, headers=headers
     )

@@ -8,7 +8,7 @@ WireError
 ├── UpdateError                 an update is not to be counted (device: obey, do not resend)
 │   ├── EnvelopeError           cannot be opened: wrong key, wrong context, or changed bytes
 │   ├── UpdateFormatError       magic, version or length are wrong
-│   ├── UpdateDigestError       the bytes are not those the sender named
+│   ├── UpdateDigestError       the bytes are not those the sender named (device: send them again)
 │   ├── UpdatePlanError         made for another round or another plan
 │   ├── UpdateLayoutError       other blocks or shapes than the plan's
 │   └── UpdateValueError        NaN, infinity, a value or weight outside the plan's bounds

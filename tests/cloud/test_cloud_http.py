@@ -178,7 +178,9 @@ class TestSignatures:
         }
         for name, heads in cases.items():
             for headers in heads:
-                assert (await one.send("GET", target, headers=headers)).problem() == name
+                answer = await one.send("GET", target, headers=headers)
+                assert answer.problem() == name
+                assert (answer.headers.get("WWW-Authenticate") == "EmberLoRA") == (answer.status == 401)
 
     async def test_devices_and_operator_keep_to_their_own(self, site: Site, one: Device, two: Device) -> None:
         signed = await one.plan()
