@@ -46,6 +46,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lr_a: float = 5e-4
     lr_b: float = 2e-3  # B starts at zero and bears a larger rate than A (LoRA+, arXiv 2402.12354)
     lr_head: float = 2e-3  # a head starts untrained
+    lr_schedule: wire.Schedule = "cosine"  # rates fall over the rounds to a tenth: it calms the last ones
     weight_decay: float = 0.0  # adapters are small; decay mostly slows them
     mu: float = 0.0  # FedProx pull towards the round's start; 0: none
     clip_norm: float | None = None  # None: gradients are not clipped
@@ -239,6 +240,7 @@ epochs = 1                     # passes of a device over its own data in a round
 lr_a = 5e-4
 lr_b = 2e-3                    # B starts at zero and bears a larger rate
 lr_head = 2e-3
+lr_schedule = "cosine"         # rates fall over the rounds to a tenth; or "constant"
 weight_decay = 0.0
 mu = 0.0                       # FedProx pull towards the round's start
 # clip_norm = 1.0              # bound on the global gradient norm; left out: no clipping

@@ -88,7 +88,7 @@ def make_plan(
         adapter_bytes=adapter.bytes,
         modules=choice.modules,
         head_alive=choice.head_alive,
-        training=_training(config, bundle),
+        training=_training(config, bundle, state.round),
         update=update_rules(config),
         seed=task.seed,
         deadline=state.deadline,
@@ -97,14 +97,15 @@ def make_plan(
     )
 
 
-def _training(config: Config, bundle: Bundle) -> wire.Training:
+def _training(config: Config, bundle: Bundle, round_: int) -> wire.Training:
     training = config.training
+    share = wire.rate_share(training.lr_schedule, round_ / max(config.task.rounds - 1, 1))
     return wire.Training(
         batch_size=training.batch_size,
         max_tokens=training.max_tokens or bundle.manifest.text.max_tokens,
-        lr_a=training.lr_a,
-        lr_b=training.lr_b,
-        lr_head=training.lr_head,
+        lr_a=training.lr_a * share,
+        lr_b=training.lr_b * share,
+        lr_head=training.lr_head * share,
         steps=training.steps,
         epochs=training.epochs or (1 if training.steps is None else None),
         weight_decay=training.weight_decay,

@@ -35,11 +35,12 @@ class AdamW:
         self._gradient: Flat = np.empty(count, dtype=np.float32)
         self._groups = _rate_groups(parameters, training)
 
-    def step(self, gradients: Mapping[str, Array]) -> float:
+    def step(self, gradients: Mapping[str, Array], *, share: float = 1.0) -> float:
         """Move the parameters by one step.
 
         Args:
             gradients: Mean gradient of every alive tensor by name.
+            share: Of the learning rates, from 0 to 1.
 
         Returns:
             The global L2 norm of the gradient before clipping, the proximal term not included.
@@ -54,7 +55,7 @@ class AdamW:
         correction = math.sqrt(1 - settings.beta2**self.steps) / (1 - settings.beta1**self.steps)
         for start, stop, rate in self._groups:
             for low in range(start, stop, _CHUNK):
-                self._move(slice(low, min(low + _CHUNK, stop)), rate, correction)
+                self._move(slice(low, min(low + _CHUNK, stop)), rate * share, correction)
         return norm
 
     def _move(self, part: slice, rate: float, correction: float) -> None:

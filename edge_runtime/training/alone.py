@@ -15,10 +15,10 @@ from edge_runtime.data import Dataset
 from edge_runtime.engine.errors import EngineInputError
 from edge_runtime.engine.parameters import AdapterParameters
 from edge_runtime.training.describing import Measured, measured
-from edge_runtime.training.local import Trained, evaluate, planned_steps, train
+from edge_runtime.training.local import Course, Trained, evaluate, train
 from edge_runtime.training.memory import MemorySampler
 from edge_runtime.training.session import WorkingBundle
-from edge_runtime.wire import Training
+from edge_runtime.wire import Schedule, Training
 
 
 class AloneOptions(msgspec.Struct, frozen=True):
@@ -36,6 +36,7 @@ class AloneOptions(msgspec.Struct, frozen=True):
     lr_a: float
     lr_b: float
     lr_head: float
+    lr_schedule: Schedule
     weight_decay: float
     clip_norm: float | None
     seed: int
@@ -102,7 +103,8 @@ def train_alone(options: AloneOptions, console: Console) -> AloneResult:
             held_out = _load(work, options.evaluation, settings, options.skip_bad_lines, console)
         parameters = work.all_alive(work.adapter(options.adapter))
         before = _measure(work, parameters, held_out)
-        trained = _run(work, parameters, data, settings, console, np.random.default_rng(options.seed))
+        course = Course(data, settings, np.random.default_rng(options.seed), options.lr_schedule)
+        trained = _run(work, parameters, course, console)
         write_peft_folder(options.out, work.bundle.manifest, parameters.tensors)
         after = _measure(work, parameters, held_out) if trained else None
     return AloneResult(
@@ -124,21 +126,19 @@ def train_alone(options: AloneOptions, console: Console) -> AloneResult:
 def _run(
     work: WorkingBundle,
     parameters: AdapterParameters,
-    data: Dataset,
-    settings: Training,
+    course: Course,
     console: Console,
-    rng: np.random.Generator,
 ) -> Trained | None:
     """Train with a progress bar; None when the user interrupted."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("training", total=planned_steps(settings, data))
+        task = bar.add_task("training", total=course.steps)
 
         def show(step: int, _steps: int, loss: float) -> None:
             bar.update(task, completed=step, description=f"loss {loss:.3f}")
 
         try:
-            return train(work.engine, parameters, data, settings, rng=rng, on_step=show)
+            return train(work.engine, parameters, course, on_step=show)
         except KeyboardInterrupt:
             return None
 

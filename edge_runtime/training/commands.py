@@ -77,6 +77,13 @@ def _one_clear_line() -> Iterator[None]:
 @click.option("--lr-a", type=float, default=5e-4, show_default=True, help="Learning rate of the A factors.")
 @click.option("--lr-b", type=float, default=1e-3, show_default=True, help="Learning rate of the B factors.")
 @click.option("--lr-head", type=float, default=1e-3, show_default=True, help="Learning rate of a trained head.")
+@click.option(
+    "--lr-schedule",
+    type=click.Choice(["constant", "cosine"]),
+    default="cosine",
+    show_default=True,
+    help="cosine: the rates fall to a tenth.",
+)
 @click.option("--weight-decay", type=float, default=0.0, show_default=True)
 @click.option("--clip-norm", type=float, help="Clip the gradient's global norm.  [default: no clipping]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Order of the examples.")

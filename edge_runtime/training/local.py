@@ -14,7 +14,7 @@ from edge_runtime.engine.adamw import AdamW
 from edge_runtime.engine.errors import DivergedError
 from edge_runtime.engine.interface import Engine, Score
 from edge_runtime.engine.parameters import AdapterParameters
-from edge_runtime.wire import Training
+from edge_runtime.wire import Schedule, Training, rate_share
 
 OnStep = Callable[[int, int, float], None]  # step from 1, steps, mean loss of the batch in nats
 
@@ -29,20 +29,35 @@ class Trained:
     seconds: float
 
 
-def planned_steps(training: Training, dataset: Dataset) -> int:
-    """Optimizer steps the settings ask for on this dataset."""
-    if training.steps is not None:
-        return training.steps
-    return (training.epochs or 1) * steps_per_epoch(dataset, training.batch_size)
+@dataclass(frozen=True)
+class Course:
+    """What is learned and how.
+
+    Attributes:
+        dataset: Local examples.
+        training: Steps or epochs, batch size, learning rates.
+        rng: Order of the examples.
+        schedule: How the learning rates fall over the steps; a plan's rates are constant within its round.
+    """
+
+    dataset: Dataset
+    training: Training
+    rng: np.random.Generator
+    schedule: Schedule = "constant"
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps the settings ask for on this dataset."""
+        if self.training.steps is not None:
+            return self.training.steps
+        return (self.training.epochs or 1) * steps_per_epoch(self.dataset, self.training.batch_size)
 
 
 def train(
     engine: Engine,
     parameters: AdapterParameters,
-    dataset: Dataset,
-    training: Training,
+    course: Course,
     *,
-    rng: np.random.Generator,
     on_step: OnStep | None = None,
 ) -> Trained:
     """Train the alive parameters in place.
@@ -50,25 +65,23 @@ def train(
     Args:
         engine: The engine; it is given ``parameters``.
         parameters: Changed in place, alive tensors only.
-        dataset: Local examples.
-        training: Steps or epochs, batch size, learning rates.
-        rng: Order of the examples.
+        course: Data, settings and order.
         on_step: Called after every step; may raise to stop.
 
     Raises:
         DivergedError: the loss is no longer finite; the parameters are those of the last good step.
     """
-    steps = planned_steps(training, dataset)
+    steps, training = course.steps, course.training
     engine.use(parameters)
     optimizer = AdamW(parameters, training)
     losses: list[float] = []
     began = time.perf_counter()
-    for batch in training_batches(dataset, training.batch_size, steps=steps, rng=rng):
+    for batch in training_batches(course.dataset, training.batch_size, steps=steps, rng=course.rng):
         gradients = engine.gradients(batch)
         loss = gradients.score.loss
         if not math.isfinite(loss):
             raise DivergedError(f"training: step {len(losses) + 1}: the loss is {loss}: lower the learning rates")
-        optimizer.step(gradients.tensors)
+        optimizer.step(gradients.tensors, share=rate_share(course.schedule, len(losses) / max(steps - 1, 1)))
         losses.append(loss)
         if on_step is not None:
             on_step(len(losses), steps, loss)

@@ -14,7 +14,7 @@ from edge_runtime.data import Dataset
 from edge_runtime.engine.interface import Score
 from edge_runtime.engine.parameters import AdapterParameters
 from edge_runtime.training.job import Done, Evaluated, Event, Notice, Stepped, TrainingJob
-from edge_runtime.training.local import Trained, evaluate, train
+from edge_runtime.training.local import Course, Trained, evaluate, train
 from edge_runtime.training.memory import MemorySampler
 from edge_runtime.training.session import WorkingBundle
 from edge_runtime.wire import LocalMetrics, Plan, Update, check_values, encode_update, open_plan
@@ -48,9 +48,7 @@ def run_round(job: TrainingJob, emit: Callable[[Event], None]) -> tuple[bytes, D
         trained = train(
             work.engine,
             parameters,
-            dataset,
-            plan.training,
-            rng=np.random.default_rng([plan.seed, plan.round]),
+            Course(dataset, plan.training, np.random.default_rng([plan.seed, plan.round])),
             on_step=lambda step, steps, loss: emit(Stepped(step, steps, loss)),
         )
     metrics = _metrics(trained, score, memory, time.perf_counter() - began)

@@ -55,6 +55,7 @@ from edge_runtime.wire.plan import (
 )
 from edge_runtime.wire.problems import Problem, ProblemDocument, decode_problem, encode_problem, problem_for
 from edge_runtime.wire.requests import SignedRequest, authorization, parse_authorization, verify_request
+from edge_runtime.wire.schedule import Schedule, rate_share
 from edge_runtime.wire.update import Layout, LocalMetrics, Update, check_values, decode_update, encode_update, layout_of
 
 __all__ = [
@@ -81,6 +82,7 @@ __all__ = [
     "RoundClosedError",
     "RoundError",
     "RoundStatus",
+    "Schedule",
     "SignatureError",
     "SignedPlan",
     "SignedRequest",
@@ -119,6 +121,7 @@ __all__ = [
     "parse_authorization",
     "plan_problems",
     "problem_for",
+    "rate_share",
     "seal",
     "sign_plan",
     "unseal",

@@ -46,6 +46,7 @@ def test_sample_gives_the_defaults() -> None:
         (BASE + "[training]\nsteps = 1\nepochs = 1", "training.steps and training.epochs"),
         (BASE + "[training]\nlr_a = -1.0", "training.lr_a"),
         (BASE + "[training]\nmu = inf", "training.mu"),
+        (BASE + '[training]\nlr_schedule = "steps"', r"\$.training.lr_schedule"),
         (BASE + "[training]\nbatch_size = 0", "training.batch_size"),
         (BASE + "[training]\nclip_norm = 0.0", "training.clip_norm"),
         (BASE + "[server]\nport = 70000", "server.port"),

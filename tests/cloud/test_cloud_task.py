@@ -8,6 +8,7 @@ from pathlib import Path
 
 import aiohttp
 import numpy as np
+import pytest
 from cloud_fleet import Device, Site, values_for
 
 from cloud import events
@@ -157,3 +158,15 @@ async def test_round_key_is_destroyed(site: Site, session: aiohttp.ClientSession
     await contribute(two, signed, seed=1, weight=1)
     assert (await one.plan(after=0)).plan.round == 1
     assert key not in files()
+
+
+async def test_learning_rates_fall_over_the_rounds(site: Site, session: aiohttp.ClientSession) -> None:
+    """Each plan carries its round's share of the configured rates: all of them first, a tenth in the last round."""
+    one, two = await site.device(session, "one"), await site.device(session, "two")
+    shares = []
+    for round_ in range(3):
+        signed = await one.plan(after=round_ - 1)
+        shares.append(signed.plan.training.lr_b / site.config.training.lr_b)
+        for device in (one, two):
+            await contribute(device, signed, seed=round_, weight=10)
+    assert shares == pytest.approx([1.0, 0.55, 0.1])
