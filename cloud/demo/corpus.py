@@ -28,7 +28,7 @@ FOREIGN = frozenset({"site-packages", "dist-packages", "this"})
 INNER_EXCLUDED = frozenset({"__pycache__", "test", "tests"})
 # Modules whose Python text stands under a private name, because an accelerated twin has the public one.
 PUBLIC_NAMES = {"_pydatetime": "datetime", "_pydecimal": "decimal", "_pyio": "io"}
-MIN_WORDS = 6
+MIN_WORDS = 10  # "Return the name." may come from anywhere
 MAX_CHARS = 2_000  # a device reads 64 tokens; more is only disk and traffic
 MAX_SHARE = 0.2
 MAX_FUNCTION_LINES = 60

@@ -54,7 +54,7 @@ class Fleet:
         for device in self._devices:
             home = self._folder.home(device)
             self._processes.start(device, "edge", "run", "--home", home, "--threads", "1", "--json")
-        live = Live(self._recipe, enrolled=len(self._devices))
+        live = Live(self._recipe)
         waiting = set(self._devices)
         with show.rounds(live) as bar:
             for event in self._processes.events(timeout_s=_SILENCE_S):
@@ -97,7 +97,7 @@ class Fleet:
             status = fields["status"]
             if status["metric"] is not None:
                 live.curve.append(status["metric"])
-            show.say("  " + live.line())
+            show.say(f"  {live.line()} at its start")
             live.round, live.received = status["round"] + 1, 0
         elif kind in ("waiting", "skipped", "request-refused", "work-failed"):
             show.say(f"  {source}: {kind}: {fields.get('detail', '')}")

@@ -37,6 +37,7 @@ def central(folder: DemoFolder, recipe: Recipe, processes: Processes) -> float:
         "--lr-a": rates.a,
         "--lr-b": rates.b,
         "--lr-head": rates.head,
+        "--lr-schedule": "cosine",
         "--seed": recipe.seed,
     }
     options = [str(part) for option in amounts.items() for part in option]

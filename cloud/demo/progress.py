@@ -21,21 +21,20 @@ class Live:
     round: int = 0
     steps: int = 0  # done by all devices in all rounds
     losses: dict[str, float] = field(default_factory=dict)  # of each device's last batch, nats
-    enrolled: int = 0
     received: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
     curve: list[float] = field(default_factory=list)
 
     def line(self) -> str:
-        """Round, devices, loss, metric and bytes in one line."""
+        """Round, devices, bytes, loss and metric in one line; the metric is that of the last round's start."""
         loss = sum(self.losses.values()) / len(self.losses) if self.losses else None
         parts = [
             f"round {min(self.round + 1, self.recipe.rounds)}/{self.recipe.rounds}",
             f"{self.received}/{self.recipe.devices} updates",
+            f"{megabytes(self.bytes_up)} up, {megabytes(self.bytes_down)} down",
             f"loss {'–' if loss is None else f'{loss:.3f}'}",
             f"{self.recipe.metric} {f'{self.curve[-1]:.3f}' if self.curve else '–'}",
-            f"{megabytes(self.bytes_up)} up, {megabytes(self.bytes_down)} down",
         ]
         return " · ".join(parts)
 
