@@ -56,7 +56,8 @@ def _examples(
             raise DataError(f"{data}: record {number}: expected a text `text`, got {content!r}")
         if labels is not None and label not in labels:
             raise DataError(f"{data}: record {number}: unknown label {label!r}")
-        yield encode(tokenizer, text, content), labels.index(str(label)) if labels is not None else 0
+        task: Task = "classify" if labels is not None else "lm"
+        yield encode(tokenizer, text, content, task=task), labels.index(str(label)) if labels is not None else 0
 
 
 def _batches(examples: Sequence[tuple[list[int], int]], pad_id: int) -> Iterator[tuple[Any, Any, Any]]:

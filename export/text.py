@@ -51,10 +51,16 @@ def text_info(loaded_tokenizer: Any, config: Any, task: Task, max_tokens: int) -
     )
 
 
-def encode(tokenizer: Any, text: Text, content: str) -> list[int]:
-    """Token ids of a text as a device makes them: prefix, the text cut to fit, suffix."""
-    room = text.max_tokens - len(text.prefix_ids) - len(text.suffix_ids)
+def encode(tokenizer: Any, text: Text, content: str, *, task: Task) -> list[int]:
+    """Token ids of a text as a device makes them: prefix, the text, suffix, cut to ``max_tokens``.
+
+    A classifier's suffix, for example ``[SEP]``, always stays. A language model's is cut off first: it says that the
+    text ends, which a text that was cut does not.
+    """
     ids = tokenizer.encode(content, add_special_tokens=False).ids
+    if task == "lm":
+        return [*text.prefix_ids, *ids, *text.suffix_ids][: text.max_tokens]
+    room = text.max_tokens - len(text.prefix_ids) - len(text.suffix_ids)
     return [*text.prefix_ids, *ids[:room], *text.suffix_ids]
 
 

@@ -75,21 +75,15 @@ def library(folder: Path, **sources: str) -> Path:
 
 
 def test_a_text_of_two_packages_is_dropped(tmp_path: Path) -> None:
-    stdlib = library(
-        tmp_path,
-        one='"""A text of ten words or more, standing in both of these modules."""\ndef f():\n    """A text of ten words or more, only in the first of them."""',
-        two='"""A text of ten words or more, standing in both of these modules."""\ndef f():\n    """A text of ten words or more, only in the second of them."""',
-        broken="def f(:",
-    )
-    found = collect(stdlib, task="classify", packages=8)
-    assert found == [
-        Example("A text of ten words or more, only in the first of them.", "one"),
-        Example("A text of ten words or more, only in the second of them.", "two"),
-    ]
+    shared = "A text of ten words or more, standing in both of these modules."
+    own = {name: f"A text of ten words or more, only in the module {name}." for name in ("one", "two")}
+    modules = {name: f'"""{shared}"""\ndef f():\n    """{text}"""' for name, text in own.items()}
+    found = collect(library(tmp_path, **modules, broken="def f(:"), task="classify", packages=8)
+    assert found == [Example(text, name) for name, text in own.items()]
 
 
 def test_a_library_without_texts_is_told_so(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match="expected docstrings in at least 2 packages"):
+    with pytest.raises(CorpusError, match="expected texts in at least 2 packages"):
         collect(library(tmp_path, one="x = 1"), task="classify", packages=8)
 
 

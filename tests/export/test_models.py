@@ -83,11 +83,14 @@ def test_peft_targets_find_exactly_the_modules() -> None:
 
 
 def test_text_is_framed_and_cut(llama: object) -> None:
-    """Prefix and suffix always survive the cut."""
+    """A classifier's prefix and suffix survive the cut; a language model's suffix does not, as on devices."""
     loaded = llama
     text = text_info(loaded.tokenizer, loaded.model.config, "lm", 5)  # type: ignore[attr-defined]
-    ids = encode(plain_tokenizer(loaded.tokenizer), text, "the sky is blue red")  # type: ignore[attr-defined]
-    assert ids == [4, 12, 13, 11, 5]
+    tokenizer, sky = plain_tokenizer(loaded.tokenizer), "the sky is blue red"  # type: ignore[attr-defined]
+    assert encode(tokenizer, text, sky, task="classify") == [4, 12, 13, 11, 5]
+    assert encode(tokenizer, text, sky, task="lm")[:4] == [4, 12, 13, 11]
+    assert 5 not in encode(tokenizer, text, sky, task="lm")
+    assert encode(tokenizer, text, "the sky", task="lm")[-1] == 5
     with pytest.raises(ModelError, match="max tokens"):
         text_info(loaded.tokenizer, loaded.model.config, "lm", 2)  # type: ignore[attr-defined]
 
