@@ -95,7 +95,7 @@ def collect(stdlib: Path, *, task: str, packages: int) -> list[Example]:
     largest = sorted(unique, key=lambda name: (-len(unique[name]), name))[:packages]
     kept = [Example(text, name) for name in sorted(largest) for text in unique[name]]
     if len({example.label for example in kept}) < 2:
-        raise CorpusError(f"{stdlib}: no standard library to learn from: expected docstrings in at least 2 packages")
+        raise CorpusError(f"{stdlib}: no standard library to learn from: expected texts in at least 2 packages")
     return kept
 
 

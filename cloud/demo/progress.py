@@ -33,7 +33,7 @@ class Live:
             f"round {min(self.round + 1, self.recipe.rounds)}/{self.recipe.rounds}",
             f"{self.received}/{self.recipe.devices} updates",
             f"{megabytes(self.bytes_up)} up, {megabytes(self.bytes_down)} down",
-            f"loss {'–' if loss is None else f'{loss:.3f}'}",
+            f"batch loss {'–' if loss is None else f'{loss:.3f}'}",
             f"{self.recipe.metric} {f'{self.curve[-1]:.3f}' if self.curve else '–'}",
         ]
         return " · ".join(parts)
