@@ -56,6 +56,10 @@ def _one_line_errors(function: Callable[P, R]) -> Callable[P, R]:
             click.echo(f"emberlora cloud: {error}", err=True)
             bad_input = not isinstance(error, ServerAbsentError)
             sys.exit(2 if bad_input else 1)
+        except ModuleNotFoundError as error:
+            line = f"needs the package {error.name!r}, which is not installed: pip install 'emberlora[cloud]'"
+            click.echo(f"emberlora cloud: {line}", err=True)
+            sys.exit(1)
 
     return wrapped
 
