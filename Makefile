@@ -48,7 +48,7 @@ fmt: $(STAMP)
 	$(PY) -m ruff format .
 
 bench: $(STAMP)
-	@for file in bench/bench_*.py; do echo "$$file" && $(PY) "$$file" || exit 1; done
+	$(PY) -m bench.step --quick
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -34,12 +34,7 @@ class Runner:
     def __init__(self, bundle: Bundle) -> None:
         self.manifest, self.weights = bundle.manifest, bundle.weights()
         files = {kind.graph for kind in self.manifest.kinds} | {self.manifest.embed.graph, self.manifest.head.graph}
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self.sessions = {
-            name: onnxruntime.InferenceSession(bundle.path(name), options, providers=["CPUExecutionProvider"])
-            for name in files
-        }
+        self.sessions = {name: _open(str(bundle.path(name))) for name in files}
 
     def gradients(
         self, batch: Batch, adapter: Mapping[str, Array], scales: Mapping[str, float], grad_scale: float
@@ -97,3 +92,16 @@ class Runner:
         session = self.sessions[graph]
         names = outputs or [value.name for value in session.get_outputs()]
         return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+
+def _open(path: str) -> Any:
+    """A session of its own threads; or of the process's pool where the devices' engine has already made one."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except RuntimeError as error:
+        if "use_per_session_threads must be false" not in str(error):  # ONNX Runtime offers no way to ask
+            raise
+    options.use_per_session_threads = False
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

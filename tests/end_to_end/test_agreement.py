@@ -35,3 +35,17 @@ def test_edge_eval_equals_peft_eval(kind: str, request: pytest.FixtureRequest, t
     assert (device["metric"], device["examples"]) == (judge["metric"], judge["examples"])
     assert device["loss"] == pytest.approx(judge["loss"], rel=1e-4)
     assert device["value"] == pytest.approx(judge["value"], rel=1e-4)
+
+
+def test_export_works_beside_the_engine(llama_folder: Path, llama_bundle: Path, tmp_path: Path) -> None:
+    """In one process: the engine owns ONNX Runtime's thread pool, and an export still verifies its bundle."""
+    code = (
+        "import sys; from pathlib import Path; from export import ExportOptions, export_bundle;"
+        "from edge_runtime.bundle import open_bundle; from edge_runtime.training.session import WorkingBundle;"
+        "WorkingBundle(open_bundle(Path(sys.argv[1]))).engine;"
+        "print(export_bundle(ExportOptions(sys.argv[2], 'lm', Path(sys.argv[3]), rank=2)).max_rel_err)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, str(llama_bundle), str(llama_folder), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 1e-4
