@@ -9,7 +9,7 @@ from typing import Any
 from export.templates.attention import Attention
 from export.templates.builder import GraphBuilder
 from export.templates.frame import Template, linear, weights_of
-from export.templates.linear import Linear
+from export.templates.linear import Linear, backward_of_all
 from export.templates.mlp import gelu, gelu_backward
 from export.templates.norms import LayerNorm
 
@@ -47,32 +47,27 @@ class BertBlock:
         *inner, outer = self.projections
         (q, h_q), (k, h_k), (v, h_v) = (layer.forward(g, x) for layer in inner)
         attended = self.attention.forward(g, q, k, v)
-        y, h_outer = outer.forward(g, attended.mixed)
+        summed, h_outer = outer.forward(g, attended.mixed, plus=x)
 
-        def backward(d_y: str) -> str:
-            d_mixed = g.total(*outer.backward(g, d_y, attended.mixed, h_outer))
+        def backward(d_summed: str) -> str:
+            d_mixed = outer.backward(g, d_summed, (attended.mixed, h_outer))
             gradients = self.attention.backward(g, d_mixed, attended)
-            terms = [
-                layer.backward(g, gradient, x, h)
-                for layer, gradient, h in zip(inner, gradients, (h_q, h_k, h_v), strict=True)
-            ]
-            return g.total(*(term for pair in terms for term in pair), d_y)
+            return g.op("Add", backward_of_all(g, inner, gradients, x, (h_q, h_k, h_v)), d_summed)
 
-        return g.total(y, x), backward
+        return summed, backward
 
     def _mlp(self, g: GraphBuilder, x: str) -> tuple[str, Callable[[str, str], str]]:
         """Like :meth:`_attend`, but the backward pass is given x made again."""
         inner, outer = self.mlp
         wide, h_inner = inner.forward(g, x)
         active = gelu(g, wide)
-        y, h_outer = outer.forward(g, active)
+        summed, h_outer = outer.forward(g, active, plus=x)
 
-        def backward(d_y: str, x_again: str) -> str:
-            d_active = g.total(*outer.backward(g, d_y, active, h_outer))
-            d_wide = gelu_backward(g, d_active, wide)
-            return g.total(*inner.backward(g, d_wide, x_again, h_inner), d_y)
+        def backward(d_summed: str, x_again: str) -> str:
+            d_active = outer.backward(g, d_summed, (active, h_outer))
+            return inner.backward(g, gelu_backward(g, d_active, wide), (x_again, h_inner), plus=d_summed)
 
-        return g.total(y, x), backward
+        return summed, backward
 
 
 def bert_template(block: Any, slots: Collection[str], attention: Attention) -> Template:

@@ -71,17 +71,9 @@ class GraphBuilder:
             self._shapes[rest] = self.op("Concat", lead, self.sizes(*rest), axis=0)
         return self.op("Reshape", x, self._shapes[rest])
 
-    def transposed_product(self, left: str, right: str) -> str:
-        """Leftᵀ · right, of (n, a) and (n, b): (a, b)."""
-        return self.op("Gemm", left, right, transA=1)
-
-    def total(self, *terms: str | None) -> str:
-        """The sum of the terms that are there."""
-        there = [term for term in terms if term is not None]
-        result = there[0]
-        for term in there[1:]:
-            result = self.op("Add", result, term)
-        return result
+    def product(self, left: str, right: str, plus: str | None = None, **flips: int) -> str:
+        """Left · right + plus of matrices; ``transA=1`` and ``transB=1`` read an operand as its transpose."""
+        return self.op("Gemm", left, right, *([] if plus is None else [plus]), **flips)
 
     def result(self, value: str, name: str) -> None:
         """Make ``value`` the graph's output ``name``."""

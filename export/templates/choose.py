@@ -33,13 +33,16 @@ def find_template(site: Site, shared: Mapping[str, Shared]) -> Template | None:
     mask = _mask(arguments.pop("attention_mask", None), shared)
     if mask is None:
         return None
-    slots = {slot.name for slot in site.slots}
-    block, template = site.module, None
+    block, slots = site.module, {slot.name for slot in site.slots}
+    tables = arguments.pop("position_embeddings", None)
+    template = None
+    if _meaningful(arguments):
+        return None
     if type(block) in (LlamaDecoderLayer, Qwen2DecoderLayer):
-        rotary = _rotary(arguments.pop("position_embeddings", None), shared)
-        if rotary is not None and not _meaningful(arguments) and isinstance(block.mlp.act_fn, (nn.SiLU, SiLUActivation)):
+        rotary = _rotary(tables, shared)
+        if rotary is not None and isinstance(block.mlp.act_fn, (nn.SiLU, SiLUActivation)):
             template = llama_template(block, slots, _grouped(block.self_attn, mask, rotary))
-    elif type(block) is BertLayer and _plain_bert(block) and not _meaningful(arguments):
+    elif type(block) is BertLayer and tables is None and _plain_bert(block):
         template = bert_template(block, slots, _bert_attention(block.attention.self, mask))
     return template if template is not None and _same_weights(block, template) else None
 

@@ -9,7 +9,7 @@ from typing import Any
 from export.templates.attention import Attention
 from export.templates.builder import GraphBuilder
 from export.templates.frame import Template, linear, weights_of
-from export.templates.linear import Linear
+from export.templates.linear import Linear, backward_of_all
 from export.templates.mlp import swiglu, swiglu_again, swiglu_backward
 from export.templates.norms import RmsNorm
 
@@ -37,38 +37,31 @@ class LlamaBlock:
         normed = norm.forward(g, x)
         (q, h_q), (k, h_k), (v, h_v) = (layer.forward(g, normed.y) for layer in inner)
         attended = self.attention.forward(g, q, k, v)
-        y, h_o = outer.forward(g, attended.mixed)
+        out, h_o = outer.forward(g, attended.mixed, plus=x)
 
         def backward(d_out: str) -> str:
             rows = norm.rows(g, normed)
-            again = norm.again(g, rows)
-            d_mixed = g.total(*outer.backward(g, d_out, attended.mixed, h_o))
+            d_mixed = outer.backward(g, d_out, (attended.mixed, h_o))
             gradients = self.attention.backward(g, d_mixed, attended)
-            terms = [
-                layer.backward(g, gradient, again, h)
-                for layer, gradient, h in zip(inner, gradients, (h_q, h_k, h_v), strict=True)
-            ]
-            d_normed = g.total(*(term for pair in terms for term in pair))
-            return g.total(norm.backward(g, d_normed, rows, normed), d_out)
+            d_normed = backward_of_all(g, inner, gradients, norm.again(g, rows), (h_q, h_k, h_v))
+            return g.op("Add", norm.backward(g, d_normed, rows, normed), d_out)
 
-        return g.total(y, x), backward
+        return out, backward
 
     def _mlp(self, g: GraphBuilder, x: str) -> tuple[str, Callable[[str], str]]:
         norm, (gate, up, down) = self.norms[1], self.mlp
         normed = norm.forward(g, x)
         (left, h_gate), (right, h_up) = gate.forward(g, normed.y), up.forward(g, normed.y)
-        y, h_down = down.forward(g, swiglu(g, left, right))
+        out, h_down = down.forward(g, swiglu(g, left, right), plus=x)
 
         def backward(d_out: str) -> str:
             rows = norm.rows(g, normed)
-            again = norm.again(g, rows)
-            made = swiglu_again(g, left, right)
-            d_inner = g.total(*down.backward(g, d_out, made.y, h_down))
-            d_left, d_right = swiglu_backward(g, d_inner, made)
-            terms = *gate.backward(g, d_left, again, h_gate), *up.backward(g, d_right, again, h_up)
-            return g.total(norm.backward(g, g.total(*terms), rows, normed), d_out)
+            gated = swiglu_again(g, left, right)
+            gradients = swiglu_backward(g, down.backward(g, d_out, (gated.y, h_down)), gated)
+            d_normed = backward_of_all(g, (gate, up), gradients, norm.again(g, rows), (h_gate, h_up))
+            return g.op("Add", norm.backward(g, d_normed, rows, normed), d_out)
 
-        return g.total(y, x), backward
+        return out, backward
 
 
 def llama_template(block: Any, slots: Collection[str], attention: Attention) -> Template:
