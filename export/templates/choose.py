@@ -39,7 +39,7 @@ def find_template(site: Site, shared: Mapping[str, Shared]) -> Template | None:
     if _meaningful(arguments):
         return None
     if type(block) in (LlamaDecoderLayer, Qwen2DecoderLayer):
-        rotary = _rotary(tables, shared)
+        rotary = _rotary(tables, shared, block.self_attn.head_dim)
         if rotary is not None and isinstance(block.mlp.act_fn, (nn.SiLU, SiLUActivation)):
             template = llama_template(block, slots, _grouped(block.self_attn, mask, rotary))
     elif type(block) is BertLayer and tables is None and _plain_bert(block):
@@ -76,15 +76,15 @@ def _mask(name: Any, shared: Mapping[str, Shared]) -> _Mask | None:
     return _Mask(name, found[0]) if found and item.example.dim() == 4 and fixed == {1} else None
 
 
-def _rotary(names: Any, shared: Mapping[str, Shared]) -> Rotary | None:
+def _rotary(names: Any, shared: Mapping[str, Shared], dim: int) -> Rotary | None:
+    """Tables (1, seq, dim) for all dimensions of a head, the same for every example, with two equal halves."""
     if not isinstance(names, (tuple, list)) or len(names) != 2:
         return None
     for name in names:
         item = shared[name]
-        if item.example.dim() != 3 or item.example.shape[0] != 1 or item.dims != {1: SEQ}:
+        if item.dims != {1: SEQ} or (item.example.dim(), item.example.shape[0], item.example.shape[-1]) != (3, 1, dim):
             return None
-        half = item.example.shape[2] // 2
-        if not item.example[..., :half].equal(item.example[..., half:]):
+        if not item.example[..., : dim // 2].equal(item.example[..., dim // 2 :]):
             return None
     return Rotary(*names)
 
@@ -110,7 +110,7 @@ def _plain_bert(block: Any) -> bool:
 
 
 def _same_weights(block: Any, template: Template) -> bool:
-    """Whether the block has exactly the parameters the template reads, and no hooks or buffers that act on them."""
+    """Whether the block has exactly the parameters the template reads, its matrices in plain linear layers."""
     linear = all(
         type(block.get_submodule(name.rpartition(".")[0])) is nn.Linear
         for name, value in block.named_parameters()
