@@ -10,7 +10,7 @@ from export.templates.attention import Attention
 from export.templates.builder import GraphBuilder
 from export.templates.frame import Template, linear, weights_of
 from export.templates.linear import Linear, backward_of_all
-from export.templates.mlp import gelu, gelu_backward
+from export.templates.mlp import gelu, gelu_again, gelu_backward
 from export.templates.norms import LayerNorm
 
 _PROJECTIONS = *(f"attention.self.{name}" for name in ("query", "key", "value")), "attention.output.dense"
@@ -60,12 +60,12 @@ class BertBlock:
         """Like :meth:`_attend`, but the backward pass is given x made again."""
         inner, outer = self.mlp
         wide, h_inner = inner.forward(g, x)
-        active = gelu(g, wide)
-        summed, h_outer = outer.forward(g, active, plus=x)
+        summed, h_outer = outer.forward(g, gelu(g, wide), plus=x)
 
         def backward(d_summed: str, x_again: str) -> str:
-            d_active = outer.backward(g, d_summed, (active, h_outer))
-            return inner.backward(g, gelu_backward(g, d_active, wide), (x_again, h_inner), plus=d_summed)
+            active = gelu_again(g, wide)
+            d_wide = gelu_backward(g, outer.backward(g, d_summed, (active.y, h_outer)), active)
+            return inner.backward(g, d_wide, (x_again, h_inner), plus=d_summed)
 
         return summed, backward
 

@@ -45,10 +45,24 @@ def gelu(g: GraphBuilder, x: str) -> str:
     return g.op("Gelu", x)
 
 
-def gelu_backward(g: GraphBuilder, d_y: str, x: str) -> str:
-    """Gradient of x. With z = x/√2, gelu'(x) = ½ (1 + erf(z)) + z·exp(-z²)/√π."""
+@dataclass(frozen=True)
+class Activated:
+    """What the backward pass of gelu reads, made again: z = x/√2, phi = Φ(x) = ½ (1 + erf(z)), y = x·Φ(x)."""
+
+    z: str
+    phi: str
+    y: str
+
+
+def gelu_again(g: GraphBuilder, x: str) -> Activated:
+    """The output and its parts, made again for the backward pass."""
     z = g.op("Mul", x, g.number(math.sqrt(0.5)))
-    bell = g.op("Mul", z, g.op("Exp", g.op("Neg", g.op("Mul", z, z))))
-    twice = g.op("Add", g.op("Erf", z), g.op("Mul", bell, g.number(2.0 / math.sqrt(math.pi))))
-    slope = g.op("Mul", g.op("Add", twice, g.number(1.0)), g.number(0.5))
+    phi = g.op("Mul", g.op("Add", g.op("Erf", z), g.number(1.0)), g.number(0.5))
+    return Activated(z, phi, g.op("Mul", x, phi))
+
+
+def gelu_backward(g: GraphBuilder, d_y: str, made: Activated) -> str:
+    """Gradient of x: gelu'(x) = Φ(x) + z·exp(-z²)/√π, the division inside the exponential."""
+    exponent = g.op("Sub", g.number(-0.5 * math.log(math.pi)), g.op("Mul", made.z, made.z))
+    slope = g.op("Add", made.phi, g.op("Mul", made.z, g.op("Exp", exponent)))
     return g.op("Mul", d_y, slope)
