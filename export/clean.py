@@ -16,6 +16,9 @@ from export.errors import TraceError
 
 IR_VERSION = 10  # the newest that onnxruntime 1.23.2, the last for Python 3.10, is sure to read
 MAX_CONSTANT_BYTES = 4096
+CONTRIB = "com.microsoft"  # operators that stock onnxruntime has beside the standard ones
+# In onnxruntime's own set of the default domain, so that onnx's checker does not know it.
+_UNCHECKED = "SimplifiedLayerNormalization"
 _ELEMENTWISE = {"Add", "Sub", "Mul", "Div"}
 
 Shape = tuple[int | str, ...]
@@ -35,10 +38,10 @@ def clean(model: Any) -> Any:
     _read_sizes_from_first_input(graph, shapes)
     _drop_expands(graph, shapes)
     _transposes_into_gemm(graph, shapes)
-    _prune(graph)
+    prune(graph)
     _rename(graph)
     _strip(model)
-    _check(model)
+    check(model)
     return model
 
 
@@ -158,7 +161,7 @@ def _become_gemm(node: Any, sides: tuple[str, str], flips: tuple[int, int]) -> N
     )
 
 
-def _prune(graph: Any) -> None:
+def prune(graph: Any) -> None:
     """Drop what no output needs: nodes, constants, and inputs that stand for unused weights or shared tensors."""
     needed = ancestors(graph, [value.name for value in graph.output])
     for values in (graph.node, graph.initializer, graph.input):
@@ -221,25 +224,40 @@ def _strip(model: Any) -> None:
     model.ir_version = IR_VERSION
 
 
-def _check(model: Any) -> None:
+def check(model: Any) -> None:
+    """Demand that a graph holds only what a bundle may hold, and state only the operator sets it uses.
+
+    Raises:
+        TraceError: naming everything else.
+    """
     problems = []
     if len(model.functions):
         problems.append("it has local functions")
-    foreign = sorted({node.domain for node in model.graph.node} - {""})
-    if foreign:
-        problems.append(f"operators of domains {foreign}")
+    domains = {node.domain for node in model.graph.node}
+    if domains - {"", CONTRIB}:
+        problems.append(f"operators of domains {sorted(domains - {'', CONTRIB})}")
     large = [tensor.name for tensor in model.graph.initializer if _size(tensor) > MAX_CONSTANT_BYTES]
     if large:
         problems.append(f"constants over {MAX_CONSTANT_BYTES} bytes: {large[:3]}")
     if problems:
         raise TraceError("graph: " + "; ".join(problems))
-    opsets = [item for item in model.opset_import if item.domain == ""]
+    opsets = [item for item in model.opset_import if item.domain in {"", *domains}]
     del model.opset_import[:]
     model.opset_import.extend(opsets)
     try:
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(_checkable(model))
     except onnx.checker.ValidationError as error:
         raise TraceError(f"graph: not valid ONNX: {error}") from error
+
+
+def _checkable(model: Any) -> Any:
+    """The model with operators that onnx does not know moved to a domain it does not check."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for node in copy.graph.node:
+        if node.op_type == _UNCHECKED:
+            node.domain = CONTRIB
+    return copy
 
 
 def _size(tensor: Any) -> int:

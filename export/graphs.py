@@ -1,4 +1,4 @@
-"""The block and embed graphs of a bundle, traced from the model's own code."""
+"""The block and embed graphs of a bundle: written from a template where the block's family has one, else traced."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from export.blocks import Shared, Site, frozen_names, record_calls, shared_tenso
 from export.clean import ancestors, clean
 from export.errors import TraceError
 from export.lora import LORA_A, LORA_B, SCALE, with_lora
-from export.tracing import BATCH, SEQ, SIZES, Input, trace
+from export.templates import find_template
+from export.tracing import BATCH, D_HIDDEN, D_OUT, HIDDEN, OUT, SEQ, SIZES, Input, trace
 
-HIDDEN, D_OUT, OUT = "hidden", "d_out", "out"
 _FACTORS = {LORA_A: {0: "rank"}, LORA_B: {1: "rank"}, SCALE: {}}
 
 
 @dataclass(frozen=True)
 class BlockGraph:
-    """One kind's entry in the manifest and its ONNX model."""
+    """One kind's entry in the manifest, its ONNX model, and who made it: "llama template", "tracer"."""
 
     entry: BlockKind
     model: Any
+    maker: str
 
 
 def block_graph(site: Site, shared: dict[str, Shared], width: int, name: str) -> BlockGraph:
-    """Trace one block's joint forward and backward pass.
+    """Make one block's joint forward and backward pass.
 
     Args:
         site: The block; all blocks of its kind get this graph.
@@ -37,18 +38,21 @@ def block_graph(site: Site, shared: dict[str, Shared], width: int, name: str) ->
         name: The kind's name, used for the file too.
 
     Raises:
-        TraceError: the block cannot be traced, or its output depends on ``d_out``.
+        TraceError: the graph cannot be made, or its output depends on ``d_out``.
     """
+    template = find_template(site, shared)
     block = with_lora(site.module, site.slots)
     tensors = dict([*block.named_parameters(), *block.named_buffers()])
     inputs = [_hidden_input(HIDDEN, width)]
     inputs += [Input(key, shared[key].example, shared[key].dims) for key in site.call.shared]
     inputs += [_tensor_input(path, tensors, site) for path in tensors]
     inputs.append(_hidden_input(D_OUT, width))
-    outputs = [OUT, "d_hidden"]
+    outputs = [OUT, D_HIDDEN]
     outputs += [f"d_{factor}:{slot.name}" for slot in site.slots for factor in (LORA_A, LORA_B)]
-    model = trace(_joint(block, site, list(tensors)), inputs, outputs)
-    model = clean(model)
+    if template is not None:
+        model, maker = template.build(inputs, outputs), f"{template.family} template"
+    else:
+        model, maker = clean(trace(_joint(block, site, list(tensors)), inputs, outputs)), "tracer"
     if D_OUT in ancestors(model.graph, [OUT]):
         raise TraceError(f"block {site.prefix}: the forward pass depends on {D_OUT}")
     kept = {value.name for value in model.graph.input}
@@ -59,7 +63,7 @@ def block_graph(site: Site, shared: dict[str, Shared], width: int, name: str) ->
         slots=site.slots,
         shared=tuple(key for key in site.call.shared if key in kept),
     )
-    return BlockGraph(entry, model)
+    return BlockGraph(entry, model, maker)
 
 
 def _hidden_input(name: str, width: int) -> Input:

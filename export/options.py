@@ -51,6 +51,7 @@ class ExportReport:
     trainable: int
     export_s: float
     nodes: dict[str, int] = field(default_factory=dict)  # graph file -> number of nodes
+    makers: dict[str, str] = field(default_factory=dict)  # block graph file -> "llama template", "tracer"
     cases: tuple[VerifiedCase, ...] = ()
 
     @property

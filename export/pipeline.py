@@ -93,7 +93,8 @@ def run(options: ExportOptions, progress: Progress) -> ExportReport:
         cases = verify(bundle, loaded.model, seed=options.seed)
         report = _report(bundle, contents, cases, options.out)
     progress(f"verified: worst relative error {report.max_rel_err:.1e}")
-    return _timed(report, time.monotonic() - began)
+    makers = {kind.entry.graph: kind.maker for kind in traced.kinds}
+    return replace(report, makers=makers, export_s=round(time.monotonic() - began, 2))
 
 
 def _write(folder: Path, contents: Contents) -> Bundle:
@@ -156,7 +157,7 @@ def trace_model(model: Any, plan: Plan, progress: Progress) -> Traced:
     with traceable_attention(model):
         shared, calls = study(model)
         sites = find_sites(model, calls, plan)
-        kinds = _trace_kinds(sites, shared, width, progress)
+        kinds = _make_kinds(sites, shared, width, progress)
         progress("tracing embedding and head")
         used = [name for name in shared if any(name in kind.entry.shared for kind in kinds)]
         embed, embed_model = embed_graph(model, used)
@@ -192,14 +193,16 @@ def find_sites(model: Any, calls: Sequence[Any], plan: Plan) -> tuple[Site, ...]
     return tuple(sites)
 
 
-def _trace_kinds(
+def _make_kinds(
     sites: Sequence[Site], shared: dict[str, Shared], width: int, progress: Progress
 ) -> tuple[BlockGraph, ...]:
     kinds: list[BlockGraph] = []
     for site in sites:
         if site.kind == len(kinds):
-            progress(f"tracing {site.prefix} (kind {site.kind + 1} of {max(other.kind for other in sites) + 1})")
-            kinds.append(block_graph(site, shared, width, f"block{site.kind or ''}"))
+            made = block_graph(site, shared, width, f"block{site.kind or ''}")
+            number = f"kind {site.kind + 1} of {max(other.kind for other in sites) + 1}"
+            progress(f"{site.prefix}: {number} made by the {made.maker}")
+            kinds.append(made)
     return tuple(kinds)
 
 
@@ -265,7 +268,3 @@ def _report(bundle: Bundle, contents: Contents, cases: tuple[VerifiedCase, ...],
         nodes={name: len(model.graph.node) for name, model in contents.graphs.items()},
         cases=cases,
     )
-
-
-def _timed(report: ExportReport, seconds: float) -> ExportReport:
-    return replace(report, export_s=round(seconds, 2))

@@ -23,6 +23,7 @@ from export.quiet import quiet
 
 OPSET = 20
 BATCH, SEQ, ROWS = "batch", "seq", "rows"
+HIDDEN, D_OUT, OUT, D_HIDDEN = "hidden", "d_out", "out", "d_hidden"  # of a block graph
 # Example sizes: distinct primes, because equal sizes would be taken for one symbol, and 0 or 1 for a constant.
 SIZES = {BATCH: 3, SEQ: 7, ROWS: 5}
 _RANKS = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113)

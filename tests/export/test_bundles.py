@@ -74,9 +74,13 @@ def test_graphs_are_plain(made: Exported) -> None:
         model = onnx.load(path)
         names = [node.name for node in model.graph.node]
         assert len(set(names)) == len(names)
-        assert (model.ir_version, [item.version for item in model.opset_import]) == (IR_VERSION, [20])
+        assert model.ir_version == IR_VERSION
+        assert {item.domain: item.version for item in model.opset_import}.items() <= {
+            "": 20,
+            "com.microsoft": 1,
+        }.items()
         assert not model.functions
-        assert {node.domain for node in model.graph.node} == {""}
+        assert {node.domain for node in model.graph.node} <= {"", "com.microsoft"}
         assert all(len(tensor.raw_data) <= MAX_CONSTANT_BYTES for tensor in model.graph.initializer)
         assert not {"Pow", "Loop", "If"} & {node.op_type for node in model.graph.node}
         assert b"site-packages" not in path.read_bytes()
@@ -110,15 +114,15 @@ def test_ranks_are_independent_symbols(made: Exported) -> None:
 
 
 def test_grouped_heads_are_not_expanded(llama: Exported) -> None:
-    """Keys and values of a group are read as they are; what is left expands a mean of one number a row."""
+    """Keys and values of a group are read as they are."""
     graph = onnx.load(llama.bundle.path("graphs/block.onnx")).graph
-    assert sum(node.op_type == "Expand" for node in graph.node) <= 2
+    assert not any(node.op_type == "Expand" for node in graph.node)
 
 
-def test_one_trace_serves_all_blocks(llama: Exported) -> None:
-    """Three equal blocks are one kind, traced once."""
+def test_one_graph_serves_all_blocks(llama: Exported) -> None:
+    """Three equal blocks are one kind, made once."""
     assert [block.kind for block in llama.bundle.manifest.blocks] == ["block"] * 3
-    assert sum("tracing model.layers" in line for line in llama.progress) == 1
+    assert sum("made by" in line for line in llama.progress) == 1
 
 
 def test_blocks_that_attend_differently_are_two_kinds(qwen2: Exported) -> None:
