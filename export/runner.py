@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +36,7 @@ class Runner:
     def __init__(self, bundle: Bundle) -> None:
         self.manifest, self.weights = bundle.manifest, bundle.weights()
         files = {kind.graph for kind in self.manifest.kinds} | {self.manifest.embed.graph, self.manifest.head.graph}
-        self.sessions = {name: _open(str(bundle.path(name))) for name in files}
+        self.sessions = {name: open_session(str(bundle.path(name))) for name in files}
 
     def gradients(
         self, batch: Batch, adapter: Mapping[str, Array], scales: Mapping[str, float], grad_scale: float
@@ -94,14 +96,15 @@ class Runner:
         return dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
 
-def _open(path: str) -> Any:
-    """A session of its own threads; or of the process's pool where the devices' engine has already made one."""
+def open_session(model: str | bytes) -> Any:
+    """A session on a file or on bytes, of its own threads or of the pool that the devices' engine made before."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        with contextlib.redirect_stdout(io.StringIO()):  # onnxruntime prints its failure before it raises
+            return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except RuntimeError as error:
         if "use_per_session_threads must be false" not in str(error):  # ONNX Runtime offers no way to ask
             raise
     options.use_per_session_threads = False
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -10,7 +10,6 @@ from typing import Any
 import export_models
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from export_sessions import LABELS, Exported
 from transformers import AutoConfig
@@ -20,6 +19,7 @@ from export import ExportOptions, graphs, pipeline
 from export.attention import traceable_attention
 from export.blocks import Shared, Site, study
 from export.quiet import quiet
+from export.runner import open_session
 from export.sources import find_source, load
 from export.templates import find_template
 
@@ -93,10 +93,7 @@ def feeds(pair: Pair, batch: int, seq: int, *, padded: int = 0) -> Arrays:
 
 def run(graph: JointGraph, outputs: list[str], given: Arrays, kept: tuple[str, ...] = ()) -> Arrays:
     """The outputs of the part of the graph that makes them."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    model = graph.derive(outputs, kept).SerializeToString()
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session = open_session(graph.derive(outputs, kept).SerializeToString())
     read = {value.name: given[value.name] for value in session.get_inputs()}
     return dict(zip(outputs, session.run(outputs, read), strict=True))
 
