@@ -26,7 +26,7 @@ from cloud.demo.run import run_demo
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Folder.")
 @click.option("--devices", type=click.IntRange(2, 64), help="Number of device processes.  [default: 4]")
 @click.option("--rounds", type=click.IntRange(1, 1000), help="Number of rounds.  [default: 12; with --lm 6]")
-@click.option("--steps", type=click.IntRange(1), help="Optimizer steps of a device in a round.  [default: 10; --lm 5]")
+@click.option("--steps", type=click.IntRange(1), help="Optimizer steps of a device in a round.  [default: 12; --lm 5]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--lm", is_flag=True, help="SmolLM2 on source code instead of MiniLM on docstrings; ten minutes.")
 @click.option("--quick", is_flag=True, help="Two short rounds: shows that everything works, not how well.")

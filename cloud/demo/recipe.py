@@ -54,7 +54,7 @@ CLASSIFY = Recipe(
     batch_size=16,
     devices=4,
     rounds=12,
-    steps=10,
+    steps=12,  # with 10 a seed in two came close to the bound of 0.03 below pooled training
     rates=Rates(2e-3, 5e-3, 1e-2),
     central=Rates(1e-3, 1e-3, 5e-3),
 )
