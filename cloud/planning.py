@@ -117,6 +117,4 @@ def _training(config: Config, bundle: Bundle, round_: int) -> wire.Training:
 def plan_layout(bundle: Bundle, plan: wire.Plan) -> wire.Layout:
     """The layout of updates to a plan."""
     manifest = bundle.manifest
-    features = {module.name: (module.in_features, module.out_features) for module in manifest.modules}
-    head = {f"{manifest.head.module}.{param.name}": param.shape for param in manifest.head.params}
-    return wire.layout_of(plan.modules, features, head if plan.head_alive else {})
+    return wire.layout_of(plan.modules, manifest.features, manifest.head_shapes if plan.head_alive else {})

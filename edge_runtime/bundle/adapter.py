@@ -27,9 +27,7 @@ def adapter_shapes(manifest: Manifest, ranks: Mapping[str, int]) -> dict[str, tu
         rank = ranks[module.name]
         shapes[f"{module.name}.lora_a"] = (rank, module.in_features)
         shapes[f"{module.name}.lora_b"] = (module.out_features, rank)
-    for param in manifest.head.params:
-        shapes[f"{manifest.head.module}.{param.name}"] = param.shape
-    return shapes
+    return shapes | manifest.head_shapes
 
 
 def adapter_ranks(manifest: Manifest, tensors: Mapping[str, Array]) -> dict[str, int]:

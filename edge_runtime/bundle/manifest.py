@@ -182,6 +182,16 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Names of the LoRA modules in plan order, the trained head not included."""
         return tuple(module.name for module in self.modules)
 
+    @property
+    def features(self) -> dict[str, tuple[int, int]]:
+        """(in, out) features of every LoRA module by name."""
+        return {module.name: (module.in_features, module.out_features) for module in self.modules}
+
+    @property
+    def head_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the trained head's tensors by adapter name; empty when nothing of the head is trained."""
+        return {f"{self.head.module}.{param.name}": param.shape for param in self.head.params}
+
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """The canonical bytes whose SHA-256 is the bundle's digest."""

@@ -51,9 +51,7 @@ class WorkingBundle:
     def layout(self, modules: Sequence[ModulePlan], *, head_alive: bool) -> Layout:
         """The alive blocks a plan asks for."""
         manifest = self.bundle.manifest
-        features = {module.name: (module.in_features, module.out_features) for module in manifest.modules}
-        head = {f"{manifest.head.module}.{param.name}": param.shape for param in manifest.head.params}
-        return layout_of(modules, features, head if head_alive else {})
+        return layout_of(modules, manifest.features, manifest.head_shapes if head_alive else {})
 
     def all_alive(self, adapter: Mapping[str, Array]) -> AdapterParameters:
         """Parameters with both factors of every module and the head alive, at the adapter's own ranks."""
