@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edge_runtime.bundle import Task
+from edge_runtime.bundle import Base, Task
 
 ALL_LINEAR = "all-linear"
 
@@ -26,6 +26,7 @@ class ExportOptions:
     targets: tuple[str, ...] | None = None
     labels: tuple[str, ...] | None = None
     max_tokens: int = 512  # a cap; the model's own limit wins where it is lower
+    base: Base = "fp32"  # how frozen matrices are stored
     seed: int = 0
     force: bool = False
 

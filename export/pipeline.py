@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from msgspec import structs
+
 from edge_runtime.bundle import (
     SCHEMA,
     Array,
+    Base,
     Block,
     Bundle,
     BundleError,
@@ -28,11 +33,13 @@ from export.attention import traceable_attention
 from export.blocks import Shared, Site, find_blocks, signature, study
 from export.errors import AdapterError, DataError, ExportFailedError, ModelError, OutputError, TargetError
 from export.graphs import BlockGraph, block_graph, embed_graph
-from export.heads import head_graph, projection
+from export.heads import find_head, head_graphs
 from export.lora import check_targets, find_slots, peft_targets
+from export.lowbit import lower, with_scales
 from export.options import ALL_LINEAR, ExportOptions, ExportReport, VerifiedCase
 from export.records import check_labels
 from export.sources import ADAPTER_CONFIG, Loaded, find_source, load
+from export.storage import restored, storage_of, stored
 from export.text import plain_tokenizer, text_info
 from export.verify import verify
 from export.writer import Contents, check_place, staged, write_bundle
@@ -55,6 +62,7 @@ class Plan:
     targets: tuple[str, ...]
     given: PeftAdapter | None
     base: str  # preset or folder of the base model
+    storage: Base  # of frozen matrices
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ def run(options: ExportOptions, progress: Progress) -> ExportReport:
         progress("writing")
         bundle = _write(folder, contents)
         progress("verifying against autograd")
+        _use_stored(loaded.model, contents.weights)
         cases = verify(bundle, loaded.model, seed=options.seed)
         report = _report(bundle, contents, cases, options.out)
     progress(f"verified: worst relative error {report.max_rel_err:.1e}")
@@ -130,6 +139,7 @@ def make_plan(options: ExportOptions) -> Plan:
         targets=(ALL_LINEAR,) if options.targets is None else options.targets,
         given=given,
         base=given.base if given is not None else options.model,
+        storage=options.base,
     )
 
 
@@ -152,7 +162,7 @@ def trace_model(model: Any, plan: Plan, progress: Progress) -> Traced:
         TargetError: a target is no linear layer of the blocks.
         TraceError: a graph cannot be made.
     """
-    projection(model, plan.task)  # refuse early
+    find_head(model, plan.task)  # refuse early
     width = model.config.hidden_size
     with traceable_attention(model):
         shared, calls = study(model)
@@ -161,10 +171,10 @@ def trace_model(model: Any, plan: Plan, progress: Progress) -> Traced:
         progress("tracing embedding and head")
         used = [name for name in shared if any(name in kind.entry.shared for kind in kinds)]
         embed, embed_model = embed_graph(model, used)
-        head, head_model = head_graph(model, plan.task, width)
+        head = head_graphs(model, plan.task, width)
     graphs = {kind.entry.graph: kind.model for kind in kinds}
-    graphs |= {embed.graph: embed_model, head.graph: head_model}
-    return Traced(sites, kinds, embed, head, graphs)
+    graphs |= {embed.graph: embed_model, **head.models}
+    return Traced(sites, kinds, embed, head.entry, graphs)
 
 
 def find_sites(model: Any, calls: Sequence[Any], plan: Plan) -> tuple[Site, ...]:
@@ -208,6 +218,8 @@ def _make_kinds(
 
 def _contents(loaded: Loaded, plan: Plan, traced: Traced, options: ExportOptions) -> Contents:
     model = loaded.model
+    weights = _weights(model, traced, plan.storage)
+    traced = _lowered(traced, model, plan.storage)
     modules = tuple(
         Module(f"{site.prefix}.{slot.name}", index, slot.name, slot.in_features, slot.out_features)
         for index, site in enumerate(traced.sites)
@@ -219,7 +231,7 @@ def _contents(loaded: Loaded, plan: Plan, traced: Traced, options: ExportOptions
         model=loaded.source.name,
         task=plan.task,
         width=model.config.hidden_size,
-        base="fp32",
+        base=plan.storage,
         embed=traced.embed,
         kinds=tuple(kind.entry for kind in traced.kinds),
         blocks=tuple(Block(kind=traced.kinds[site.kind].entry.name, prefix=site.prefix) for site in traced.sites),
@@ -237,21 +249,58 @@ def _contents(loaded: Loaded, plan: Plan, traced: Traced, options: ExportOptions
     return Contents(
         manifest=manifest,
         graphs=traced.graphs,
-        weights=_weights(model, traced),
+        weights=weights,
         adapter=initial_adapter(modules, traced.head, rank=plan.rank, seed=options.seed, given=plan.given),
         tokenizer=plain_tokenizer(loaded.tokenizer).to_str(pretty=False),
     )
 
 
-def _weights(model: Any, traced: Traced) -> dict[str, Array]:
+def _weights(model: Any, traced: Traced, base: Base) -> dict[str, Array]:
+    """Every frozen tensor as it is stored."""
     wanted = [*traced.embed.weights, *traced.head.weights]
+    wanted += traced.head.vocabulary.weights if traced.head.vocabulary else ()
     for site in traced.sites:
         wanted += [f"{site.prefix}.{name}" for name in traced.kinds[site.kind].entry.weights]
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     missing = [name for name in wanted if name not in tensors]
     if missing:
         raise ModelError(f"model: weights {missing[:3]} are shared between blocks, which a bundle cannot express")
-    return {name: tensors[name].detach().numpy() for name in dict.fromkeys(wanted)}
+    weights: dict[str, Array] = {}
+    for name in dict.fromkeys(wanted):
+        weights |= stored(name, tensors[name].detach().numpy(), base)
+    return weights
+
+
+def _lowered(traced: Traced, model: Any, base: Base) -> Traced:
+    """Graphs and entries that read the weights as they are stored; the graphs are edited in place."""
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+
+    def lowered(graph: Any, names: tuple[str, ...], prefix: str = "") -> tuple[str, ...]:
+        storages = {f"w:{name}": storage_of(tuple(tensors[prefix + name].shape), base) for name in names}
+        lower(graph, storages)
+        return with_scales(names, storages)
+
+    kinds = []
+    for number, kind in enumerate(traced.kinds):
+        prefix = next(site.prefix for site in traced.sites if site.kind == number)
+        names = lowered(kind.model, kind.entry.weights, f"{prefix}.")
+        kinds.append(replace(kind, entry=structs.replace(kind.entry, weights=names)))
+    embed, head, graphs = traced.embed, traced.head, traced.graphs
+    vocabulary = head.vocabulary
+    if vocabulary is not None:
+        vocabulary = structs.replace(vocabulary, weights=lowered(graphs[vocabulary.graph], vocabulary.weights))
+    head = structs.replace(head, weights=lowered(graphs[head.graph], head.weights), vocabulary=vocabulary)
+    embed = structs.replace(embed, weights=lowered(graphs[embed.graph], embed.weights))
+    return replace(traced, kinds=tuple(kinds), embed=embed, head=head)
+
+
+def _use_stored(model: Any, weights: Mapping[str, Array]) -> None:
+    """Give the model the weights that devices will compute with, so that verification judges the graphs alone."""
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if name in weights and weights[name].dtype != np.float32:
+                tensor.copy_(torch.from_numpy(restored(name, weights)))
 
 
 def _report(bundle: Bundle, contents: Contents, cases: tuple[VerifiedCase, ...], out: Path) -> ExportReport:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,8 +36,7 @@ class Runner:
 
     def __init__(self, bundle: Bundle) -> None:
         self.manifest, self.weights = bundle.manifest, bundle.weights()
-        files = {kind.graph for kind in self.manifest.kinds} | {self.manifest.embed.graph, self.manifest.head.graph}
-        self.sessions = {name: open_session(str(bundle.path(name))) for name in files}
+        self.sessions = {name: open_session(str(bundle.path(name))) for name in self.manifest.graphs}
 
     def gradients(
         self, batch: Batch, adapter: Mapping[str, Array], scales: Mapping[str, float], grad_scale: float
@@ -51,14 +51,11 @@ class Runner:
             hidden.append(self._run(manifest.kind_of(index).graph, inputs, ["out"])["out"])
 
         rows, labels = batch.targets()
-        inputs = {"rows": hidden[-1][rows], "labels": labels, "grad_scale": np.asarray(grad_scale, np.float32)}
-        inputs |= self._weights(manifest.head.weights)
-        inputs |= {f"p:{param.name}": adapter[f"{manifest.head.module}.{param.name}"] for param in manifest.head.params}
-        head = self._run(manifest.head.graph, inputs, None)
-        grads = {f"{manifest.head.module}.{param.name}": head[f"d_p:{param.name}"] for param in manifest.head.params}
+        make = self._classify if manifest.head.vocabulary is None else self._predict
+        loss, d_rows, grads = make(hidden[-1][rows], labels, adapter, grad_scale)
 
         d_out = np.zeros_like(hidden[-1])
-        d_out[rows] = head["d_rows"]
+        d_out[rows] = d_rows
         for index in reversed(range(len(manifest.blocks))):
             inputs = self._block(index, hidden[index], embedded, adapter, scales) | {"d_out": d_out}
             found = self._run(manifest.kind_of(index).graph, inputs, None)
@@ -66,7 +63,43 @@ class Runner:
             for slot in manifest.kind_of(index).slots:
                 for factor in ("lora_a", "lora_b"):
                     grads[f"{manifest.blocks[index].prefix}.{slot.name}.{factor}"] = found[f"d_{factor}:{slot.name}"]
-        return float(head["loss_sum"]), grads
+        return loss, grads
+
+    def _classify(
+        self, rows: Array, labels: Array, adapter: Mapping[str, Array], grad_scale: float
+    ) -> tuple[float, Array, dict[str, Array]]:
+        """Loss, gradient of the rows, gradients of the trained head."""
+        head = self.manifest.head
+        inputs = {"rows": rows, "labels": labels, "grad_scale": np.asarray(grad_scale, np.float32)}
+        inputs |= self._weights(head.weights)
+        inputs |= {f"p:{param.name}": adapter[f"{head.module}.{param.name}"] for param in head.params}
+        made = self._run(head.graph, inputs, None)
+        grads = {f"{head.module}.{param.name}": made[f"d_p:{param.name}"] for param in head.params}
+        return float(made["loss_sum"]), made["d_rows"], grads
+
+    def _predict(
+        self, rows: Array, labels: Array, adapter: Mapping[str, Array], grad_scale: float
+    ) -> tuple[float, Array, dict[str, Array]]:
+        """Like :meth:`_classify`, over the vocabulary in three uneven chunks."""
+        head = self.manifest.head
+        vocabulary = head.vocabulary
+        assert vocabulary is not None  # the caller looked
+        norm: dict[str, Any] = {"rows": rows, "d_normed": np.zeros_like(rows), **self._weights(head.weights)}
+        normed = self._run(head.graph, norm, ["normed"])["normed"]
+        narrow, wide = np.zeros((len(rows), 1), np.float32), np.zeros_like(rows)
+        state = {"top": narrow - 1e30, "total": narrow, "gold": narrow, "pull": wide, "target": wide}
+        size = len(self.weights[vocabulary.weights[0]])
+        edges = [0, size // 5, size // 2, size]
+        for first, last in itertools.pairwise(edges):
+            inputs: dict[str, Any] = {"normed": normed, **state}
+            inputs |= {f"w:{name}": self.weights[name][first:last] for name in vocabulary.weights}
+            inputs["inside"] = ((first <= labels) & (labels < last))[:, None]
+            inputs["labels"] = np.clip(labels - first, 0, last - first - 1)
+            made = self._run(vocabulary.graph, inputs, [f"next_{name}" for name in state])
+            state = {name: made[f"next_{name}"] for name in state}
+        loss = float((state["top"] + np.log(state["total"]) - state["gold"]).sum())
+        norm["d_normed"] = grad_scale * (state["pull"] / state["total"] - state["target"])
+        return loss, self._run(head.graph, norm, ["d_rows"])["d_rows"], {}
 
     def _weights(self, names: tuple[str, ...], prefix: str = "") -> dict[str, Array]:
         return {f"w:{name}": self.weights[prefix + name] for name in names}

@@ -19,6 +19,7 @@ SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 4 << 20
 
+Base = Literal["fp32", "fp16", "int8", "int4"]
 Task = Literal["classify", "lm"]
 Factor = Literal["A", "B"]
 FACTORS: tuple[Factor, ...] = get_args(Factor)
@@ -91,12 +92,31 @@ class Param(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shape: tuple[int, ...]
 
 
+class Vocabulary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The output projection of a language model, some rows of its weights at a time.
+
+    A pass over all rows keeps, for each of n positions, what the loss and its gradient need: like attention in chunks
+    of keys (Dao et al., arXiv 2205.14135), with the vocabulary as keys and values. No (n, vocab_size) array is made.
+
+    Inputs: ``normed`` (n, width) · ``w:{weight}``, rows f to f + c of each · ``labels`` (n,) int64, the row inside this
+    chunk · ``inside`` (n, 1) bool, whether the label is in it · the state so far: ``top`` (n, 1), the largest logit,
+    ``total`` (n, 1), the sum of exp(logit - top), ``gold`` (n, 1), the label's logit, ``pull`` (n, width), the sum of
+    exp(logit - top) · weight row, ``target`` (n, width), the label's weight row.
+    Outputs: ``logits`` (n, c) · ``next_top``, ``next_total``, ``next_gold``, ``next_pull``, ``next_target``.
+    """
+
+    graph: str
+    weights: tuple[str, ...]  # full names; axis 0 of each is the vocabulary
+
+
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Selected rows of the last hidden state to loss, metrics and gradients.
 
     Inputs: ``rows`` (n, width) · ``labels`` (n,) int64 · ``grad_scale`` () · ``w:{weight}`` · ``p:{param}``.
     Outputs: ``logits`` (n, classes) · ``loss_sum`` () nats · ``correct`` () int64 · ``d_rows`` (n, width) and
     ``d_p:{param}``, both of ``grad_scale · loss_sum``.
+    With a ``vocabulary`` the graph is only what stands before it: ``rows``, ``w:{weight}`` and ``d_normed`` to
+    ``normed`` and ``d_rows``, all (n, width).
     ``select`` says which rows: the first position of each example, or every position whose next token is trained.
     """
 
@@ -105,6 +125,7 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights: tuple[str, ...]  # full names of the frozen parameters
     module: str | None = None  # name of the trained head module, "classifier"; None when nothing of it is trained
     params: tuple[Param, ...] = ()
+    vocabulary: Vocabulary | None = None  # task lm
 
 
 class Module(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -157,7 +178,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str
     task: Task
     width: int
-    base: Literal["fp32"]
+    base: Base  # how frozen matrices are stored; a quantised ``{weight}`` has a ``{weight}:scale`` beside it
     embed: Embed
     kinds: tuple[BlockKind, ...]
     blocks: tuple[Block, ...]
@@ -176,6 +197,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The kind of block number ``block``."""
         wanted = self.blocks[block].kind
         return next(kind for kind in self.kinds if kind.name == wanted)
+
+    @property
+    def graphs(self) -> frozenset[str]:
+        """Every graph file of the bundle."""
+        vocabulary = {self.head.vocabulary.graph} if self.head.vocabulary else set()
+        return frozenset({self.embed.graph, self.head.graph, *vocabulary, *(kind.graph for kind in self.kinds)})
 
     @property
     def module_names(self) -> tuple[str, ...]:
@@ -239,6 +266,7 @@ def _contradictions(manifest: Manifest) -> list[str]:
         "a block kind reads shared tensors that embed does not make": not shared <= set(manifest.embed.shared),
         "labels belong to task classify, and only to it": (manifest.task == "classify") != bool(manifest.labels),
         "a label stands twice": len(set(manifest.labels)) != len(manifest.labels),
+        "a vocabulary belongs to task lm, and only to it": (manifest.task == "lm") != bool(manifest.head.vocabulary),
         "head module and head params go together": (manifest.head.module is None) == bool(manifest.head.params),
         "a head param stands twice": len({p.name for p in manifest.head.params}) != len(manifest.head.params),
         f"task, head.select and peft.task_type must be one of {agreeing}": (
@@ -250,8 +278,9 @@ def _contradictions(manifest: Manifest) -> list[str]:
 
 def _bad_files(manifest: Manifest) -> Iterator[str]:
     """What is wrong with the table of files: these names become paths and URLs."""
-    graphs = {manifest.embed.graph, manifest.head.graph} | {kind.graph for kind in manifest.kinds}
-    missing = sorted((graphs | {"weights.safetensors", "adapter.safetensors", "tokenizer.json"}) - set(manifest.files))
+    missing = sorted(
+        (manifest.graphs | {"weights.safetensors", "adapter.safetensors", "tokenizer.json"}) - set(manifest.files)
+    )
     if missing:
         yield f"files without a digest: {missing}"
     unsafe = [name[:200] for name in manifest.files if not _FILE_NAME.fullmatch(name) or name == MANIFEST_NAME]

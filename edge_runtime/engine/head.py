@@ -1,8 +1,8 @@
-"""The head: selected rows of the last hidden state to loss and gradients, a bounded number of rows at a time."""
+"""The head of a classifier: selected rows of the last hidden state to loss and gradients, in bounded chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnxruntime as ort
@@ -16,7 +16,7 @@ from edge_runtime.engine.interface import Score, TokenBatch
 _CHUNK_BYTES = 16 << 20
 
 
-class HeadRunner:
+class ClassHead:
     """Runs the head graph over chunks of rows and adds up what it says."""
 
     def __init__(self, head: Head, graph: JointGraph, weights: OrtValues, classes: int) -> None:
@@ -28,7 +28,7 @@ class HeadRunner:
         self._params: OrtValues = {}
         self._sessions: dict[tuple[str, ...], Session] = {}
 
-    def use(self, tensors: dict[str, Array]) -> None:
+    def use(self, tensors: Mapping[str, Array]) -> None:
         """Take the trained parameters from an adapter's tensors."""
         self._params = {
             f"p:{param.name}": ort.OrtValue.ortvalue_from_numpy(tensors[f"{self._head.module}.{param.name}"])

@@ -16,9 +16,10 @@ from edge_runtime.bundle import Array, Bundle
 from edge_runtime.engine.block import BlockVariants, OrtValues, Session, Variant
 from edge_runtime.engine.errors import EngineInputError
 from edge_runtime.engine.graph import JointGraph
-from edge_runtime.engine.head import HeadRunner, scatter_rows, select_rows
+from edge_runtime.engine.head import ClassHead, scatter_rows, select_rows
 from edge_runtime.engine.interface import Gradients, Score, TokenBatch
 from edge_runtime.engine.parameters import AdapterParameters
+from edge_runtime.engine.vocabulary import VocabularyHead
 
 
 class BlockEngine:
@@ -50,12 +51,7 @@ class BlockEngine:
         ]
         scale = ort.OrtValue.ortvalue_from_numpy(np.asarray(manifest.scale, dtype=np.float32))
         self._scales: OrtValues = {f"scale:{slot.name}": scale for kind in manifest.kinds for slot in kind.slots}
-        self._head = HeadRunner(
-            manifest.head,
-            JointGraph.load(bundle.path(manifest.head.graph)),
-            _bind(weights, {f"w:{name}": name for name in manifest.head.weights}),
-            classes=len(manifest.labels) or manifest.text.vocab_size,
-        )
+        self._head = _open_head(bundle, weights)
         self._parameters: AdapterParameters | None = None
         self._lora: list[OrtValues] = []
         self._alive: list[frozenset[tuple[str, str]]] = []
@@ -203,6 +199,18 @@ class BlockEngine:
 
     def _inputs(self, index: int) -> tuple[OrtValues, OrtValues, OrtValues]:
         return self._lora[index], self._block_weights[index], self._scales
+
+
+def _open_head(bundle: Bundle, weights: Mapping[str, Array]) -> ClassHead | VocabularyHead:
+    head = bundle.manifest.head
+    graph, bound = (
+        JointGraph.load(bundle.path(head.graph)),
+        _bind(weights, {f"w:{name}": name for name in head.weights}),
+    )
+    if head.vocabulary is None:
+        return ClassHead(head, graph, bound, classes=len(bundle.manifest.labels))
+    chunk = JointGraph.load(bundle.path(head.vocabulary.graph))
+    return VocabularyHead(head, graph, chunk, bound, {name: weights[name] for name in head.vocabulary.weights})
 
 
 def _bind(weights: Mapping[str, Array], names: Mapping[str, str]) -> OrtValues:

@@ -13,6 +13,7 @@ import onnxruntime as ort
 
 from edge_runtime.engine.errors import EngineInputError
 
+_UNWANTED = ["CommonSubexpressionElimination"]
 _pool_threads: int | None = None
 
 
@@ -49,11 +50,12 @@ def _usable_cores() -> int:
 def open_session(model: bytes) -> ort.InferenceSession:
     """A CPU session on the process's thread pool.
 
-    The arena is off: it keeps the high-water mark of the longest sequence ever seen.
+    The arena is off: it keeps the high-water mark of the longest sequence ever seen. Common subexpressions are not
+    merged: a weight restored to float32 for the forward product would be kept for the backward one.
     """
     start_runtime()
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 3
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], disabled_optimizers=_UNWANTED)

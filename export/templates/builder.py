@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from export.clean import CONTRIB, IR_VERSION, check, prune
@@ -22,10 +23,11 @@ _CONTRIB_OPERATORS = frozenset({"FusedMatMul", "QuickGelu", "RotaryEmbedding"})
 class GraphBuilder:
     """A graph under construction; a value is its name, and everything is float32 except sizes, which are int64."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: Sequence[Input] = ()) -> None:
+        """Args: graph inputs, to know the types of those that are not float32."""
         self._nodes: list[Any] = []
         self._constants: dict[tuple[Any, ...], Any] = {}
-        self._types: dict[str, int] = {}
+        self._types = {item.name: _element_type(item) for item in inputs}
         self._results: dict[str, str] = {}
         self._shapes: dict[tuple[int, ...], str] = {}
 
@@ -34,12 +36,16 @@ class GraphBuilder:
         return self.ops(kind, 1, *inputs, **attributes)[0]
 
     def ops(self, kind: str, count: int, *inputs: str, **attributes: Any) -> tuple[str, ...]:
-        """Append an operator with ``count`` outputs, all of the first input's type; "" stands for an unused one."""
+        """Append an operator; returns its ``count`` outputs.
+
+        They have the first input's type (``Where``: the second's); "" stands for an unused one.
+        """
         number = len(self._nodes)
         outputs = tuple(f"v{number}" if place == 0 else f"v{number}_{place}" for place in range(count))
         domain = CONTRIB if kind in _CONTRIB_OPERATORS else ""
         self._nodes.append(helper.make_node(kind, inputs, outputs, f"{kind}_{number}", domain=domain, **attributes))
-        kept = TensorProto.INT64 if kind == "Shape" else self._types.get(inputs[0], TensorProto.FLOAT)
+        like = inputs[1 if kind == "Where" else 0]
+        kept = TensorProto.INT64 if kind == "Shape" else self._types.get(like, TensorProto.FLOAT)
         self._types.update(dict.fromkeys(outputs, kept))
         return outputs
 
@@ -84,7 +90,8 @@ class GraphBuilder:
 
         Args:
             inputs: Every graph input there may be, in order.
-            outputs: Names of the results in order; a ``d_x`` has the shape of input ``x``, ``out`` that of the first.
+            outputs: Names of the results in order; ``d_x`` and ``next_x`` have the shape of input ``x``, others that of
+                the first input.
 
         Raises:
             TraceError: the graph holds what a bundle may not hold.
@@ -97,9 +104,9 @@ class GraphBuilder:
         graph = helper.make_graph(
             self._nodes,
             "graph",
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()],
+            [helper.make_tensor_value_info(item.name, _element_type(item), shapes[item.name]) for item in inputs],
             [
-                helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes.get(name.removeprefix("d_"), first))
+                helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes.get(_input_of(name), first))
                 for name in outputs
             ],
             list(self._constants.values()),
@@ -118,6 +125,15 @@ class GraphBuilder:
     def _inner_values(self, nodes: Iterable[Any], outputs: Sequence[str]) -> list[onnx.ValueInfoProto]:
         names = [name for node in nodes for name in node.output if name not in outputs]
         return [helper.make_tensor_value_info(name, self._types[name], None) for name in names]
+
+
+def _input_of(output: str) -> str:
+    return output.removeprefix("d_").removeprefix("next_")
+
+
+def _element_type(item: Input) -> int:
+    kinds = {torch.int64: TensorProto.INT64, torch.bool: TensorProto.BOOL}
+    return int(kinds.get(item.example.dtype, TensorProto.FLOAT))
 
 
 def _shape(item: Input) -> list[int | str]:

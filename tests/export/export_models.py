@@ -24,11 +24,11 @@ CHAT = (
 )
 
 
-def bert(folder: Path, *, layers: int = 2, dropout: float = 0.1) -> Path:
-    """A BERT encoder of width 32 with a classifier of two labels."""
+def bert(folder: Path, *, layers: int = 2, dropout: float = 0.1, width: int = 32) -> Path:
+    """A BERT encoder with a classifier of two labels."""
     config = BertConfig(
         vocab_size=len(WORDS),
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=48,
         num_hidden_layers=layers,
         num_attention_heads=4,
@@ -41,9 +41,9 @@ def bert(folder: Path, *, layers: int = 2, dropout: float = 0.1) -> Path:
     return folder
 
 
-def llama(folder: Path, *, layers: int = 3, tied: bool = True) -> Path:
-    """A Llama decoder of width 32 with four heads in two groups, and a chat template."""
-    _save(folder, LlamaForCausalLM, LlamaConfig(**_decoder(layers), tie_word_embeddings=tied))
+def llama(folder: Path, *, layers: int = 3, tied: bool = True, width: int = 32) -> Path:
+    """A Llama decoder with four heads in two groups, and a chat template."""
+    _save(folder, LlamaForCausalLM, LlamaConfig(**_decoder(layers, width), tie_word_embeddings=tied))
     _tokenizer(folder, frame=("<s>", None), chat=CHAT)
     return folder
 
@@ -56,10 +56,10 @@ def qwen2(folder: Path, *, layers: int = 2) -> Path:
     return folder
 
 
-def _decoder(layers: int) -> dict[str, Any]:
+def _decoder(layers: int, width: int = 32) -> dict[str, Any]:
     return {
         "vocab_size": len(WORDS),
-        "hidden_size": 32,
+        "hidden_size": width,
         "intermediate_size": 56,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,

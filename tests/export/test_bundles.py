@@ -57,6 +57,18 @@ def test_graphs_have_the_names_of_the_contract(made: Exported) -> None:
         {"hidden", *manifest.embed.shared},
     )
     params = [param.name for param in manifest.head.params]
+    vocabulary = manifest.head.vocabulary
+    if vocabulary is not None:
+        state = ("top", "total", "gold", "pull", "target")
+        assert _names(made, manifest.head.graph) == (
+            {"rows", "d_normed", *(f"w:{name}" for name in manifest.head.weights)},
+            {"normed", "d_rows"},
+        )
+        assert _names(made, vocabulary.graph) == (
+            {"normed", "labels", "inside", *state, *(f"w:{name}" for name in vocabulary.weights)},
+            {"logits", *(f"next_{name}" for name in state)},
+        )
+        return
     assert _names(made, manifest.head.graph) == (
         {"rows", "labels", "grad_scale", *(f"w:{n}" for n in manifest.head.weights), *(f"p:{n}" for n in params)},
         {"logits", "loss_sum", "correct", "d_rows", *(f"d_p:{n}" for n in params)},
@@ -136,8 +148,12 @@ def test_blocks_that_attend_differently_are_two_kinds(qwen2: Exported) -> None:
 
 def test_tied_embedding_is_stored_once(llama: Exported, qwen2: Exported) -> None:
     """A tied output layer names the embedding; an untied one has its own weight."""
-    assert llama.bundle.manifest.head.weights == ("model.norm.weight", "model.embed_tokens.weight")
-    assert qwen2.bundle.manifest.head.weights == ("model.norm.weight", "lm_head.weight")
+    tied, untied = llama.bundle.manifest.head, qwen2.bundle.manifest.head
+    assert tied.weights == untied.weights == ("model.norm.weight",)
+    assert tied.vocabulary is not None
+    assert untied.vocabulary is not None
+    assert tied.vocabulary.weights == ("model.embed_tokens.weight",)
+    assert untied.vocabulary.weights == ("lm_head.weight",)
     assert "lm_head.weight" not in llama.bundle.weights()
 
 

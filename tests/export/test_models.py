@@ -11,7 +11,7 @@ from torch import nn
 
 from export.blocks import find_blocks
 from export.errors import ModelError
-from export.heads import projection
+from export.heads import find_head
 from export.lora import find_slots, peft_targets
 from export.quiet import quiet
 from export.sources import find_source, load
@@ -47,9 +47,9 @@ def test_model_without_blocks_is_refused(llama: object) -> None:
 def test_task_must_fit_the_model(workshop: Path) -> None:
     """A decoder does not classify here, and an encoder does not predict the next token."""
     with pytest.raises(ModelError):
-        projection(load(find_source(str(workshop / "llama")), "classify", 3).model, "classify")
+        find_head(load(find_source(str(workshop / "llama")), "classify", 3).model, "classify")
     with pytest.raises(ModelError):
-        projection(load(find_source(str(workshop / "bert")), "lm").model, "lm")
+        find_head(load(find_source(str(workshop / "bert")), "lm").model, "lm")
 
 
 def test_missing_weights_are_refused(workshop: Path, tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ CONTRADICTIONS: list[tuple[str, object, str]] = [
     ("head/module", None, "head module and head params go together"),
     ("head/params", [], "head module and head params go together"),
     ("head/params+", {"name": "bias", "shape": [3]}, "a head param stands twice"),
+    ("head/vocabulary", {"graph": "graphs/head.onnx", "weights": ["w"]}, "a vocabulary belongs to task lm, and only"),
     ("head/select", "target", "task, head.select and peft.task_type"),
     ("peft/task_type", "CAUSAL_LM", "task, head.select and peft.task_type"),
     ("task", "lm", "task, head.select and peft.task_type"),
@@ -164,7 +165,7 @@ def _files(manifest: Manifest, name: str) -> object:
 
 @pytest.mark.parametrize(
     ("path", "value"),
-    [("surprise", 1), ("task", "regress"), ("base", "int8"), ("width", "6"), ("text/chat", []), ("blocks/0/x", 1)],
+    [("surprise", 1), ("task", "regress"), ("base", "int3"), ("width", "6"), ("text/chat", []), ("blocks/0/x", 1)],
 )
 def test_wrong_or_unknown_field_is_refused(manifest: Manifest, path: str, value: object) -> None:
     with pytest.raises(ManifestError, match="not a manifest of schema 1"):

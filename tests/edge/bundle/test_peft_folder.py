@@ -27,6 +27,7 @@ from edge_runtime.bundle import (
     PeftInfo,
     Slot,
     Text,
+    Vocabulary,
     adapter_shapes,
     encode_manifest,
     parse_manifest,
@@ -100,8 +101,13 @@ def llama() -> tuple[Any, Manifest]:
         max_position_embeddings=16,
     )
     slots = Slot("self_attn.q_proj", 16, 16), Slot("self_attn.v_proj", 16, 8), Slot("mlp.down_proj", 24, 16)
+    head = Head("graphs/h.onnx", "target", (), vocabulary=Vocabulary("graphs/h.onnx", ("w",)))
     return transformers.LlamaForCausalLM(config), manifest_for(
-        "model.layers", 2, slots, Head("graphs/h.onnx", "target", ()), "CAUSAL_LM"
+        "model.layers",
+        2,
+        slots,
+        head,
+        "CAUSAL_LM",
     )
 
 
