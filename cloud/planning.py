@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from msgspec import UNSET
+
 from cloud.config import Config
 from cloud.errors import ConfigError
 from cloud.planner import Choice, Situation, choose
@@ -34,6 +36,8 @@ def check_fit(config: Config, bundle: Bundle) -> None:
         raise ConfigError(
             f"training.max_tokens ({training.max_tokens}) must not exceed the bundle's ({manifest.text.max_tokens})"
         )
+    if training.products == "int8" and not all(kind.fast for kind in manifest.kinds):
+        raise ConfigError(f"training.products is int8, which a bundle of base {manifest.base} has not")
 
 
 def round_rules(config: Config) -> RoundRules:
@@ -111,6 +115,7 @@ def _training(config: Config, bundle: Bundle, round_: int) -> wire.Training:
         weight_decay=training.weight_decay,
         mu=training.mu,
         clip_norm=training.clip_norm,
+        products="int8" if training.products == "int8" else UNSET,
     )
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_runtime.bundle import Array, Base
-from export.storage import GROUP, SCALE_SUFFIX
+from edge_runtime.bundle import SCALE_SUFFIX, Array, Base
+from export.storage import GROUP
 
 _STORED_TYPE = {"fp16": TensorProto.FLOAT16, "int8": TensorProto.INT8, "int4": TensorProto.UINT8}
 

@@ -21,6 +21,7 @@ from edge_runtime.bundle import (
     Bundle,
     BundleError,
     Embed,
+    FastForm,
     Head,
     Manifest,
     Module,
@@ -32,6 +33,7 @@ from export.adapters import PeftAdapter, initial_adapter, read_adapter
 from export.attention import traceable_attention
 from export.blocks import Shared, Site, find_blocks, signature, study
 from export.errors import AdapterError, DataError, ExportFailedError, ModelError, OutputError, TargetError
+from export.fast import fast_form
 from export.graphs import BlockGraph, block_graph, embed_graph
 from export.heads import find_head, head_graphs
 from export.lora import check_targets, find_slots, peft_targets
@@ -41,7 +43,7 @@ from export.records import check_labels
 from export.sources import ADAPTER_CONFIG, Loaded, find_source, load
 from export.storage import restored, storage_of, stored
 from export.text import plain_tokenizer, text_info
-from export.verify import verify
+from export.verify import verify, verify_fast
 from export.writer import Contents, check_place, staged, write_bundle
 
 MAX_RANK = 1024
@@ -100,10 +102,11 @@ def run(options: ExportOptions, progress: Progress) -> ExportReport:
         progress("verifying against autograd")
         _use_stored(loaded.model, contents.weights)
         cases = verify(bundle, loaded.model, seed=options.seed)
+        fast = verify_fast(bundle, loaded.model, seed=options.seed)
         report = _report(bundle, contents, cases, options.out)
     progress(f"verified: worst relative error {report.max_rel_err:.1e}")
     makers = {kind.entry.graph: kind.maker for kind in traced.kinds}
-    return replace(report, makers=makers, export_s=round(time.monotonic() - began, 2))
+    return replace(report, fast_rel_err=fast, makers=makers, export_s=round(time.monotonic() - began, 2))
 
 
 def _write(folder: Path, contents: Contents) -> Bundle:
@@ -280,18 +283,23 @@ def _lowered(traced: Traced, model: Any, base: Base) -> Traced:
         lower(graph, storages)
         return with_scales(names, storages)
 
-    kinds = []
+    kinds, graphs = [], dict(traced.graphs)
     for number, kind in enumerate(traced.kinds):
         prefix = next(site.prefix for site in traced.sites if site.kind == number)
+        fast = None
+        if base != "int4":  # its product would need the restored weight quantised again
+            name = kind.entry.graph.replace(".onnx", ".fast.onnx")
+            graphs[name], quantised = fast_form(kind.model, kind.entry.weights)
+            fast = FastForm(name, quantised)
         names = lowered(kind.model, kind.entry.weights, f"{prefix}.")
-        kinds.append(replace(kind, entry=structs.replace(kind.entry, weights=names)))
-    embed, head, graphs = traced.embed, traced.head, traced.graphs
+        kinds.append(replace(kind, entry=structs.replace(kind.entry, weights=names, fast=fast)))
+    embed, head = traced.embed, traced.head
     vocabulary = head.vocabulary
     if vocabulary is not None:
         vocabulary = structs.replace(vocabulary, weights=lowered(graphs[vocabulary.graph], vocabulary.weights))
     head = structs.replace(head, weights=lowered(graphs[head.graph], head.weights), vocabulary=vocabulary)
     embed = structs.replace(embed, weights=lowered(graphs[embed.graph], embed.weights))
-    return replace(traced, kinds=tuple(kinds), embed=embed, head=head)
+    return replace(traced, kinds=tuple(kinds), embed=embed, head=head, graphs=graphs)
 
 
 def _use_stored(model: Any, weights: Mapping[str, Array]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from edge_runtime.bundle import Array, Bundle
+from edge_runtime.bundle import SCALE_SUFFIX, Array, Bundle, int8_products
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class Batch:
 class Runner:
     """A bundle's graphs as onnxruntime sessions."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, *, fast: bool = False) -> None:
+        """``fast`` runs the blocks with int8 products."""
+        self._fast = fast
         self.manifest, self.weights = bundle.manifest, bundle.weights()
         self.sessions = {name: open_session(str(bundle.path(name))) for name in self.manifest.graphs}
 
@@ -48,7 +50,7 @@ class Runner:
         hidden = [embedded["hidden"]]
         for index in range(len(manifest.blocks)):
             inputs = self._block(index, hidden[-1], embedded, adapter, scales)
-            hidden.append(self._run(manifest.kind_of(index).graph, inputs, ["out"])["out"])
+            hidden.append(self._run(self._graph(index), inputs, ["out"])["out"])
 
         rows, labels = batch.targets()
         make = self._classify if manifest.head.vocabulary is None else self._predict
@@ -58,7 +60,7 @@ class Runner:
         d_out[rows] = d_rows
         for index in reversed(range(len(manifest.blocks))):
             inputs = self._block(index, hidden[index], embedded, adapter, scales) | {"d_out": d_out}
-            found = self._run(manifest.kind_of(index).graph, inputs, None)
+            found = self._run(self._graph(index), inputs, None)
             d_out = found["d_hidden"]
             for slot in manifest.kind_of(index).slots:
                 for factor in ("lora_a", "lora_b"):
@@ -101,6 +103,10 @@ class Runner:
         norm["d_normed"] = grad_scale * (state["pull"] / state["total"] - state["target"])
         return loss, self._run(head.graph, norm, ["d_rows"])["d_rows"], {}
 
+    def _graph(self, block: int) -> str:
+        kind = self.manifest.kind_of(block)
+        return kind.fast.graph if self._fast and kind.fast else kind.graph
+
     def _weights(self, names: tuple[str, ...], prefix: str = "") -> dict[str, Array]:
         return {f"w:{name}": self.weights[prefix + name] for name in names}
 
@@ -115,7 +121,12 @@ class Runner:
         kind, prefix = self.manifest.kind_of(index), self.manifest.blocks[index].prefix
         inputs: dict[str, Any] = {"hidden": hidden, "d_out": np.zeros_like(hidden)}
         inputs |= {name: shared[name] for name in kind.shared}
-        inputs |= self._weights(kind.weights, f"{prefix}.")
+        in_int8 = kind.fast.weights if self._fast and kind.fast else ()
+        scales_of = {name + SCALE_SUFFIX for name in in_int8}
+        inputs |= self._weights(tuple(n for n in kind.weights if n not in {*in_int8, *scales_of}), f"{prefix}.")
+        for name in in_int8:
+            form = int8_products(f"{prefix}.{name}", self.weights)
+            inputs |= {f"{part}:{name}": array for part, array in form.items()}
         for slot in kind.slots:
             module = f"{prefix}.{slot.name}"
             inputs[f"lora_a:{slot.name}"] = adapter[f"{module}.lora_a"]

@@ -14,10 +14,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from edge_runtime.bundle import Array, Base
+from edge_runtime.bundle import SCALE_SUFFIX, Array, Base, int8_products
 
 GROUP = 32  # columns that share a scale in int4
-SCALE_SUFFIX = ":scale"
 _SMALLEST = 512  # elements: below that nothing is gained
 
 
@@ -43,8 +42,8 @@ def stored(name: str, values: Array, base: Base) -> dict[str, Array]:
     if storage == "fp16":
         return {name: values.astype(np.float16)}
     if storage == "int8":
-        scale = np.maximum(np.abs(values).max(axis=1) / np.float32(127), np.finfo(np.float32).tiny)
-        return {name: np.rint(values / scale[:, None]).astype(np.int8), name + SCALE_SUFFIX: scale}
+        form = int8_products(name, {name: values})
+        return {name: form["q"], name + SCALE_SUFFIX: form["qs"]}
     if storage == "int4":
         return _int4(name, values)
     return {name: values}

@@ -9,6 +9,7 @@ from edge_runtime.bundle.errors import (
     TensorFileError,
 )
 from edge_runtime.bundle.folder import Bundle, file_entry, open_bundle, verify_file
+from edge_runtime.bundle.int8 import SCALE_SUFFIX, int8_products
 from edge_runtime.bundle.manifest import (
     FACTORS,
     MANIFEST_NAME,
@@ -20,6 +21,7 @@ from edge_runtime.bundle.manifest import (
     ChatRole,
     Embed,
     Factor,
+    FastForm,
     FileEntry,
     Head,
     Manifest,
@@ -39,12 +41,14 @@ from edge_runtime.bundle.tensors import (
     encode_tensors,
     map_tensors,
     parse_tensors,
+    release_pages,
     write_tensors,
 )
 
 __all__ = [
     "FACTORS",
     "MANIFEST_NAME",
+    "SCALE_SUFFIX",
     "SCHEMA",
     "Array",
     "Base",
@@ -58,6 +62,7 @@ __all__ = [
     "ChatRole",
     "Embed",
     "Factor",
+    "FastForm",
     "FileEntry",
     "Head",
     "Manifest",
@@ -77,11 +82,13 @@ __all__ = [
     "encode_manifest",
     "encode_tensors",
     "file_entry",
+    "int8_products",
     "map_tensors",
     "open_bundle",
     "parse_manifest",
     "parse_tensors",
     "read_peft_folder",
+    "release_pages",
     "verify_file",
     "write_peft_folder",
     "write_tensors",

@@ -50,6 +50,17 @@ class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     out_features: int
 
 
+class FastForm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The same block with int8 products: the contract of its kind, but the ``weights`` are read in int8.
+
+    Each is three inputs instead of ``w:{weight}``: ``q:{weight}`` int8 (out, in), ``qt:{weight}`` its transpose and
+    ``qs:{weight}`` float32 (out,), so that weight = qs · q. Scales of ``weights`` are not read.
+    """
+
+    graph: str
+    weights: tuple[str, ...]
+
+
 class BlockKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One joint forward and backward graph, shared by every block of this kind.
 
@@ -64,6 +75,7 @@ class BlockKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights: tuple[str, ...]  # paths inside the block of its frozen parameters
     slots: tuple[Slot, ...]
     shared: tuple[str, ...]  # outputs of the embed graph that the block reads
+    fast: FastForm | None = None
 
 
 class Block(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -202,7 +214,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def graphs(self) -> frozenset[str]:
         """Every graph file of the bundle."""
         vocabulary = {self.head.vocabulary.graph} if self.head.vocabulary else set()
-        return frozenset({self.embed.graph, self.head.graph, *vocabulary, *(kind.graph for kind in self.kinds)})
+        blocks = {kind.graph for kind in self.kinds} | {kind.fast.graph for kind in self.kinds if kind.fast}
+        return frozenset({self.embed.graph, self.head.graph} | vocabulary | blocks)
 
     @property
     def module_names(self) -> tuple[str, ...]:

@@ -179,6 +179,23 @@ def _parse_header(header: bytes, what: str) -> dict[str, _Entry]:
         raise TensorFileError(f"{what}: header is not a table of tensors: {str(error)[:200]}") from error
 
 
+def release_pages(array: Array) -> None:
+    """Give the pages of a mapped array back to the system; they are read again when touched.
+
+    Nothing happens for an array that is not mapped, or on a system without ``madvise``.
+    """
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, memoryview):
+        base = base.obj
+    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = array.__array_interface__["data"][0] - np.frombuffer(base, np.uint8).__array_interface__["data"][0]
+    page_start = start // mmap.PAGESIZE * mmap.PAGESIZE
+    base.madvise(mmap.MADV_DONTNEED, page_start, start + array.nbytes - page_start)
+
+
 def check_tensors(tensors: Mapping[str, Array], expected: Mapping[str, tuple[int, ...]], *, what: str) -> None:
     """Demand exactly these float32 tensors with these shapes, all finite.
 

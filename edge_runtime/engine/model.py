@@ -2,7 +2,7 @@
 
 Forward block by block, head, backward block by block down to the lowest alive block and no further. For every alive
 block the engine either keeps activations or keeps only the block's input and recomputes; a memory budget decides.
-Frozen weights stay mapped from the bundle's file, they are never copied here.
+With int8 products both passes of a training step run the blocks' fast form; evaluation is always exact.
 """
 
 from __future__ import annotations
@@ -14,41 +14,46 @@ import onnxruntime as ort
 
 from edge_runtime.bundle import Array, Bundle
 from edge_runtime.engine.block import BlockVariants, OrtValues, Session, Variant
+from edge_runtime.engine.budget import share_out
 from edge_runtime.engine.errors import EngineInputError
+from edge_runtime.engine.frozen import FrozenWeights, bind
 from edge_runtime.engine.graph import JointGraph
 from edge_runtime.engine.head import ClassHead, scatter_rows, select_rows
 from edge_runtime.engine.interface import Gradients, Score, TokenBatch
 from edge_runtime.engine.parameters import AdapterParameters
 from edge_runtime.engine.vocabulary import VocabularyHead
+from edge_runtime.wire import Products
 
 
 class BlockEngine:
     """Implements :class:`edge_runtime.engine.interface.Engine` on stock ONNX Runtime."""
 
-    def __init__(self, bundle: Bundle, *, memory_budget_mb: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, *, memory_budget_mb: int | None = None, products: Products = "exact") -> None:
         """Open a bundle's graphs and map its weights.
 
         Args:
             bundle: An opened bundle.
-            memory_budget_mb: What kept activations may take, in MiB; None keeps all, 0 recomputes all.
+            memory_budget_mb: For resident weights and kept activations, in MiB (see :mod:`.budget`); None stands for
+                60 % of the free memory, 0 keeps nothing.
+            products: How training multiplies with frozen weights.
 
         Raises:
             GraphError: a graph is unreadable.
             BundleError: the weights are.
+            EngineInputError: the bundle has no int8 products.
         """
         manifest = bundle.manifest
         self._manifest = manifest
-        self._budget_bytes = None if memory_budget_mb is None else memory_budget_mb << 20
         weights = bundle.weights()
+        allowance = share_out(memory_budget_mb, sum(array.nbytes for array in weights.values()))
+        self._budget_bytes = allowance.activations
+        self._frozen = FrozenWeights(manifest, weights, resident=allowance.resident)
         self._kinds = {
             kind.name: BlockVariants(kind, JointGraph.load(bundle.path(kind.graph))) for kind in manifest.kinds
         }
         self._embed = Session(JointGraph.load(bundle.path(manifest.embed.graph)), ("hidden", *manifest.embed.shared))
-        self._embed_weights = _bind(weights, {f"w:{name}": name for name in manifest.embed.weights})
-        self._block_weights = [
-            _bind(weights, {f"w:{name}": f"{block.prefix}.{name}" for name in self._kinds[block.kind].kind.weights})
-            for block in manifest.blocks
-        ]
+        self._fast_kinds = _fast_kinds(bundle) if products == "int8" else {}
+        self._embed_weights = bind(weights, {f"w:{name}": name for name in manifest.embed.weights})
         scale = ort.OrtValue.ortvalue_from_numpy(np.asarray(manifest.scale, dtype=np.float32))
         self._scales: OrtValues = {f"scale:{slot.name}": scale for kind in manifest.kinds for slot in kind.slots}
         self._head = _open_head(bundle, weights)
@@ -141,14 +146,16 @@ class BlockEngine:
         keep_from = self._keep_from(hidden, made) if taped else 0
         for index in range(len(self._alive)):
             given = {"hidden": hidden}
+            block, inputs = self._trained(index) if taped else self._exact(index)
             if not taped or index < self.lowest_alive:
-                hidden = self._block(index).forward().run(given, made, *self._inputs(index))["out"]
-                continue
-            variant = self._variant(index, keep=index >= keep_from)
-            forward = self._block(index).forward_keeping(variant) if variant.keep else self._block(index).forward()
-            kept = forward.run(given, made, *self._inputs(index))
-            hidden = kept["out"]
-            tape.append((index, variant, {**kept, **given}))
+                hidden = block.forward().run(given, made, *inputs)["out"]
+            else:
+                variant = self._variant(index, keep=index >= keep_from)
+                forward = block.forward_keeping(variant) if variant.keep else block.forward()
+                kept = forward.run(given, made, *inputs)
+                hidden = kept["out"]
+                tape.append((index, variant, {**kept, **given}))
+            self._frozen.used(index)
         return hidden, made, tape
 
     def _backward(
@@ -159,7 +166,9 @@ class BlockEngine:
         while tape:
             # Popping drops a block's activations as soon as its gradients exist.
             index, variant, kept = tape.pop()
-            made = self._block(index).backward(variant).run(kept, {"d_out": d_out}, shared, *self._inputs(index))
+            block, inputs = self._trained(index)
+            made = block.backward(variant).run(kept, {"d_out": d_out}, shared, *inputs)
+            self._frozen.used(index)
             prefix = self._manifest.blocks[index].prefix
             for slot, factor in variant.alive:
                 factor_name = f"lora_{factor.lower()}"
@@ -173,8 +182,6 @@ class BlockEngine:
 
         The highest blocks are kept: their activations are dropped first, before the lower blocks recompute theirs.
         """
-        if self._budget_bytes is None or self._budget_bytes == 0:
-            return self.lowest_alive if self._budget_bytes is None else len(self._alive)
         left = self._budget_bytes
         for index in reversed(range(self.lowest_alive, len(self._alive))):
             left -= self._activation_bytes(index, hidden, shared)
@@ -187,35 +194,43 @@ class BlockEngine:
         variant = self._variant(index, keep=True)
         key = (variant, self._manifest.blocks[index].kind, tuple(hidden.shape()))
         if key not in self._kept_bytes:
-            kept = self._block(index).forward_keeping(variant).run({"hidden": hidden}, shared, *self._inputs(index))
+            block, inputs = self._trained(index)
+            kept = block.forward_keeping(variant).run({"hidden": hidden}, shared, *inputs)
             self._kept_bytes[key] = sum(value.tensor_size_in_bytes() for value in kept.values())
         return self._kept_bytes[key]
 
     def _variant(self, index: int, *, keep: bool) -> Variant:
         return Variant(self._alive[index], input_gradient=index > self.lowest_alive, keep=keep)
 
-    def _block(self, index: int) -> BlockVariants:
-        return self._kinds[self._manifest.blocks[index].kind]
+    def _exact(self, index: int) -> tuple[BlockVariants, tuple[OrtValues, ...]]:
+        """A block's sessions and what they read beside activations."""
+        variants = self._kinds[self._manifest.blocks[index].kind]
+        return variants, (self._lora[index], self._frozen.exact(index), self._scales)
 
-    def _inputs(self, index: int) -> tuple[OrtValues, OrtValues, OrtValues]:
-        return self._lora[index], self._block_weights[index], self._scales
+    def _trained(self, index: int) -> tuple[BlockVariants, tuple[OrtValues, ...]]:
+        """The same for a training step."""
+        if not self._fast_kinds:
+            return self._exact(index)
+        variants = self._fast_kinds[self._manifest.blocks[index].kind]
+        return variants, (self._lora[index], self._frozen.int8(index), self._scales)
+
+
+def _fast_kinds(bundle: Bundle) -> dict[str, BlockVariants]:
+    found = {}
+    for kind in bundle.manifest.kinds:
+        if kind.fast is None:
+            raise EngineInputError(f"int8 products: a bundle of base {bundle.manifest.base} has none: export it again")
+        found[kind.name] = BlockVariants(kind, JointGraph.load(bundle.path(kind.fast.graph)))
+    return found
 
 
 def _open_head(bundle: Bundle, weights: Mapping[str, Array]) -> ClassHead | VocabularyHead:
     head = bundle.manifest.head
     graph, bound = (
         JointGraph.load(bundle.path(head.graph)),
-        _bind(weights, {f"w:{name}": name for name in head.weights}),
+        bind(weights, {f"w:{name}": name for name in head.weights}),
     )
     if head.vocabulary is None:
         return ClassHead(head, graph, bound, classes=len(bundle.manifest.labels))
     chunk = JointGraph.load(bundle.path(head.vocabulary.graph))
     return VocabularyHead(head, graph, chunk, bound, {name: weights[name] for name in head.vocabulary.weights})
-
-
-def _bind(weights: Mapping[str, Array], names: Mapping[str, str]) -> OrtValues:
-    """Graph inputs over mapped weights: the OrtValue shares the array's memory."""
-    missing = [name for name in names.values() if name not in weights]
-    if missing:
-        raise EngineInputError(f"weights: no tensor {missing[0]} ({len(missing)} missing)")
-    return {key: ort.OrtValue.ortvalue_from_numpy(weights[name]) for key, name in names.items()}

@@ -18,7 +18,7 @@ from edge_runtime.training.describing import Measured, measured
 from edge_runtime.training.local import Course, Trained, evaluate, train
 from edge_runtime.training.memory import MemorySampler
 from edge_runtime.training.session import WorkingBundle
-from edge_runtime.wire import Schedule, Training
+from edge_runtime.wire import Products, Schedule, Training
 
 
 class AloneOptions(msgspec.Struct, frozen=True):
@@ -42,6 +42,7 @@ class AloneOptions(msgspec.Struct, frozen=True):
     seed: int
     threads: int | None
     memory_budget_mb: int | None
+    products: Products
     skip_bad_lines: bool
 
     def training(self, bundle_max_tokens: int) -> Training:
@@ -93,7 +94,10 @@ def train_alone(options: AloneOptions, console: Console) -> AloneResult:
         BundleError, DataError, EngineError: as their names say; no adapter was written.
     """
     work = WorkingBundle(
-        open_bundle(options.bundle), threads=options.threads, memory_budget_mb=options.memory_budget_mb
+        open_bundle(options.bundle),
+        threads=options.threads,
+        memory_budget_mb=options.memory_budget_mb,
+        products=options.products,
     )
     settings = options.training(work.bundle.manifest.text.max_tokens)
     with MemorySampler() as memory:

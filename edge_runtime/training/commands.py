@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 import msgspec
@@ -20,6 +20,7 @@ from edge_runtime.training.describing import measured
 from edge_runtime.training.local import evaluate as score_dataset
 from edge_runtime.training.predicting import Prediction, classify, continue_text
 from edge_runtime.training.session import WorkingBundle
+from edge_runtime.wire import Products
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -91,7 +92,15 @@ def _one_clear_line() -> Iterator[None]:
 @click.option(
     "--memory-budget-mb",
     type=click.IntRange(0),
-    help="For activations kept between forward and backward; 0 recomputes all.  [default: keep all]",
+    help="For weights that stay in memory and activations kept for the backward pass; 0 keeps none and recomputes.  "
+    "[default: 60 % of free memory]",
+)
+@click.option(
+    "--products",
+    type=click.Choice(get_args(Products)),
+    default="exact",
+    show_default=True,
+    help="With frozen weights. int8 is faster; its gradients are a few per cent off.",
 )
 @click.option("--skip-bad-lines", is_flag=True, help="Train on the usable lines of the data.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done.")

@@ -39,7 +39,12 @@ def run_round(job: TrainingJob, emit: Callable[[Event], None]) -> tuple[bytes, D
     plan = signed.plan
     bundle = open_bundle(Path(job.bundle), expected_digest=plan.bundle, verify=False)
     with MemorySampler() as memory:
-        work = WorkingBundle(bundle, threads=job.threads, memory_budget_mb=job.memory_budget_mb)
+        work = WorkingBundle(
+            bundle,
+            threads=job.threads,
+            memory_budget_mb=job.memory_budget_mb,
+            products=plan.training.products_wanted,
+        )
         adapter = map_tensors(Path(job.adapter))
         check_tensors(adapter, adapter_shapes(bundle.manifest, plan.ranks), what="adapter")
         dataset = _load(work, job.data, plan, job, emit)

@@ -10,17 +10,25 @@ from edge_runtime.data import Dataset, Purpose, TextEncoder, load_dataset
 from edge_runtime.engine.model import BlockEngine
 from edge_runtime.engine.parameters import AdapterParameters
 from edge_runtime.engine.runtime import start_runtime
-from edge_runtime.wire import Layout, ModulePlan, layout_of
+from edge_runtime.wire import Layout, ModulePlan, Products, layout_of
 
 
 class WorkingBundle:
     """An opened bundle and what is needed to work with it. The engine is made when first used."""
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None, memory_budget_mb: int | None = None) -> None:
-        """``threads`` None means one a core; ``memory_budget_mb`` bounds kept activations, in MiB."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        memory_budget_mb: int | None = None,
+        products: Products = "exact",
+    ) -> None:
+        """``threads`` None means one a core; for the others see :class:`edge_runtime.engine.model.BlockEngine`."""
         self.bundle = bundle
         self._threads = threads
         self._memory_budget_mb = memory_budget_mb
+        self._products = products
         self._engine: BlockEngine | None = None
 
     @property
@@ -28,7 +36,7 @@ class WorkingBundle:
         """The engine of this bundle."""
         if self._engine is None:
             start_runtime(self._threads)
-            self._engine = BlockEngine(self.bundle, memory_budget_mb=self._memory_budget_mb)
+            self._engine = BlockEngine(self.bundle, memory_budget_mb=self._memory_budget_mb, products=self._products)
         return self._engine
 
     def encoder(self, max_tokens: int | None = None) -> TextEncoder:

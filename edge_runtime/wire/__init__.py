@@ -45,6 +45,7 @@ from edge_runtime.wire.names import check_name
 from edge_runtime.wire.plan import (
     ModulePlan,
     Plan,
+    Products,
     SignedPlan,
     Training,
     UpdateRules,
@@ -76,6 +77,7 @@ __all__ = [
     "PlanSignatureError",
     "Problem",
     "ProblemDocument",
+    "Products",
     "RequestError",
     "RequestFormatError",
     "RequestTooLargeError",

@@ -31,6 +31,9 @@ class _Versioned(msgspec.Struct):
     schema: object = None
 
 
+Products = Literal["exact", "int8"]
+
+
 class ModulePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One LoRA module this round: its rank and which factors are trained and sent."""
 
@@ -55,6 +58,14 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     eps: float = 1e-8
     mu: float = 0.0  # FedProx: weight of (mu/2)·|θ − θ_t|², arXiv 1812.06127
     clip_norm: float | None = None  # global gradient norm; None: gradients are not clipped
+    # With frozen weights; left out: exact. int8 is faster, its gradients a few per cent off. A plan without it is one
+    # that devices from before this field understand.
+    products: Literal["int8"] | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def products_wanted(self) -> Products:
+        """``products`` with its default filled in."""
+        return self.products or "exact"
 
 
 class UpdateRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

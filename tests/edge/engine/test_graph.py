@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
 from edge_runtime.engine.errors import GraphError
 from edge_runtime.engine.graph import JointGraph
+from edge_runtime.engine.runtime import open_session
 
 FLOAT = TensorProto.FLOAT
 
@@ -48,7 +48,7 @@ def joint() -> JointGraph:
 
 
 def run(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_session(model.SerializeToString())
     return session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()})
 
 

@@ -189,7 +189,7 @@ def test_frozen_weights_are_mapped_not_copied(case: Case) -> None:
         line for line in maps.read_text().splitlines() if line.endswith(str(case.bundle.path("weights.safetensors")))
     ]
     ranges = [tuple(int(end, 16) for end in line.split()[0].split("-")) for line in lines]
-    fed = [value for weights in case.engine._block_weights for value in weights.values()]
+    fed = [value for index in range(3) for value in case.engine._frozen.exact(index).values()]
     assert len(fed) > 20
     for value in fed:
         assert any(start <= value.data_ptr() < end for start, end in ranges)

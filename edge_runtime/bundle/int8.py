@@ -1,0 +1,41 @@
+"""The int8 form of a frozen weight, for products in int8."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from edge_runtime.bundle.errors import TensorFileError
+from edge_runtime.bundle.tensors import Array
+
+SCALE_SUFFIX = ":scale"  # of a quantised weight's scale in ``weights.safetensors``
+
+
+def int8_products(name: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """What a fast graph reads for one weight: ``q`` int8 (out, in), ``qt`` its transpose, ``qs`` float32 (out,).
+
+    weight = qs · q, one scale a row. A weight stored as int8 is taken as it is; only its transpose is a copy.
+
+    Args:
+        name: Of the weight.
+        tensors: A bundle's weights by name.
+
+    Raises:
+        TensorFileError: the weight is stored in four bits, or missing.
+    """
+    weight = tensors.get(name)
+    if weight is None or weight.ndim != 2 or weight.dtype not in (np.int8, np.float16, np.float32):
+        found = "nothing" if weight is None else f"{weight.dtype} {weight.shape}"
+        raise TensorFileError(f"{name}: for int8 products: expected a matrix of int8, float16 or float32, got {found}")
+    if weight.dtype == np.int8:
+        rows, scale = weight, tensors[name + SCALE_SUFFIX]
+    else:
+        rows, scale = _quantised(weight)
+    return {"q": rows, "qt": np.ascontiguousarray(rows.T), "qs": scale}
+
+
+def _quantised(weight: Array) -> tuple[Array, Array]:
+    values = weight.astype(np.float32, copy=False)
+    scale = np.maximum(np.abs(values).max(axis=1) / np.float32(127), np.finfo(np.float32).tiny)
+    return np.rint(values / scale[:, None]).astype(np.int8), scale

@@ -1,0 +1,51 @@
+"""Time against memory: what a budget is spent on, most profitable first.
+
+First the frozen weights: they are mapped from the bundle's file, and if they fit they stay in memory between steps;
+otherwise the pages of a block are given back after each use and read again. What is left keeps activations, block by
+block from the top; a block that gets none computes them again in the backward pass, which costs about a third of a
+step when it is all blocks.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+_SHARE = 0.6  # of free memory: the rest is for the optimizer, temporaries, and whoever else works on this machine
+_MEMINFO = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What a budget allows.
+
+    Attributes:
+        resident: Whether mapped weights may stay in memory between uses.
+        activations: Bytes for kept activations.
+    """
+
+    resident: bool
+    activations: int
+
+
+def share_out(budget_mb: int | None, weight_bytes: int) -> Allowance:
+    """Spend a budget.
+
+    Args:
+        budget_mb: MiB; None stands for :func:`default_budget_mb`.
+        weight_bytes: Size of the bundle's frozen weights.
+    """
+    budget = (default_budget_mb() if budget_mb is None else budget_mb) << 20
+    if weight_bytes > budget:
+        return Allowance(resident=False, activations=budget)
+    return Allowance(resident=True, activations=budget - weight_bytes)
+
+
+def default_budget_mb() -> int:
+    """60 % of the memory that is free now, in MiB; where the system does not tell, of a quarter of all memory."""
+    if _MEMINFO.exists():
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(int(line.split()[1]) / 1024 * _SHARE)
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4 / (1 << 20) * _SHARE)
