@@ -131,6 +131,18 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
 @_eval_option
 @click.option("--threads", type=click.IntRange(min=1), help="Threads for training.  [default: all cores]")
 @click.option("--memory-mb", type=click.IntRange(min=1), help="Memory the training may plan with, in MB.")
+@click.option(
+    "--micro-tokens",
+    type=click.IntRange(min=1),
+    help="Tokens that go through the model at once; a larger batch is divided, its gradient stays the same.  "
+    "[default: 4096, less for a small --memory-mb]",
+)
+@click.option(
+    "--remember-mb",
+    type=click.IntRange(min=0),
+    help="Disk for what the frozen lower blocks make of the examples, during a round; 0 computes it every time.  "
+    "[default: 2048, or a tenth of the free disk if that is less]",
+)
 @click.option("--skip-bad-lines", is_flag=True, help="Train on the good lines of a file that has bad ones.")
 @click.option("--once", is_flag=True, help="Stop after one round.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON event a line for machines.")
@@ -141,6 +153,8 @@ def run(  # noqa: PLR0913  # click passes each option as an argument
     evaluation: tuple[Path, ...],
     threads: int | None,
     memory_mb: int | None,
+    micro_tokens: int | None,
+    remember_mb: int | None,
     skip_bad_lines: bool,
     once: bool,
     as_json: bool,
@@ -174,7 +188,13 @@ def run(  # noqa: PLR0913  # click passes each option as an argument
             if not place.state().finished:
                 check_settings(settings)
             options = RunOptions(
-                settings, threads=threads, skip_bad=skip_bad_lines, memory_budget_mb=memory_mb, once=once
+                settings,
+                threads=threads,
+                skip_bad=skip_bad_lines,
+                memory_budget_mb=memory_mb,
+                micro_tokens=micro_tokens,
+                remember_mb=remember_mb,
+                once=once,
             )
             tools = Tools(trainer=ChildTrainer(), inspector=ChildInspector(), host=Host(), report=display.show)
             work = run_device(place, tools, options)

@@ -60,6 +60,8 @@ class RunOptions:
     threads: int | None = None  # None: all cores
     skip_bad: bool = False
     memory_budget_mb: int | None = None
+    micro_tokens: int | None = None  # None: what suits model and budget
+    remember_mb: int | None = None  # None: what suits the disk
     once: bool = False  # stop after one round
     wait_s: int = 30  # how long a poll may be held by the server
     backoff_s: float = 1.0  # first wait after a failure
@@ -196,6 +198,8 @@ class Device:
             skip_bad=self._options.skip_bad,
             threads=self._options.threads,
             memory_budget_mb=self._options.memory_budget_mb,
+            micro_tokens=self._options.micro_tokens,
+            remember_mb=self._options.remember_mb,
         )
         try:
             result = await self._tools.trainer.train(job, lambda event: self._relay(plan.round, event))

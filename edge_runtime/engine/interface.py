@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from edge_runtime.bundle import Array
 from edge_runtime.engine.parameters import AdapterParameters
+from edge_runtime.engine.remembered import RememberedHidden
 
 Ids = npt.NDArray[np.int64]
 
@@ -32,6 +33,10 @@ class TokenBatch(Protocol):
     @property
     def labels(self) -> Ids:
         """Class or next token of each row, shape (n,)."""
+
+    @property
+    def examples(self) -> Ids:
+        """Index of each example in its dataset, shape (b,)."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,13 @@ class Gradients:
 class Engine(Protocol):
     """A model with an adapter, on one device."""
 
-    def use(self, parameters: AdapterParameters) -> None:
-        """Take this adapter and alive set; ``parameters.flat`` may change between calls."""
+    def use(self, parameters: AdapterParameters, remembered: RememberedHidden | None = None) -> None:
+        """Take this adapter and alive set; ``parameters.flat`` may change between calls.
+
+        Args:
+            parameters: What is trained, and the rest of the adapter.
+            remembered: For the training steps that follow, all on one dataset; the engine may leave it unused.
+        """
 
     def gradients(self, batch: TokenBatch) -> Gradients:
         """Loss and gradients of the alive tensors."""

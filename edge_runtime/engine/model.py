@@ -2,7 +2,8 @@
 
 Forward block by block, head, backward block by block down to the lowest alive block and no further. For every alive
 block the engine either keeps activations or keeps only the block's input and recomputes; a memory budget decides.
-With int8 products both passes of a training step run the blocks' fast form; evaluation is always exact.
+With int8 products both passes of a training step run the blocks' fast form; evaluation is always exact. What the blocks
+below the lowest alive one make of an example may be remembered, and is then read instead of computed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from edge_runtime.engine.graph import JointGraph
 from edge_runtime.engine.head import ClassHead, scatter_rows, select_rows
 from edge_runtime.engine.interface import Gradients, Score, TokenBatch
 from edge_runtime.engine.parameters import AdapterParameters
+from edge_runtime.engine.remembered import Flags, RememberedHidden
 from edge_runtime.engine.vocabulary import VocabularyHead
 from edge_runtime.wire import Products
 
@@ -58,13 +60,18 @@ class BlockEngine:
         self._scales: OrtValues = {f"scale:{slot.name}": scale for kind in manifest.kinds for slot in kind.slots}
         self._head = _open_head(bundle, weights)
         self._parameters: AdapterParameters | None = None
+        self._remembered: RememberedHidden | None = None
         self._lora: list[OrtValues] = []
         self._alive: list[frozenset[tuple[str, str]]] = []
         self._head_alive = False
         self._kept_bytes: dict[tuple[Variant, str, tuple[int, ...]], int] = {}
 
-    def use(self, parameters: AdapterParameters) -> None:
+    def use(self, parameters: AdapterParameters, remembered: RememberedHidden | None = None) -> None:
         """Take this adapter and alive set; the factors are read in place at every step.
+
+        Args:
+            parameters: What is trained, and the rest of the adapter.
+            remembered: For :meth:`gradients` of batches of one dataset, until the next call closes it.
 
         Raises:
             EngineInputError: an adapter tensor is missing, or an alive name is none of the bundle's.
@@ -93,6 +100,9 @@ class BlockEngine:
         self._head.use(tensors)
         self._lora, self._alive = lora, [frozenset(slots) for slots in alive_slots]
         self._parameters = parameters
+        if self._remembered is not None:
+            self._remembered.close()  # even when it is given again: it holds what another adapter made
+        self._remembered = remembered
         self._kept_bytes.clear()
 
     @property
@@ -136,27 +146,58 @@ class BlockEngine:
         """Returns the last hidden state, the shared tensors, and the tape: what each alive block's backward needs."""
         if self._parameters is None:
             raise EngineInputError("adapter: none in use")
-        ids = {
-            "input_ids": ort.OrtValue.ortvalue_from_numpy(batch.input_ids),
-            "attention_mask": ort.OrtValue.ortvalue_from_numpy(batch.attention_mask),
-        }
-        made = self._embed.run(ids, self._embed_weights)
-        hidden = made.pop("hidden")
+        hidden, made = self._embedded(batch.input_ids, batch.attention_mask)
         tape: list[tuple[int, Variant, OrtValues]] = []
         keep_from = self._keep_from(hidden, made) if taped else 0
-        for index in range(len(self._alive)):
+        frozen = self.lowest_alive if taped else len(self._alive)
+        if taped and frozen and self._remembered is not None:
+            hidden = self._recalled(self._remembered, batch, hidden, made)
+        else:
+            hidden = self._through(frozen, hidden, made, taped=taped)
+        for index in range(frozen, len(self._alive)):
             given = {"hidden": hidden}
-            block, inputs = self._trained(index) if taped else self._exact(index)
-            if not taped or index < self.lowest_alive:
-                hidden = block.forward().run(given, made, *inputs)["out"]
-            else:
-                variant = self._variant(index, keep=index >= keep_from)
-                forward = block.forward_keeping(variant) if variant.keep else block.forward()
-                kept = forward.run(given, made, *inputs)
-                hidden = kept["out"]
-                tape.append((index, variant, {**kept, **given}))
+            block, inputs = self._trained(index)
+            variant = self._variant(index, keep=index >= keep_from)
+            forward = block.forward_keeping(variant) if variant.keep else block.forward()
+            kept = forward.run(given, made, *inputs)
+            hidden = kept["out"]
+            tape.append((index, variant, {**kept, **given}))
             self._frozen.used(index)
         return hidden, made, tape
+
+    def _embedded(self, input_ids: Array, attention_mask: Array) -> tuple[ort.OrtValue, OrtValues]:
+        """The first hidden state (b, s, width) and the shared tensors."""
+        ids = {"input_ids": input_ids, "attention_mask": attention_mask}
+        given = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in ids.items()}
+        made = self._embed.run(given, self._embed_weights)
+        return made.pop("hidden"), made
+
+    def _through(self, count: int, hidden: ort.OrtValue, shared: OrtValues, *, taped: bool) -> ort.OrtValue:
+        """What the lowest ``count`` blocks make of a hidden state; nothing is kept."""
+        for index in range(count):
+            block, inputs = self._trained(index) if taped else self._exact(index)
+            hidden = block.forward().run({"hidden": hidden}, shared, *inputs)["out"]
+            self._frozen.used(index)
+        return hidden
+
+    def _recalled(
+        self, remembered: RememberedHidden, batch: TokenBatch, hidden: ort.OrtValue, shared: OrtValues
+    ) -> ort.OrtValue:
+        """What enters the lowest alive block, or the head when no block is alive."""
+        frozen = self.lowest_alive
+        wanted = batch.attention_mask == 1
+        if frozen == len(self._alive):  # the head reads these rows and no others
+            wanted = np.zeros(wanted.shape, dtype=np.bool_)
+            wanted.reshape(-1)[batch.rows] = True
+
+        def compute(missing: Flags) -> Array:
+            start = (hidden, shared)
+            if not missing.all():
+                start = self._embedded(batch.input_ids[missing], batch.attention_mask[missing])
+            out: Array = self._through(frozen, *start, taped=True).numpy()
+            return out
+
+        return ort.OrtValue.ortvalue_from_numpy(remembered.recall(batch.examples, wanted, compute))
 
     def _backward(
         self, d_hidden: Array, shared: OrtValues, tape: list[tuple[int, Variant, OrtValues]]

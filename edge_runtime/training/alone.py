@@ -43,6 +43,7 @@ class AloneOptions(msgspec.Struct, frozen=True):
     threads: int | None
     memory_budget_mb: int | None
     products: Products
+    micro_tokens: int | None
     skip_bad_lines: bool
 
     def training(self, bundle_max_tokens: int) -> Training:
@@ -99,6 +100,7 @@ def train_alone(options: AloneOptions, console: Console) -> AloneResult:
         memory_budget_mb=options.memory_budget_mb,
         products=options.products,
     )
+    micro_tokens = work.micro_tokens(options.micro_tokens)
     settings = options.training(work.bundle.manifest.text.max_tokens)
     with MemorySampler() as memory:
         data = _load(work, options.data, settings, options.skip_bad_lines, console)
@@ -106,11 +108,14 @@ def train_alone(options: AloneOptions, console: Console) -> AloneResult:
         if options.evaluation:
             held_out = _load(work, options.evaluation, settings, options.skip_bad_lines, console)
         parameters = work.all_alive(work.adapter(options.adapter))
-        before = _measure(work, parameters, held_out)
-        course = Course(data, settings, np.random.default_rng(options.seed), options.lr_schedule)
+        before = _measure(work, parameters, held_out, micro_tokens)
+        # Everything is alive, so there are no frozen blocks to remember.
+        course = Course(
+            data, settings, np.random.default_rng(options.seed), options.lr_schedule, micro_tokens=micro_tokens
+        )
         trained = _run(work, parameters, course, console)
         write_peft_folder(options.out, work.bundle.manifest, parameters.tensors)
-        after = _measure(work, parameters, held_out) if trained else None
+        after = _measure(work, parameters, held_out, micro_tokens) if trained else None
     return AloneResult(
         adapter=str(options.out),
         bundle_digest=work.bundle.digest,
@@ -156,8 +161,10 @@ def _load(
     return dataset
 
 
-def _measure(work: WorkingBundle, parameters: AdapterParameters, held_out: Dataset | None) -> Measured | None:
+def _measure(
+    work: WorkingBundle, parameters: AdapterParameters, held_out: Dataset | None, micro_tokens: int
+) -> Measured | None:
     if held_out is None:
         return None
     work.engine.use(parameters)
-    return measured(evaluate(work.engine, held_out), work.bundle.manifest.task)
+    return measured(evaluate(work.engine, held_out, micro_tokens=micro_tokens), work.bundle.manifest.task)

@@ -102,6 +102,12 @@ def _one_clear_line() -> Iterator[None]:
     show_default=True,
     help="With frozen weights. int8 is faster; its gradients are a few per cent off.",
 )
+@click.option(
+    "--micro-tokens",
+    type=click.IntRange(1),
+    help="Tokens that go through the model at once; a larger batch is divided, its gradient stays the same.  "
+    "[default: 4096, less for a small memory budget]",
+)
 @click.option("--skip-bad-lines", is_flag=True, help="Train on the usable lines of the data.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done.")
 def train(as_json: bool, **options: Any) -> None:  # the rest are the fields of AloneOptions

@@ -28,6 +28,10 @@ class TrainingJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     skip_bad: bool = False
     threads: int | None = None  # None: all cores
     memory_budget_mb: int | None = None
+    micro_tokens: int | None = None  # None: what suits model and budget
+    remember_mb: int | None = (
+        None  # for what the frozen blocks make of the examples, on disk; None: what suits the disk
+    )
 
 
 class Notice(msgspec.Struct, frozen=True, tag="notice"):

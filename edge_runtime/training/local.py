@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -14,6 +15,8 @@ from edge_runtime.engine.adamw import AdamW
 from edge_runtime.engine.errors import DivergedError
 from edge_runtime.engine.interface import Engine, Score
 from edge_runtime.engine.parameters import AdapterParameters
+from edge_runtime.engine.remembered import RememberedHidden
+from edge_runtime.training.accumulate import MICRO_TOKENS, accumulate, micro_batches
 from edge_runtime.wire import Schedule, Training, rate_share
 
 OnStep = Callable[[int, int, float], None]  # step from 1, steps, mean loss of the batch in nats
@@ -38,12 +41,17 @@ class Course:
         training: Steps or epochs, batch size, learning rates.
         rng: Order of the examples.
         schedule: How the learning rates fall over the steps; a plan's rates are constant within its round.
+        micro_tokens: Tokens that go through the model at once, padding included; larger batches are divided.
+        remembered: What the frozen blocks made of ``dataset``. It is part of the course, so that it meets no other
+            dataset, and serves one training, which closes it.
     """
 
     dataset: Dataset
     training: Training
     rng: np.random.Generator
     schedule: Schedule = "constant"
+    micro_tokens: int = MICRO_TOKENS
+    remembered: RememberedHidden | None = None
 
     @property
     def steps(self) -> int:
@@ -71,13 +79,19 @@ def train(
     Raises:
         DivergedError: the loss is no longer finite; the parameters are those of the last good step.
     """
+    with course.remembered or contextlib.nullcontext():
+        return _train(engine, parameters, course, on_step)
+
+
+def _train(engine: Engine, parameters: AdapterParameters, course: Course, on_step: OnStep | None) -> Trained:
     steps, training = course.steps, course.training
-    engine.use(parameters)
+    again = steps > steps_per_epoch(course.dataset, training.batch_size)
+    engine.use(parameters, course.remembered if again else None)  # what is seen once is not worth writing
     optimizer = AdamW(parameters, training)
     losses: list[float] = []
     began = time.perf_counter()
     for batch in training_batches(course.dataset, training.batch_size, steps=steps, rng=course.rng):
-        gradients = engine.gradients(batch)
+        gradients = accumulate(engine, batch, course.micro_tokens)
         loss = gradients.score.loss
         if not math.isfinite(loss):
             raise DivergedError(f"training: step {len(losses) + 1}: the loss is {loss}: lower the learning rates")
@@ -94,9 +108,13 @@ def train(
     )
 
 
-def evaluate(engine: Engine, dataset: Dataset, *, batch_size: int = 32) -> Score:
+def evaluate(engine: Engine, dataset: Dataset, *, batch_size: int = 32, micro_tokens: int = MICRO_TOKENS) -> Score:
     """Loss and correct predictions over a whole dataset with the adapter in use."""
-    return add_scores(engine.evaluate(batch) for batch in evaluation_batches(dataset, batch_size))
+    return add_scores(
+        engine.evaluate(part)
+        for batch in evaluation_batches(dataset, batch_size)
+        for part in micro_batches(batch, micro_tokens)
+    )
 
 
 def add_scores(scores: Iterable[Score]) -> Score:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from edge_runtime.bundle import Array
 from edge_runtime.data import Batch, Dataset, dataset_of_texts, evaluation_batches
 from edge_runtime.engine.errors import EngineInputError
+from edge_runtime.training.accumulate import micro_batches
 from edge_runtime.training.session import WorkingBundle
 
 _BATCH_SIZE = 32
@@ -67,7 +68,8 @@ def _probabilities(work: WorkingBundle, dataset: Dataset) -> Array:
     """Softmax of the logits, shape (examples, classes), float64."""
     rows = np.empty((len(dataset), len(work.bundle.manifest.labels)))
     for batch in evaluation_batches(dataset, _BATCH_SIZE):
-        rows[batch.examples] = work.engine.logits(batch)
+        for part in micro_batches(batch, work.micro_tokens(None)):
+            rows[part.examples] = work.engine.logits(part)
     rows = np.exp(rows - rows.max(axis=1, keepdims=True))
     return np.asarray(rows / rows.sum(axis=1, keepdims=True))
 

@@ -13,6 +13,7 @@ from edge_runtime.bundle import Array, adapter_shapes, check_tensors, map_tensor
 from edge_runtime.data import Dataset
 from edge_runtime.engine.interface import Score
 from edge_runtime.engine.parameters import AdapterParameters
+from edge_runtime.engine.remembered import RememberedHidden, memory_limit
 from edge_runtime.training.job import Done, Evaluated, Event, Notice, Stepped, TrainingJob
 from edge_runtime.training.local import Course, Trained, evaluate, train
 from edge_runtime.training.memory import MemorySampler
@@ -50,16 +51,27 @@ def run_round(job: TrainingJob, emit: Callable[[Event], None]) -> tuple[bytes, D
         dataset = _load(work, job.data, plan, job, emit)
         score = _evaluate(work, adapter, plan, job, emit)
         parameters = AdapterParameters(adapter, work.layout(plan.modules, head_alive=plan.head_alive))
+        course = _course(work, dataset, plan, job)
         trained = train(
-            work.engine,
-            parameters,
-            Course(dataset, plan.training, np.random.default_rng([plan.seed, plan.round])),
-            on_step=lambda step, steps, loss: emit(Stepped(step, steps, loss)),
+            work.engine, parameters, course, on_step=lambda step, steps, loss: emit(Stepped(step, steps, loss))
         )
+        if course.remembered is not None and course.remembered.trouble:
+            emit(Notice(course.remembered.trouble))
     metrics = _metrics(trained, score, memory, time.perf_counter() - began)
     update = Update(parameters.change(), dataset.weight, metrics)
     check_values(update.values, update.weight, plan.update)
     return encode_update(update, signed_plan=signed, layout=parameters.layout), Done(update.weight, metrics)
+
+
+def _course(work: WorkingBundle, dataset: Dataset, plan: Plan, job: TrainingJob) -> Course:
+    folder = Path(job.out)
+    return Course(
+        dataset,
+        plan.training,
+        np.random.default_rng([plan.seed, plan.round]),
+        micro_tokens=work.micro_tokens(job.micro_tokens),
+        remembered=RememberedHidden(folder, max_bytes=memory_limit(folder, job.remember_mb)),
+    )
 
 
 def _load(
@@ -79,7 +91,7 @@ def _evaluate(
         return Score()
     dataset = _load(work, job.evaluation, plan, job, emit)
     work.engine.use(work.none_alive(adapter))
-    score = evaluate(work.engine, dataset)
+    score = evaluate(work.engine, dataset, micro_tokens=work.micro_tokens(job.micro_tokens))
     emit(Evaluated(score.rows, score.correct, score.loss))
     return score
 

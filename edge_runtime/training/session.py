@@ -10,6 +10,7 @@ from edge_runtime.data import Dataset, Purpose, TextEncoder, load_dataset
 from edge_runtime.engine.model import BlockEngine
 from edge_runtime.engine.parameters import AdapterParameters
 from edge_runtime.engine.runtime import start_runtime
+from edge_runtime.training.accumulate import default_micro_tokens
 from edge_runtime.wire import Layout, ModulePlan, Products, layout_of
 
 
@@ -38,6 +39,10 @@ class WorkingBundle:
             start_runtime(self._threads)
             self._engine = BlockEngine(self.bundle, memory_budget_mb=self._memory_budget_mb, products=self._products)
         return self._engine
+
+    def micro_tokens(self, asked: int | None) -> int:
+        """Tokens that go through the model at once: what the user asked for, or what suits model and budget."""
+        return asked or default_micro_tokens(self.bundle.manifest, self._memory_budget_mb)
 
     def encoder(self, max_tokens: int | None = None) -> TextEncoder:
         """The bundle's encoder; ``max_tokens`` None means the bundle's own limit."""

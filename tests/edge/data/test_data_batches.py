@@ -3,7 +3,7 @@
 - an epoch has every example exactly once, and so has an evaluation
 - padding is never attended to and never trained
 - over an epoch the rows of the batches are the trained tokens of the dataset
-- a batch is a multiple of the bucket long, or ``max_tokens``
+- a batch is as long as its bucket says
 - the same generator gives the same batches
 """
 
@@ -22,6 +22,7 @@ from edge_runtime.data import (
     Dataset,
     DatasetReport,
     Example,
+    bucket_length,
     evaluation_batches,
     steps_per_epoch,
     training_batches,
@@ -69,7 +70,7 @@ def content(batch: Batch) -> tuple[bytes, ...]:
     return tuple(each.tobytes() for each in (batch.input_ids, batch.attention_mask, batch.rows, batch.labels))
 
 
-def check(batch: Batch, data: Dataset, bucket: int) -> None:
+def check(batch: Batch, data: Dataset) -> None:
     """Everything a batch must be, written out position by position."""
     size, width = batch.input_ids.shape
     arrays = (batch.input_ids, batch.attention_mask, batch.rows, batch.labels, batch.examples)
@@ -78,8 +79,7 @@ def check(batch: Batch, data: Dataset, bucket: int) -> None:
     assert batch.rows.shape == batch.labels.shape == (batch.weight,)
     assert batch.examples.shape == (size,)
     longest = max(len(data.examples[index].ids) for index in batch.examples)
-    assert longest <= width < longest + bucket
-    assert width % bucket == 0 or width == MAX_TOKENS
+    assert longest <= width == bucket_length(longest, MAX_TOKENS)
     expected = []
     for row, index in enumerate(batch.examples):
         example = data.examples[index]
@@ -95,11 +95,28 @@ def check(batch: Batch, data: Dataset, bucket: int) -> None:
     assert (batch.attention_mask.reshape(-1)[batch.rows] == 1).all()
 
 
-@given(data=datasets, batch_size=st.integers(1, 9), bucket=st.integers(1, 50), seed=st.integers(0, 2**32))
-def test_each_epoch_visits_every_example_once(data: Dataset, batch_size: int, bucket: int, seed: int) -> None:
+@given(tokens=st.integers(1, 5000), room=st.integers(0, 5000))
+def test_a_bucket_holds_its_rows_and_wastes_little(tokens: int, room: int) -> None:
+    """It is never above the limit, never wastes an eighth (nor 8 tokens of a short row), and is its own bucket."""
+    limit = tokens + room
+    length = bucket_length(tokens, limit)
+    assert tokens <= length <= limit
+    assert length - tokens < max(8, tokens / 8)
+    assert bucket_length(length, limit) == length
+
+
+def test_the_buckets_are_few() -> None:
+    """Up to 2,048 tokens there are 48 lengths; multiples of 16 would be 128."""
+    lengths = {bucket_length(tokens, 2048) for tokens in range(1, 2049)}
+    assert len(lengths) == 48
+    assert {8, 64, 72, 128, 144, 256, 288, 2048} <= lengths
+
+
+@given(data=datasets, batch_size=st.integers(1, 9), seed=st.integers(0, 2**32))
+def test_each_epoch_visits_every_example_once(data: Dataset, batch_size: int, seed: int) -> None:
     a_pass = steps_per_epoch(data, batch_size)
     rng = np.random.default_rng(seed)
-    batches = list(training_batches(data, batch_size, steps=3 * a_pass, rng=rng, bucket=bucket))
+    batches = list(training_batches(data, batch_size, steps=3 * a_pass, rng=rng))
     assert len(batches) == 3 * a_pass
     for epoch in range(3):
         part = batches[epoch * a_pass : (epoch + 1) * a_pass]
@@ -108,12 +125,12 @@ def test_each_epoch_visits_every_example_once(data: Dataset, batch_size: int, bu
         short = [len(batch.examples) for batch in part if len(batch.examples) != batch_size]
         assert short == [len(data) % batch_size] * (len(data) % batch_size > 0)
     for batch in batches:
-        check(batch, data, bucket)
+        check(batch, data)
 
 
-@given(data=datasets, batch_size=st.integers(1, 9), bucket=st.integers(1, 50))
-def test_evaluation_visits_every_example_once_the_shortest_first(data: Dataset, batch_size: int, bucket: int) -> None:
-    batches = list(evaluation_batches(data, batch_size, bucket=bucket))
+@given(data=datasets, batch_size=st.integers(1, 9))
+def test_evaluation_visits_every_example_once_the_shortest_first(data: Dataset, batch_size: int) -> None:
+    batches = list(evaluation_batches(data, batch_size))
     order = np.concatenate([batch.examples for batch in batches]).tolist()
     assert sorted(order) == list(range(len(data)))
     keys = [(len(data.examples[index].ids), index) for index in order]
@@ -121,7 +138,7 @@ def test_evaluation_visits_every_example_once_the_shortest_first(data: Dataset, 
     assert len(batches) == steps_per_epoch(data, batch_size)
     assert sum(batch.weight for batch in batches) == data.weight
     for batch in batches:
-        check(batch, data, bucket)
+        check(batch, data)
 
 
 @given(data=datasets, batch_size=st.integers(1, 9), steps=st.integers(0, 30), seed=st.integers(0, 99))
@@ -152,12 +169,12 @@ def test_like_lengths_go_together_and_the_batches_come_shuffled() -> None:
 
 def test_the_arrays_of_one_small_batch() -> None:
     examples = [lm_example([False, True]), class_example(2, 4)]
-    (first,) = evaluation_batches(dataset_of(examples[:1]), 4, bucket=4)
-    assert first.input_ids.tolist() == [[100, 101, 102, PAD]]
-    assert first.attention_mask.tolist() == [[1, 1, 1, 0]]
+    (first,) = evaluation_batches(dataset_of(examples[:1]), 4)
+    assert first.input_ids.tolist() == [[100, 101, 102, *[PAD] * 5]]
+    assert first.attention_mask.tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]]
     assert (first.rows.tolist(), first.labels.tolist()) == ([1], [102])
-    (second,) = evaluation_batches(dataset_of(examples[1:] * 2), 4, bucket=4)
-    assert (second.rows.tolist(), second.labels.tolist()) == ([0, 4], [4, 4])
+    (second,) = evaluation_batches(dataset_of(examples[1:] * 2), 4)
+    assert (second.rows.tolist(), second.labels.tolist()) == ([0, 8], [4, 4])
 
 
 def test_numbers_out_of_range_are_refused_at_the_call() -> None:
@@ -167,7 +184,5 @@ def test_numbers_out_of_range_are_refused_at_the_call() -> None:
         training_batches(data, 0, steps=1, rng=rng)
     with pytest.raises(ValueError, match="steps: out of range: expected at least 0, got -1"):
         training_batches(data, 1, steps=-1, rng=rng)
-    with pytest.raises(ValueError, match="bucket: out of range: expected at least 1, got 0"):
-        evaluation_batches(data, 1, bucket=0)
     with pytest.raises(ValueError, match="examples: out of range: expected at least 1, got 0"):
         evaluation_batches(dataset_of([]), 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from device_bench import InProcessInspector
+from device_bench import FakeTrainer, InProcessInspector
 from device_bundle import TinyBundle
 from device_server import Aggregator, Serving
 
@@ -21,6 +21,7 @@ from edge_runtime.device.commands import enroll, leave, run, status
 from edge_runtime.device.display import TerminalDisplay
 from edge_runtime.device.events import Noticed
 from edge_runtime.device.home import Home, default_home
+from edge_runtime.training.job import TrainingJob
 
 STANDIN = (sys.executable, str(Path(__file__).with_name("device_standin.py")))
 
@@ -121,6 +122,21 @@ def test_a_task_for_a_machine(enrolled: User, data: Path) -> None:
     data.unlink()  # a finished device needs none
     again = enrolled.types(run, "--json")
     assert (again.exit_code, json.loads(again.stdout.splitlines()[-1])) == (0, events[-1])
+
+
+def test_what_the_user_decides_about_training_reaches_it(enrolled: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[TrainingJob] = []
+    monkeypatch.setattr(trainer, "ChildTrainer", lambda: FakeTrainer(before=jobs.append))
+    options = ("--threads", 2, "--memory-mb", 300, "--micro-tokens", 512, "--remember-mb", 0, "--skip-bad-lines")
+    assert enrolled.types(run, *options).exit_code == 0
+    (job,) = jobs
+    assert (job.threads, job.memory_budget_mb, job.micro_tokens, job.remember_mb, job.skip_bad) == (
+        2,
+        300,
+        512,
+        0,
+        True,
+    )
 
 
 def test_a_notice_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:

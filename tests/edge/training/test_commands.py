@@ -89,6 +89,17 @@ def test_less_memory_same_result(bert_bundle: Path, data: Path, tmp_path: Path) 
     assert recomputed["loss_end"] == pytest.approx(kept["loss_end"], rel=1e-4)
 
 
+def test_pieces_of_a_batch_learn_the_same(bert_bundle: Path, data: Path, tmp_path: Path) -> None:
+    """However many tokens go through the model at once."""
+    common = ("edge", "train", "--bundle", bert_bundle, "--data", data, "--json", "--steps", 6)
+    whole = json.loads(emberlora(*common, "--out", tmp_path / "a").stdout)
+    pieces = json.loads(emberlora(*common, "--out", tmp_path / "b", "--micro-tokens", 8).stdout)
+    assert pieces["loss_end"] == pytest.approx(whole["loss_end"], rel=1e-4)
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() != (
+        tmp_path / "b" / "adapter_model.safetensors"
+    ).read_bytes()  # it was divided: the last bits of the sums differ
+
+
 def test_language_model_learns_and_continues(llama_bundle: Path, texts: Path, tmp_path: Path) -> None:
     """The loss falls, and predict continues a text deterministically."""
     out = tmp_path / "adapter"
@@ -128,6 +139,7 @@ def test_predict_keeps_the_order_of_the_file(bert_bundle: Path, tmp_path: Path) 
         (("--max-tokens", 4000), "max_tokens"),
         (("--adapter", "."), "adapter_model.safetensors"),
         (("--batch-size", 0), "--batch-size"),
+        (("--micro-tokens", 0), "--micro-tokens"),
     ],
 )
 def test_bad_input_is_one_clear_line(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import IO
 
 import msgspec
 import numpy as np
@@ -15,7 +19,17 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_runtime.bundle import Bundle, encode_tensors, open_bundle
 from edge_runtime.data import BadRecordError
-from edge_runtime.training.job import FRAME_NAME, Done, Evaluated, Event, Failed, Stepped, TrainingJob, decode_event
+from edge_runtime.training.job import (
+    FRAME_NAME,
+    Done,
+    Evaluated,
+    Event,
+    Failed,
+    Notice,
+    Stepped,
+    TrainingJob,
+    decode_event,
+)
 from edge_runtime.training.round import run_round
 from edge_runtime.training.session import WorkingBundle
 from edge_runtime.wire import (
@@ -147,6 +161,69 @@ def test_bad_line_is_named_and_skipped_only_when_asked(bundle: Bundle, tmp_path:
         run_round(job, lambda event: None)
     _, done = run_round(msgspec.structs.replace(job, skip_bad=True), lambda event: None)
     assert done.weight == 40
+
+
+def frozen_below(bundle: Bundle, block: int, **training: float) -> Plan:
+    """A plan that keeps the factors below a block dead."""
+    plan = make_plan(bundle, "AB", **training)
+    blocks = {module.name: module.block for module in bundle.manifest.modules}
+    modules = tuple(
+        module if blocks[module.name] >= block else msgspec.structs.replace(module, alive="") for module in plan.modules
+    )
+    return msgspec.structs.replace(plan, modules=modules)
+
+
+def changes(bundle: Bundle, frame: bytes, signed: SignedPlan) -> np.ndarray:
+    layout = WorkingBundle(bundle).layout(signed.plan.modules, head_alive=True)
+    return decode_update(frame, signed_plan=signed, layout=layout).values
+
+
+def test_remembering_makes_the_same_update_and_leaves_no_file(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three epochs with two frozen blocks: the update is that of a device that remembers nothing, to half precision."""
+    opened: list[str] = []
+    named = tempfile.TemporaryFile
+
+    def temporary(*, dir: Path, buffering: int) -> IO[bytes]:
+        opened.append(str(dir))
+        return named(dir=dir, buffering=buffering)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", temporary)
+    job, signed = make_job(tmp_path, bundle, frozen_below(bundle, 2, steps=15))
+    files = sorted(path.name for path in tmp_path.iterdir())
+    plain, _ = run_round(msgspec.structs.replace(job, remember_mb=0), lambda event: None)
+    assert opened == []
+    frame, _ = run_round(job, lambda event: None)
+    assert opened == [job.out]
+    found, wanted = (changes(bundle, each, signed) for each in (frame, plain))
+    assert 0 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 5e-3
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+
+
+def test_a_full_disk_is_told_and_training_goes_on(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, data: bytes, offset: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    job, signed = make_job(tmp_path, bundle, frozen_below(bundle, 2, steps=15))
+    plain, _ = run_round(msgspec.structs.replace(job, remember_mb=0), lambda event: None)
+    monkeypatch.setattr(os, "pwrite", full)
+    events: list[Event] = []
+    frame, _ = run_round(job, events.append)
+    np.testing.assert_array_equal(*(changes(bundle, each, signed) for each in (frame, plain)))
+    notices = [event.text for event in events if isinstance(event, Notice)]
+    assert notices[-1] == "remembering ended, blocks are computed again: No space left on device"
+
+
+def test_pieces_of_a_batch_make_the_same_update(bundle: Bundle, tmp_path: Path) -> None:
+    """A job may say how many tokens go through the model at once."""
+    job, signed = make_job(tmp_path, bundle, make_plan(bundle, "B", steps=3))
+    whole, _ = run_round(job, lambda event: None)
+    pieces, _ = run_round(msgspec.structs.replace(job, micro_tokens=32), lambda event: None)
+    found, wanted = (changes(bundle, each, signed) for each in (pieces, whole))
+    assert 0 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 1e-3
 
 
 def run_child(job: TrainingJob, tmp_path: Path) -> tuple[int, list[Event]]:
