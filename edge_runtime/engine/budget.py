@@ -9,6 +9,7 @@ step when it is all blocks.
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,39 @@ def share_out(budget_mb: int | None, weight_bytes: int) -> Allowance:
     if weight_bytes > budget:
         return Allowance(resident=False, activations=budget)
     return Allowance(resident=True, activations=budget - weight_bytes)
+
+
+class KeptSizes:
+    """How much blocks keep, learned while they run, and which of them may keep it.
+
+    A block is known by its variant. One that has not run yet is taken to keep as much as the largest known one of the
+    same sequence length; when none is known it is let keep, and the next decision knows.
+    """
+
+    def __init__(self, budget: int) -> None:
+        """Args: bytes for the kept activations of all blocks together."""
+        self._budget = budget
+        self._example_bytes: dict[tuple[Hashable, int], float] = {}
+
+    def learn(self, variant: Hashable, shape: tuple[int, int], size: int) -> None:
+        """Note that a block kept ``size`` bytes for a batch of (examples, tokens)."""
+        examples, tokens = shape
+        self._example_bytes[variant, tokens] = size / examples
+
+    def first_kept(self, variants: Sequence[Hashable], shape: tuple[int, int]) -> int:
+        """Number of the lowest block that keeps its activations, of ``variants`` from the lowest up.
+
+        The highest are kept: theirs are dropped first, before the lower blocks compute theirs again.
+        """
+        examples, tokens = shape
+        known = [size for (_, length), size in self._example_bytes.items() if length == tokens]
+        guess = max(known, default=0.0)
+        left = float(self._budget)
+        for index in reversed(range(len(variants))):
+            left -= examples * self._example_bytes.get((variants[index], tokens), guess)
+            if left < 0 or not self._budget:
+                return index + 1
+        return 0
 
 
 def default_budget_mb() -> int:

@@ -9,13 +9,14 @@ below the lowest alive one make of an example may be remembered, and is then rea
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime as ort
 
 from edge_runtime.bundle import Array, Bundle
 from edge_runtime.engine.block import BlockVariants, OrtValues, Session, Variant
-from edge_runtime.engine.budget import share_out
+from edge_runtime.engine.budget import KeptSizes, share_out
 from edge_runtime.engine.errors import EngineInputError
 from edge_runtime.engine.frozen import FrozenWeights, bind
 from edge_runtime.engine.graph import JointGraph
@@ -48,7 +49,7 @@ class BlockEngine:
         self._manifest = manifest
         weights = bundle.weights()
         allowance = share_out(memory_budget_mb, sum(array.nbytes for array in weights.values()))
-        self._budget_bytes = allowance.activations
+        self._sizes = KeptSizes(allowance.activations)
         self._frozen = FrozenWeights(manifest, weights, resident=allowance.resident)
         self._kinds = {
             kind.name: BlockVariants(kind, JointGraph.load(bundle.path(kind.graph))) for kind in manifest.kinds
@@ -64,7 +65,6 @@ class BlockEngine:
         self._lora: list[OrtValues] = []
         self._alive: list[frozenset[tuple[str, str]]] = []
         self._head_alive = False
-        self._kept_bytes: dict[tuple[Variant, str, tuple[int, ...]], int] = {}
 
     def use(self, parameters: AdapterParameters, remembered: RememberedHidden | None = None) -> None:
         """Take this adapter and alive set; the factors are read in place at every step.
@@ -103,7 +103,6 @@ class BlockEngine:
         if self._remembered is not None:
             self._remembered.close()  # even when it is given again: it holds what another adapter made
         self._remembered = remembered
-        self._kept_bytes.clear()
 
     @property
     def lowest_alive(self) -> int:
@@ -148,7 +147,6 @@ class BlockEngine:
             raise EngineInputError("adapter: none in use")
         hidden, made = self._embedded(batch.input_ids, batch.attention_mask)
         tape: list[tuple[int, Variant, OrtValues]] = []
-        keep_from = self._keep_from(hidden, made) if taped else 0
         frozen = self.lowest_alive if taped else len(self._alive)
         if taped and frozen and self._remembered is not None:
             hidden = self._recalled(self._remembered, batch, hidden, made)
@@ -157,13 +155,24 @@ class BlockEngine:
         for index in range(frozen, len(self._alive)):
             given = {"hidden": hidden}
             block, inputs = self._trained(index)
-            variant = self._variant(index, keep=index >= keep_from)
+            variant = self._variant(index, keep=self._may_keep(index, hidden))
             forward = block.forward_keeping(variant) if variant.keep else block.forward()
             kept = forward.run(given, made, *inputs)
+            if variant.keep:
+                self._sizes.learn(self._size_key(index), _shape(hidden), _bytes(kept))
+                if not self._may_keep(index, hidden):  # only now its size is known
+                    variant, kept = replace(variant, keep=False), {"out": kept["out"]}
             hidden = kept["out"]
             tape.append((index, variant, {**kept, **given}))
             self._frozen.used(index)
         return hidden, made, tape
+
+    def _may_keep(self, index: int, hidden: ort.OrtValue) -> bool:
+        keys = [self._size_key(number) for number in range(self.lowest_alive, len(self._alive))]
+        return index >= self.lowest_alive + self._sizes.first_kept(keys, _shape(hidden))
+
+    def _size_key(self, index: int) -> tuple[str, Variant]:
+        return self._manifest.blocks[index].kind, self._variant(index, keep=True)
 
     def _embedded(self, input_ids: Array, attention_mask: Array) -> tuple[ort.OrtValue, OrtValues]:
         """The first hidden state (b, s, width) and the shared tensors."""
@@ -218,28 +227,6 @@ class BlockEngine:
                 d_out = made["d_hidden"]
         return found
 
-    def _keep_from(self, hidden: ort.OrtValue, shared: OrtValues) -> int:
-        """Lowest block whose activations are kept.
-
-        The highest blocks are kept: their activations are dropped first, before the lower blocks recompute theirs.
-        """
-        left = self._budget_bytes
-        for index in reversed(range(self.lowest_alive, len(self._alive))):
-            left -= self._activation_bytes(index, hidden, shared)
-            if left < 0:
-                return index + 1
-        return self.lowest_alive
-
-    def _activation_bytes(self, index: int, hidden: ort.OrtValue, shared: OrtValues) -> int:
-        """Size of a block's kept activations for this shape, found by running it once."""
-        variant = self._variant(index, keep=True)
-        key = (variant, self._manifest.blocks[index].kind, tuple(hidden.shape()))
-        if key not in self._kept_bytes:
-            block, inputs = self._trained(index)
-            kept = block.forward_keeping(variant).run({"hidden": hidden}, shared, *inputs)
-            self._kept_bytes[key] = sum(value.tensor_size_in_bytes() for value in kept.values())
-        return self._kept_bytes[key]
-
     def _variant(self, index: int, *, keep: bool) -> Variant:
         return Variant(self._alive[index], input_gradient=index > self.lowest_alive, keep=keep)
 
@@ -254,6 +241,15 @@ class BlockEngine:
             return self._exact(index)
         variants = self._fast_kinds[self._manifest.blocks[index].kind]
         return variants, (self._lora[index], self._frozen.int8(index), self._scales)
+
+
+def _shape(hidden: ort.OrtValue) -> tuple[int, int]:
+    examples, tokens, _ = hidden.shape()
+    return examples, tokens
+
+
+def _bytes(values: OrtValues) -> int:
+    return sum(value.tensor_size_in_bytes() for value in values.values())
 
 
 def _fast_kinds(bundle: Bundle) -> dict[str, BlockVariants]:

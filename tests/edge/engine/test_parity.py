@@ -11,6 +11,7 @@ import pytest
 
 from edge_runtime.bundle import Array, Bundle, cut_ranks, open_bundle, write_peft_folder
 from edge_runtime.data import Batch
+from edge_runtime.engine.budget import KeptSizes
 from edge_runtime.engine.errors import EngineInputError
 from edge_runtime.engine.interface import Gradients
 from edge_runtime.engine.model import BlockEngine
@@ -137,13 +138,16 @@ def test_recomputing_changes_nothing(case: Case, budget_mb: int) -> None:
 def test_budget_decides_block_by_block(case: Case) -> None:
     """A budget for one and a half blocks keeps the highest block and recomputes the others."""
     case.engine.use(alive(case, list(case.adapter)))
-    _, shared, tape = case.engine._forward(case.batch, taped=True)
+    _, _, tape = case.engine._forward(case.batch, taped=True)
     assert [variant.keep for _, variant, _ in tape] == [True] * 3
-    one_block = case.engine._activation_bytes(2, tape[2][2]["hidden"], shared)
+    one_block = sum(value.tensor_size_in_bytes() for name, value in tape[2][2].items() if name != "hidden")
     tight = BlockEngine(case.bundle)
-    tight._budget_bytes = one_block * 3 // 2
+    tight._sizes = KeptSizes(one_block * 3 // 2)
     tight.use(alive(case, list(case.adapter)))
-    assert [variant.keep for _, variant, _ in tight._forward(case.batch, taped=True)[2]] == [False, False, True]
+    for _ in range(2):  # before and after the sizes are known
+        _, _, tape = tight._forward(case.batch, taped=True)
+        assert [variant.keep for _, variant, _ in tape] == [False, False, True]
+        assert [len(kept) > 2 for _, _, kept in tape] == [False, False, True]
 
 
 def test_backward_stops_at_the_lowest_alive_block(case: Case) -> None:
