@@ -39,6 +39,7 @@ HOMES = {
     "obstore": ("cloud.store",),
     "sklearn": ("cloud.demo",),
     "plotly": ("cloud.demo",),
+    "rich": ("cloud",),
     "safetensors": ("export",),
 }
 
