@@ -38,7 +38,7 @@ class JointGraph:
         """
         try:
             model = ModelProto.FromString(data)
-        except DecodeError as error:
+        except (DecodeError, UnicodeDecodeError) as error:  # the latter: protobuf without its compiled part
             raise GraphError(f"{name}: not an ONNX model: {error}") from error
         if not model.graph.node:
             raise GraphError(f"{name}: holds no nodes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -136,15 +137,37 @@ def test_both_schemas_live_in_one_process(order: str) -> None:
     assert (done.stdout, done.stderr) == ("7\n", "")
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"\x3a\x05\x0a\x03",  # a graph that claims more bytes than there are
-        b"\x3a\x04\x0a\x02\x0a\xff",  # a node whose input is cut off
-        b"\x3a\x06\x0a\x04\x22\x02\xff\xfe",  # an operator whose name is not UTF-8
-        b"\x3b",  # a group that never ends
-    ],
-)
+BROKEN = {
+    "a graph that claims more bytes than there are": b"\x3a\x05\x0a\x03",
+    "a node whose input is cut off": b"\x3a\x04\x0a\x02\x0a\xff",
+    "an operator whose name is not UTF-8": b"\x3a\x06\x0a\x04\x22\x02\xff\xfe",
+    "a group that never ends": b"\x3b",
+}
+
+
+@pytest.mark.parametrize("data", BROKEN.values(), ids=BROKEN)
 def test_broken_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(GraphError, match="block: not an ONNX model"):
         JointGraph(data, name="block")
+
+
+def test_protobuf_without_its_compiled_part(llama_bundle: Path) -> None:
+    """As on systems for which there is no wheel of it: the same cut byte for byte, the same refusals."""
+    path = open_bundle(llama_bundle).path("graphs/block.onnx")
+    wanted = JointGraph.load(path).derive(["out"]).SerializeToString()
+    code = f"""
+import sys
+from pathlib import Path
+from edge_runtime.engine.errors import GraphError
+from edge_runtime.engine.graph import JointGraph
+for data in {list(BROKEN.values())!r}:
+    try:
+        JointGraph(data, name="block")
+    except GraphError:
+        continue
+    sys.exit(f"accepted: {{data}}")
+print(JointGraph.load(Path({str(path)!r})).derive(["out"]).SerializeToString().hex())
+"""
+    environment = {**os.environ, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert (done.stdout, done.stderr) == (wanted.hex() + "\n", "")
