@@ -42,6 +42,7 @@ def clean(model: Any) -> Any:
     _rename(graph)
     _strip(model)
     check(model)
+    state_values(model)
     return model
 
 
@@ -248,6 +249,26 @@ def check(model: Any) -> None:
         onnx.checker.check_model(_checkable(model))
     except onnx.checker.ValidationError as error:
         raise TraceError(f"graph: not valid ONNX: {error}") from error
+
+
+def state_values(model: Any) -> None:
+    """Write the element type of every inner value into the graph, and its shape where that is known.
+
+    A device cuts the graph anywhere and infers nothing. Types that the graph states already are kept:
+    ``onnx.shape_inference`` knows no operator of ``com.microsoft``.
+
+    Raises:
+        TraceError: a value's type is neither stated nor follows from its operator.
+    """
+    inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
+    values = {value.name: value for value in inferred if value.type.tensor_type.elem_type}
+    outputs = {value.name for value in model.graph.output}
+    inner = [name for node in model.graph.node for name in node.output if name and name not in outputs]
+    unknown = [name for name in inner if name not in values]
+    if unknown:
+        raise TraceError(f"graph: element types unknown: {unknown[:3]}")
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(values[name] for name in inner)
 
 
 def _checkable(model: Any) -> Any:

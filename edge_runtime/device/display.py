@@ -1,17 +1,15 @@
-"""A running device's events on the terminal, or as JSON lines. rich is loaded only for the terminal."""
+"""A running device's events on the terminal, or as JSON lines."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import sys
+from typing import Protocol
 
 import click
 import msgspec
 
 from edge_runtime.device import events
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress, TaskID
+from edge_runtime.terminal import Terminal
 
 
 class Display(Protocol):
@@ -38,25 +36,22 @@ class JsonDisplay:
 class TerminalDisplay:
     """A line per round, and a step bar while training when the output is a terminal."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        from rich.console import Console as RichConsole
-
-        self._console = console or RichConsole(highlight=False)
+    def __init__(self, terminal: Terminal | None = None) -> None:
+        self._terminal = terminal or Terminal(sys.stdout)
         self._rounds = 0
         self._ending = False
         self._noticed: set[str] = set()
         self._trained: events.TrainedRound | None = None
         self._evaluated = ""
-        self._progress: Progress | None = None
-        self._bar: TaskID | None = None
 
     def show(self, event: events.DeviceEvent) -> None:
         """See :class:`Display`."""
         if isinstance(event, events.StepDone):
-            self._step(event)
+            text = f"{self._name(event.round)} · loss {event.loss:.3f}"
+            self._terminal.progress(event.step, event.steps, text)
             return
         if not isinstance(event, (events.Noticed, events.EvaluatedRound)):
-            self._end_bar()
+            self._terminal.close()
         if isinstance(event, events.Planned):
             self._rounds = event.rounds
             self._ending = event.state == "finished"
@@ -67,11 +62,11 @@ class TerminalDisplay:
             self._trained = event
         line = self._line(event)
         if line:
-            self._console.print(line, markup=False, soft_wrap=True)
+            self._terminal.say(line)
 
     def close(self) -> None:
         """See :class:`Display`."""
-        self._end_bar()
+        self._terminal.close()
 
     def _line(self, event: events.DeviceEvent) -> str:
         if isinstance(event, events.Started):
@@ -111,24 +106,6 @@ class TerminalDisplay:
     def _name(self, round_: int) -> str:
         """Rounds are numbered from 0 on the wire and counted from 1 for people."""
         return f"round {round_ + 1}" + (f" of {self._rounds}" if self._rounds else "")
-
-    def _step(self, event: events.StepDone) -> None:
-        if not self._console.is_terminal:
-            return
-        if self._progress is None or self._bar is None:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=self._console, transient=True)
-            self._bar = self._progress.add_task("", total=event.steps)
-            self._progress.start()
-        text = f"{self._name(event.round)} · loss {event.loss:.3f}"
-        self._progress.update(self._bar, completed=event.step, total=event.steps, description=text)
-
-    def _end_bar(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-        self._progress = self._bar = None
 
 
 def size(count: float) -> str:

@@ -3,6 +3,9 @@
 A variant is the part of the joint graph that its outputs need, with some tensors taken as given. What nobody asks for
 (the gradient of a dead factor, the gradient of the lowest block's input) is not in the graph at all. Only standard
 pruning happens here; ONNX Runtime fuses and plans the result when the session is made.
+
+Any value may become an input or output of a variant, and those must state their element types: so a bundle's graphs
+state that of every value, and nothing is inferred here.
 """
 
 from __future__ import annotations
@@ -10,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-import onnx
+from google.protobuf.message import DecodeError
 
 from edge_runtime.engine.errors import GraphError
+from edge_runtime.engine.onnx_schema import INT64, UNDEFINED, GraphProto, Message, ModelProto
 
 # Operators that only rearrange or describe what already exists. A backward pass repeats them instead of keeping their
 # results, so that one activation is not kept twice in two shapes.
@@ -22,38 +26,55 @@ _VIEWS = frozenset({"Transpose", "Reshape", "Unsqueeze", "Squeeze", "Identity", 
 class JointGraph:
     """A joint graph with its nodes indexed by what they make."""
 
-    def __init__(self, model: onnx.ModelProto, *, name: str) -> None:
-        """Index ``model``; ``name`` is used in messages."""
+    def __init__(self, data: bytes, *, name: str) -> None:
+        """Index a serialised ONNX model.
+
+        Args:
+            data: The model.
+            name: Used in messages.
+
+        Raises:
+            GraphError: no ONNX model, one without nodes, or one with a value of unstated element type.
+        """
+        try:
+            model = ModelProto.FromString(data)
+        except (DecodeError, UnicodeDecodeError) as error:  # the latter: protobuf without its compiled part
+            raise GraphError(f"{name}: not an ONNX model: {error}") from error
+        if not model.graph.node:
+            raise GraphError(f"{name}: holds no nodes")
         self.name = name
-        self.model = model
-        self._nodes: list[onnx.NodeProto] = list(model.graph.node)
+        self.model: Message = model
+        self._nodes: list[Message] = list(model.graph.node)
         self._producer = {output: index for index, node in enumerate(self._nodes) for output in node.output if output}
         self.inputs = {value.name: value for value in model.graph.input}
         self.outputs = {value.name: value for value in model.graph.output}
         self._values = {value.name: value for value in model.graph.value_info}
         self._constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        untyped = [output for output in self._producer if self._element_type(output) == UNDEFINED]
+        if untyped:
+            raise GraphError(
+                f"{name}: no element type for tensor {untyped[0]!r} and {len(untyped) - 1} others: "
+                "made by an older exporter: export the bundle again"
+            )
 
     @classmethod
     def load(cls, path: Path) -> JointGraph:
         """Read a graph file of a bundle.
 
         Raises:
-            GraphError: the file is not an ONNX model.
+            GraphError: it cannot be read, or see :meth:`__init__`.
         """
         try:
-            model = onnx.load_model_from_string(path.read_bytes())
-        except Exception as error:  # protobuf's DecodeError has no public import path
-            raise GraphError(f"{path.name}: not an ONNX model: {error}") from error
-        if not model.graph.node:
-            raise GraphError(f"{path.name}: holds no nodes")
-        # Inner tensors become inputs and outputs of variants, which must state their element types.
-        return cls(onnx.shape_inference.infer_shapes(model), name=path.name)
+            data = path.read_bytes()
+        except OSError as error:
+            raise GraphError(f"{path.name}: cannot be read: {error}") from error
+        return cls(data, name=path.name)
 
     def node_count(self, outputs: Iterable[str], given: Collection[str] = ()) -> int:
         """How many nodes are needed for ``outputs``."""
         return len(self._needed(outputs, given))
 
-    def derive(self, outputs: Sequence[str], given: Collection[str] = ()) -> onnx.ModelProto:
+    def derive(self, outputs: Sequence[str], given: Collection[str] = ()) -> Message:
         """The part of the graph that makes ``outputs``, with the ``given`` tensors as additional inputs.
 
         Raises:
@@ -62,13 +83,13 @@ class JointGraph:
         needed = sorted(self._needed(outputs, given))
         nodes = [self._nodes[index] for index in needed]
         read = {name for node in nodes for name in node.input} | set(outputs)
-        graph = onnx.GraphProto(name=self.model.graph.name)
+        graph = GraphProto(name=self.model.graph.name)
         graph.node.extend(nodes)
         graph.initializer.extend(tensor for name, tensor in self._constants.items() if name in read)
         graph.input.extend(value for name, value in self.inputs.items() if name in read and name not in given)
         graph.input.extend(self._value(name) for name in given if name in read)
         graph.output.extend(self._value(name) for name in outputs)
-        model = onnx.ModelProto(ir_version=self.model.ir_version, producer_name="emberlora", graph=graph)
+        model = ModelProto(ir_version=self.model.ir_version, producer_name="emberlora", graph=graph)
         model.opset_import.extend(self.model.opset_import)
         return model
 
@@ -99,24 +120,22 @@ class JointGraph:
                 pending.extend(node.input)
         return tuple(sorted(kept, key=lambda name: (self._producer[name], name)))
 
-    def _is_cheap(self, node: onnx.NodeProto) -> bool:
+    def _is_cheap(self, node: Message) -> bool:
         if node.op_type in _VIEWS or node.op_type in {"Shape", "Constant", "ConstantOfShape"}:
             return True
         # Shape arithmetic: everything it makes is a small integer tensor.
         types = {self._element_type(name) for name in node.output}
-        return types == {onnx.TensorProto.INT64} and node.op_type != "ArgMax"
+        return types == {INT64} and node.op_type != "ArgMax"
 
     def _element_type(self, name: str) -> int:
         value = self._values.get(name) or self.outputs.get(name)
-        return int(value.type.tensor_type.elem_type) if value is not None else int(onnx.TensorProto.UNDEFINED)
+        return int(value.type.tensor_type.elem_type) if value is not None else UNDEFINED
 
-    def _value(self, name: str) -> onnx.ValueInfoProto:
+    def _value(self, name: str) -> Message:
         value = self.outputs.get(name) or self.inputs.get(name) or self._values.get(name)
-        if value is not None:
-            return value
-        if name not in self._producer:
+        if value is None:
             raise GraphError(f"{self.name}: makes no tensor {name!r}")
-        raise GraphError(f"{self.name}: tensor {name!r}: its element type is unknown")
+        return value
 
     def _needed(self, outputs: Iterable[str], given: Collection[str]) -> set[int]:
         needed: set[int] = set()

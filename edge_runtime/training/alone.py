@@ -7,13 +7,12 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from edge_runtime.bundle import open_bundle, write_peft_folder
 from edge_runtime.data import Dataset
 from edge_runtime.engine.errors import EngineInputError
 from edge_runtime.engine.parameters import AdapterParameters
+from edge_runtime.terminal import Terminal
 from edge_runtime.training.describing import Measured, measured
 from edge_runtime.training.local import Course, Trained, evaluate, train
 from edge_runtime.training.memory import MemorySampler
@@ -88,7 +87,7 @@ class AloneResult(msgspec.Struct, frozen=True):
     peak_total_mb: float
 
 
-def train_alone(options: AloneOptions, console: Console) -> AloneResult:
+def train_alone(options: AloneOptions, terminal: Terminal) -> AloneResult:
     """Train every module on local files and write a peft folder.
 
     Raises:
@@ -103,17 +102,17 @@ def train_alone(options: AloneOptions, console: Console) -> AloneResult:
     micro_tokens = work.micro_tokens(options.micro_tokens)
     settings = options.training(work.bundle.manifest.text.max_tokens)
     with MemorySampler() as memory:
-        data = _load(work, options.data, settings, options.skip_bad_lines, console)
+        data = _load(work, options.data, settings, options.skip_bad_lines, terminal)
         held_out = None
         if options.evaluation:
-            held_out = _load(work, options.evaluation, settings, options.skip_bad_lines, console)
+            held_out = _load(work, options.evaluation, settings, options.skip_bad_lines, terminal)
         parameters = work.all_alive(work.adapter(options.adapter))
         before = _measure(work, parameters, held_out, micro_tokens)
         # Everything is alive, so there are no frozen blocks to remember.
         course = Course(
             data, settings, np.random.default_rng(options.seed), options.lr_schedule, micro_tokens=micro_tokens
         )
-        trained = _run(work, parameters, course, console)
+        trained = _run(work, parameters, course, terminal)
         write_peft_folder(options.out, work.bundle.manifest, parameters.tensors)
         after = _measure(work, parameters, held_out, micro_tokens) if trained else None
     return AloneResult(
@@ -136,28 +135,28 @@ def _run(
     work: WorkingBundle,
     parameters: AdapterParameters,
     course: Course,
-    console: Console,
+    terminal: Terminal,
 ) -> Trained | None:
     """Train with a progress bar; None when the user interrupted."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("training", total=course.steps)
-
-        def show(step: int, _steps: int, loss: float) -> None:
-            bar.update(task, completed=step, description=f"loss {loss:.3f}")
-
-        try:
-            return train(work.engine, parameters, course, on_step=show)
-        except KeyboardInterrupt:
-            return None
+    try:
+        return train(
+            work.engine,
+            parameters,
+            course,
+            on_step=lambda step, steps, loss: terminal.progress(step, steps, f"loss {loss:.3f}"),
+        )
+    except KeyboardInterrupt:
+        return None
+    finally:
+        terminal.close()
 
 
 def _load(
-    work: WorkingBundle, files: tuple[Path, ...], settings: Training, skip_bad: bool, console: Console
+    work: WorkingBundle, files: tuple[Path, ...], settings: Training, skip_bad: bool, terminal: Terminal
 ) -> Dataset:
     dataset = work.dataset(files, max_tokens=settings.max_tokens, skip_bad=skip_bad)
     for sentence in dataset.report.sentences():
-        console.print(f"{', '.join(path.name for path in files)}: {sentence}", markup=False)
+        terminal.say(f"{', '.join(path.name for path in files)}: {sentence}")
     return dataset
 
 

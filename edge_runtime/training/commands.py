@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
 import msgspec
-from rich.console import Console
 
 from edge_runtime.bundle import BundleError, open_bundle
 from edge_runtime.data import DataError
 from edge_runtime.device.errors import DeviceError
 from edge_runtime.engine.errors import EngineError, EngineInputError
+from edge_runtime.terminal import Terminal
 from edge_runtime.training.alone import AloneOptions, train_alone
 from edge_runtime.training.describing import measured
 from edge_runtime.training.local import evaluate as score_dataset
@@ -120,15 +121,15 @@ def train(as_json: bool, **options: Any) -> None:  # the rest are the fields of 
     \b
     emberlora edge train --bundle minilm-bundle --data mail.jsonl --eval held-out.jsonl --out my-adapter
     """
-    console = Console(stderr=True, quiet=as_json, highlight=False)
+    terminal = Terminal(sys.stderr, quiet=as_json)
     with _one_clear_line():
-        result = train_alone(AloneOptions(**options), console)
+        result = train_alone(AloneOptions(**options), terminal)
     if as_json:
         click.echo(msgspec.json.encode(result).decode())
     for name, score in (("before", result.before), ("after", result.eval)):
         if score is not None:
-            console.print(f"{name}: {score}")
-    console.print(f"adapter written to {result.adapter}" + (" as it was when interrupted" * result.interrupted))
+            terminal.say(f"{name}: {score}")
+    terminal.say(f"adapter written to {result.adapter}" + (" as it was when interrupted" * result.interrupted))
     if result.interrupted:
         raise SystemExit(130)
 

@@ -1,7 +1,7 @@
 """Writes an ONNX graph operator by operator, with the element type of every value.
 
-Types are written because a device cuts this graph into parts: what was an inner value becomes an input or output, and
-``onnx.shape_inference`` knows no operator of ``com.microsoft``.
+Types are written because a device cuts this graph into parts, what was an inner value becomes an input or output, and
+neither the device nor ``onnx.shape_inference`` can tell the type of what an operator of ``com.microsoft`` makes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from export.clean import CONTRIB, IR_VERSION, check, prune
+from export.clean import CONTRIB, IR_VERSION, check, prune, state_values
 from export.tracing import HIDDEN, OPSET, Input
 
 _CONTRIB_OPERATORS = frozenset({"FusedMatMul", "QuickGelu", "RotaryEmbedding"})
@@ -120,6 +120,7 @@ class GraphBuilder:
             opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)],
         )
         check(model)
+        state_values(model)
         return model
 
     def _inner_values(self, nodes: Iterable[Any], outputs: Sequence[str]) -> list[onnx.ValueInfoProto]:

@@ -98,6 +98,20 @@ def test_graphs_are_plain(made: Exported) -> None:
         assert b"site-packages" not in path.read_bytes()
 
 
+def test_every_value_states_its_element_type(made: Exported) -> None:
+    """As ``onnx.shape_inference`` finds them where it knows the operator; a device infers nothing."""
+    for path in made.bundle.path("graphs").iterdir():
+        graph = onnx.load(path).graph
+        stated = {value.name: value.type.tensor_type.elem_type for value in [*graph.value_info, *graph.output]}
+        assert set(stated) == {name for node in graph.node for name in node.output if name}
+        assert 0 not in stated.values()
+        bare = onnx.load(path)
+        del bare.graph.value_info[:]
+        inferred = onnx.shape_inference.infer_shapes(bare).graph.value_info
+        assert inferred
+        assert all(stated[value.name] == value.type.tensor_type.elem_type for value in inferred)
+
+
 def test_forward_pass_does_not_need_the_gradient(made: Exported) -> None:
     """A device prunes the block graph to its forward pass."""
     for kind in made.bundle.manifest.kinds:

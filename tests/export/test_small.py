@@ -15,7 +15,7 @@ import export
 from edge_runtime.bundle import ChatRole
 from export import errors
 from export.chat import find_chat
-from export.clean import clean
+from export.clean import CONTRIB, clean, state_values
 from export.errors import DataError, OutputError, TraceError
 from export.records import read_labels, read_records
 from export.verify import relative_errors
@@ -118,6 +118,18 @@ def test_clean_refuses_weights_inside_the_graph() -> None:
     model.graph.initializer.append(helper.make_tensor("big", TensorProto.FLOAT, [4096], np.ones(4096)))
     with pytest.raises(TraceError, match="constants over"):
         clean(model)
+
+
+def test_clean_refuses_a_value_of_unknown_type() -> None:
+    """A device could not cut the graph there; a stated type is kept where onnx knows none."""
+    nodes = [helper.make_node("QuickGelu", ["x"], ["h"], domain=CONTRIB), helper.make_node("Neg", ["h"], ["y"])]
+    model = _model(nodes, [_value("x", 4)], [_value("y", 4)])
+    model.opset_import.append(helper.make_opsetid(CONTRIB, 1))
+    with pytest.raises(TraceError, match=r"graph: element types unknown: \['v0'\]"):
+        clean(model)
+    model.graph.value_info.append(helper.make_tensor_value_info("v0", TensorProto.FLOAT, None))
+    state_values(model)
+    assert [value.name for value in model.graph.value_info] == ["v0"]
 
 
 def test_relative_errors_count_missing_tensors_as_infinite() -> None:

@@ -35,6 +35,7 @@ class Pair:
 
     family: str
     site: Site
+    model: onnx.ModelProto  # by template
     written: JointGraph
     traced: JointGraph
 
@@ -49,8 +50,8 @@ def pair(request: pytest.FixtureRequest, workshop: Path) -> Pair:
             made.append(graphs.block_graph(sites[-1], shared, width, "block"))
     assert [graph.maker.split()[-1] for graph in made] == ["template", "tracer"]
     assert made[0].entry == made[1].entry
-    models = [onnx.shape_inference.infer_shapes(graph.model) for graph in made]
-    return Pair(request.param, sites[-1], *(JointGraph(model, name="block") for model in models))
+    cut = (JointGraph(graph.model.SerializeToString(), name="block") for graph in made)
+    return Pair(request.param, sites[-1], made[0].model, *cut)
 
 
 class blocks:  # noqa: N801 - reads as a function
@@ -76,8 +77,8 @@ def feeds(pair: Pair, batch: int, seq: int, *, padded: int = 0) -> Arrays:
     rng = np.random.default_rng(batch * 100 + seq)
     sizes = {"batch": batch, "seq": seq, **{f"rank{number}": 1 + number % 5 for number in range(len(pair.site.slots))}}
     found: Arrays = {}
-    for name, value in pair.written.inputs.items():
-        dims = value.type.tensor_type.shape.dim
+    for value in pair.model.graph.input:
+        name, dims = value.name, value.type.tensor_type.shape.dim
         shape = [sizes[dim.dim_param] if dim.dim_param else dim.dim_value for dim in dims]
         found[name] = rng.normal(0.0, 0.3, shape).astype(np.float32)
         if name.startswith("mask"):

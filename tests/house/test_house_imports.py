@@ -30,7 +30,8 @@ HOMES = {
     "peft": ("export",),
     "onnxscript": ("export",),
     "onnxruntime": ("edge_runtime.engine", "export"),
-    "onnx": ("edge_runtime.engine", "export"),
+    "onnx": ("export",),
+    "google": ("edge_runtime.engine",),
     "tokenizers": ("edge_runtime.data", "edge_runtime.training", "export"),
     "aiohttp": ("cloud.http", "cloud.operator", "edge_runtime.device"),
     "sqlalchemy": ("cloud.store",),
@@ -38,6 +39,7 @@ HOMES = {
     "obstore": ("cloud.store",),
     "sklearn": ("cloud.demo",),
     "plotly": ("cloud.demo",),
+    "rich": ("cloud",),
     "safetensors": ("export",),
 }
 

@@ -278,3 +278,11 @@ def test_the_edge_group_finds_the_commands() -> None:
     result = CliRunner().invoke(main, ["edge", "status", "--help"])
     assert "Asks nobody" in result.stdout
     assert commands.run.name == "run"
+
+
+def test_the_version_is_the_packages() -> None:
+    from importlib.metadata import version
+
+    from edge_runtime.cli import main
+
+    assert CliRunner().invoke(main, ["--version"]).stdout == f"emberlora, version {version('emberlora')}\n"

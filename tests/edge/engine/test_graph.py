@@ -11,12 +11,13 @@ from onnx import TensorProto, helper
 
 from edge_runtime.engine.errors import GraphError
 from edge_runtime.engine.graph import JointGraph
+from edge_runtime.engine.onnx_schema import Message
 from edge_runtime.engine.runtime import open_session
 
 FLOAT = TensorProto.FLOAT
 
 
-def joint() -> JointGraph:
+def written() -> onnx.ModelProto:
     """out = tanh(x W' + (x A') B'), with gradients; h = x A' and out are what the backward pass needs."""
     nodes = [
         helper.make_node("Gemm", ["x", "w"], ["base"], "base", transB=1),
@@ -43,11 +44,14 @@ def joint() -> JointGraph:
         [helper.make_tensor_value_info(name, FLOAT, shape) for name, shape in outputs.items()],
         [helper.make_tensor("one", FLOAT, [], [1.0])],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    return JointGraph(onnx.shape_inference.infer_shapes(model), name="joint")
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def run(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+def joint() -> JointGraph:
+    return JointGraph(onnx.shape_inference.infer_shapes(written()).SerializeToString(), name="joint")
+
+
+def run(model: Message, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     session = open_session(model.SerializeToString())
     return session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()})
 
@@ -119,3 +123,11 @@ def test_broken_file_is_named(tmp_path: Path) -> None:
     broken.write_bytes(b"")
     with pytest.raises(GraphError, match=r"block\.onnx: holds no nodes"):
         JointGraph.load(broken)
+    with pytest.raises(GraphError, match=r"gone\.onnx: cannot be read"):
+        JointGraph.load(tmp_path / "gone.onnx")
+
+
+def test_missing_element_types_are_one_clear_line() -> None:
+    """A bundle of an older exporter, which left them to the device, is refused where it is read."""
+    with pytest.raises(GraphError, match=r"joint: no element type for tensor 'base' and 8 others: .* export"):
+        JointGraph(written().SerializeToString(), name="joint")
