@@ -15,7 +15,7 @@ import msgspec
 
 from edge_runtime.bundle.errors import ManifestError
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 4 << 20
 
@@ -249,7 +249,9 @@ def parse_manifest(data: bytes) -> Manifest:
     try:
         version = msgspec.json.decode(data, type=_Versioned).schema
         if version != SCHEMA:
-            raise ManifestError(f"manifest: unknown schema: expected {SCHEMA}, got {version!r:.40}")
+            raise ManifestError(
+                f"manifest: unknown schema: expected {SCHEMA}, got {version!r:.40}: export the bundle again"
+            )
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ManifestError(f"manifest: not a manifest of schema {SCHEMA}: {str(error)[:200]}") from error

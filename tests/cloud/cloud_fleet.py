@@ -63,7 +63,7 @@ def make_bundle(folder: Path, *, task: str = "classify", r_max: int = 3) -> Bund
     classify = task == "classify"
     params = (Param("weight", (2, 6)), Param("bias", (2,))) if classify else ()
     manifest = Manifest(
-        schema=1,
+        schema=2,
         model="tiny",
         task=task,  # type: ignore[arg-type]
         width=6,

@@ -45,7 +45,7 @@ def manifest() -> Manifest:
     """Its files have the digests of empty ones."""
     nothing = FileEntry(hashlib.sha256(b"").hexdigest(), 0)
     return Manifest(
-        schema=1,
+        schema=2,
         model="tiny",
         task="classify",
         width=6,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from edge_runtime.bundle import Manifest, ManifestError, encode_manifest, parse_manifest
 from edge_runtime.bundle.manifest import MAX_MANIFEST_BYTES
 
-GOLDEN_START = b'{\n "schema": 1,\n "model": "tiny",\n "task": "classify",\n "width": 6,\n "base": "fp32",\n "embed": {'
+GOLDEN_START = b'{\n "schema": 2,\n "model": "tiny",\n "task": "classify",\n "width": 6,\n "base": "fp32",\n "embed": {'
 DIGEST = "00" * 32
 
 
@@ -168,13 +168,13 @@ def _files(manifest: Manifest, name: str) -> object:
     [("surprise", 1), ("task", "regress"), ("base", "int3"), ("width", "6"), ("text/chat", []), ("blocks/0/x", 1)],
 )
 def test_wrong_or_unknown_field_is_refused(manifest: Manifest, path: str, value: object) -> None:
-    with pytest.raises(ManifestError, match="not a manifest of schema 1"):
+    with pytest.raises(ManifestError, match="not a manifest of schema 2"):
         parse_manifest(changed(manifest, path, value))
 
 
-@pytest.mark.parametrize("schema", [0, 2, "1", None, [1]])
+@pytest.mark.parametrize("schema", [0, 1, 3, "2", None, [2]])
 def test_other_schema_is_told_by_its_number(manifest: Manifest, schema: object) -> None:
-    with pytest.raises(ManifestError, match="unknown schema: expected 1, got"):
+    with pytest.raises(ManifestError, match="unknown schema: expected 2, got"):
         parse_manifest(changed(manifest, "schema", schema))
 
 
@@ -183,13 +183,13 @@ def test_other_schema_is_told_by_its_number(manifest: Manifest, schema: object) 
     [
         b"",
         b"[]",
-        b'{"schema":1}',
-        b'{"schema":1,"model":"\xff"}',
-        b'{"schema":1,"x":' + b"[" * 500_000,
+        b'{"schema":2}',
+        b'{"schema":2,"model":"\xff"}',
+        b'{"schema":2,"x":' + b"[" * 500_000,
         b"[" * 500_000,
         b'{"schema":' + b"9" * 5000 + b"}",
         b'{"schema":"' + b"9" * 5000 + b'"}',
-        b'{"' + b"x" * 5000 + b'":1, "schema":1}',
+        b'{"' + b"x" * 5000 + b'":1, "schema":2}',
     ],
     ids=lambda data: repr(data[:30]),
 )
@@ -207,7 +207,7 @@ def test_length_is_limited(manifest: Manifest) -> None:
 
 
 def test_memory_is_bounded() -> None:
-    data = b'{"schema":1,"x":[' + b",".join([b"[]"] * (MAX_MANIFEST_BYTES // 3 - 20)) + b"]}"
+    data = b'{"schema":2,"x":[' + b",".join([b"[]"] * (MAX_MANIFEST_BYTES // 3 - 20)) + b"]}"
     tracemalloc.start()
     try:
         with pytest.raises(ManifestError):

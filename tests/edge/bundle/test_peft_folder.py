@@ -45,7 +45,7 @@ def manifest_for(prefix: str, blocks: int, slots: tuple[Slot, ...], head: Head, 
     """A manifest that contradicts nothing; its files are not there."""
     names = ["weights.safetensors", "adapter.safetensors", "tokenizer.json", *(f"graphs/{g}.onnx" for g in "ebh")]
     manifest = Manifest(
-        schema=1,
+        schema=2,
         model="tiny",
         task="classify" if task == "SEQ_CLS" else "lm",
         width=16,

@@ -72,7 +72,7 @@ def make_bundle(folder: Path) -> TinyBundle:
     write_tensors(folder / "adapter.safetensors", tensors)
     contents["adapter.safetensors"] = (folder / "adapter.safetensors").read_bytes()
     manifest = Manifest(
-        schema=1,
+        schema=2,
         model="tiny",
         task="lm",
         width=WIDTH,
