@@ -10,14 +10,20 @@ from edge_runtime.bundle.errors import (
 )
 from edge_runtime.bundle.folder import Bundle, file_entry, open_bundle, verify_file
 from edge_runtime.bundle.manifest import (
+    CHECKPOINT,
+    EVALUATION_MODEL,
     FACTORS,
     MANIFEST_NAME,
+    OPTIMIZER_MODEL,
     SCHEMA,
+    TRAINING_FILES,
+    TRAINING_MODEL,
     Block,
     BlockKind,
     Chat,
     ChatRole,
     Embed,
+    EngineName,
     Factor,
     FileEntry,
     Head,
@@ -41,9 +47,14 @@ from edge_runtime.bundle.tensors import (
 )
 
 __all__ = [
+    "CHECKPOINT",
+    "EVALUATION_MODEL",
     "FACTORS",
     "MANIFEST_NAME",
+    "OPTIMIZER_MODEL",
     "SCHEMA",
+    "TRAINING_FILES",
+    "TRAINING_MODEL",
     "Array",
     "Block",
     "BlockKind",
@@ -54,6 +65,7 @@ __all__ = [
     "Chat",
     "ChatRole",
     "Embed",
+    "EngineName",
     "Factor",
     "FileEntry",
     "Head",
