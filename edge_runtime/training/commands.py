@@ -14,7 +14,7 @@ from rich.console import Console
 from edge_runtime.bundle import BundleError, open_bundle
 from edge_runtime.data import DataError
 from edge_runtime.device.errors import DeviceError
-from edge_runtime.engine.errors import EngineError, EngineInputError
+from edge_runtime.engine.errors import EngineError, EngineInputError, EngineMissingError
 from edge_runtime.training.alone import AloneOptions, train_alone
 from edge_runtime.training.describing import measured
 from edge_runtime.training.local import evaluate as score_dataset
@@ -58,7 +58,7 @@ def _one_clear_line() -> Iterator[None]:
     """Errors of this package as one line and an exit code."""
     try:
         yield
-    except (DataError, EngineInputError, BundleError, DeviceError) as error:
+    except (DataError, EngineInputError, EngineMissingError, BundleError, DeviceError) as error:
         raise InputError(str(error)) from error
     except (EngineError, OSError) as error:
         raise click.ClickException(str(error)) from error

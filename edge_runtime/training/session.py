@@ -7,9 +7,12 @@ from pathlib import Path
 
 from edge_runtime.bundle import Array, Bundle, adapter_ranks, map_tensors, read_peft_folder
 from edge_runtime.data import Dataset, Purpose, TextEncoder, load_dataset
+from edge_runtime.engine.interface import Engine
 from edge_runtime.engine.model import BlockEngine
+from edge_runtime.engine.ort_training.bindings import load_bindings
+from edge_runtime.engine.ort_training.model import OrtTrainingEngine
 from edge_runtime.engine.parameters import AdapterParameters
-from edge_runtime.engine.runtime import start_runtime
+from edge_runtime.engine.runtime import check_runtime, start_runtime
 from edge_runtime.wire import Layout, ModulePlan, layout_of
 
 
@@ -17,19 +20,34 @@ class WorkingBundle:
     """An opened bundle and what is needed to work with it. The engine is made when first used."""
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None, memory_budget_mb: int | None = None) -> None:
-        """``threads`` None means one a core; ``memory_budget_mb`` bounds kept activations, in MiB."""
+        """``threads`` None means one a core; ``memory_budget_mb`` bounds kept activations, in MiB.
+
+        The engine ``ort-training`` keeps all activations, whatever the budget.
+
+        Raises:
+            EngineMissingError: this environment has not the ONNX Runtime that the bundle is for.
+        """
         self.bundle = bundle
         self._threads = threads
         self._memory_budget_mb = memory_budget_mb
-        self._engine: BlockEngine | None = None
+        self._engine: Engine | None = None
+        if bundle.manifest.engine == "ort-training":
+            load_bindings()
+        else:
+            check_runtime()
 
     @property
-    def engine(self) -> BlockEngine:
-        """The engine of this bundle."""
+    def engine(self) -> Engine:
+        """The engine that the bundle's manifest names."""
         if self._engine is None:
-            start_runtime(self._threads)
-            self._engine = BlockEngine(self.bundle, memory_budget_mb=self._memory_budget_mb)
+            self._engine = self._make_engine()
         return self._engine
+
+    def _make_engine(self) -> Engine:
+        if self.bundle.manifest.engine == "ort-training":
+            return OrtTrainingEngine(self.bundle, threads=self._threads)
+        start_runtime(self._threads)
+        return BlockEngine(self.bundle, memory_budget_mb=self._memory_budget_mb)
 
     def encoder(self, max_tokens: int | None = None) -> TextEncoder:
         """The bundle's encoder; ``max_tokens`` None means the bundle's own limit."""
