@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edge_runtime.bundle import Task
+from edge_runtime.bundle import EngineName, Task
 
 ALL_LINEAR = "all-linear"
 
@@ -28,6 +28,8 @@ class ExportOptions:
     max_tokens: int = 512  # a cap; the model's own limit wins where it is lower
     seed: int = 0
     force: bool = False
+    engine: EngineName = "blocks"
+    ort_training_python: Path | None = None  # interpreter with onnxruntime-training; None: this one
 
 
 @dataclass(frozen=True)

@@ -85,13 +85,13 @@ def run(options: ExportOptions, progress: Progress) -> ExportReport:
     progress(f"loading {source.name}")
     loaded = load(source, plan.task, len(plan.labels))
     traced = trace_model(loaded.model, plan, progress)
-    contents = _contents(loaded, plan, traced, options)
+    contents = bundle_contents(loaded, plan, traced, options)
     with staged(options.out) as folder:
         progress("writing")
         bundle = _write(folder, contents)
         progress("verifying against autograd")
         cases = verify(bundle, loaded.model, seed=options.seed)
-        report = _report(bundle, contents, cases, options.out)
+        report = bundle_report(bundle, contents, cases, options.out)
     progress(f"verified: worst relative error {report.max_rel_err:.1e}")
     makers = {kind.entry.graph: kind.maker for kind in traced.kinds}
     return replace(report, makers=makers, export_s=round(time.monotonic() - began, 2))
@@ -206,7 +206,12 @@ def _make_kinds(
     return tuple(kinds)
 
 
-def _contents(loaded: Loaded, plan: Plan, traced: Traced, options: ExportOptions) -> Contents:
+def bundle_contents(loaded: Loaded, plan: Plan, traced: Traced, options: ExportOptions) -> Contents:
+    """Everything that goes into the bundle, the manifest saying so.
+
+    Raises:
+        ModelError: a weight cannot be expressed.
+    """
     model = loaded.model
     modules = tuple(
         Module(f"{site.prefix}.{slot.name}", index, slot.name, slot.in_features, slot.out_features)
@@ -254,7 +259,8 @@ def _weights(model: Any, traced: Traced) -> dict[str, Array]:
     return {name: tensors[name].detach().numpy() for name in dict.fromkeys(wanted)}
 
 
-def _report(bundle: Bundle, contents: Contents, cases: tuple[VerifiedCase, ...], out: Path) -> ExportReport:
+def bundle_report(bundle: Bundle, contents: Contents, cases: tuple[VerifiedCase, ...], out: Path) -> ExportReport:
+    """What was made, but for the time it took."""
     manifest = bundle.manifest
     size = sum(path.stat().st_size for path in bundle.folder.rglob("*") if path.is_file())
     return ExportReport(
