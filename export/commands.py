@@ -81,6 +81,18 @@ def _split(context: Any, param: Any, value: str | None) -> tuple[str, ...] | Non
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the initial adapter.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is already there.")
+@click.option(
+    "--engine",
+    type=click.Choice(["blocks", "ort-training"]),
+    default="blocks",
+    show_default=True,
+    help="What will train the bundle: stock ONNX Runtime, or onnxruntime-training.",
+)
+@click.option(
+    "--ort-training-python",
+    type=click.Path(path_type=Path),
+    help="Interpreter of an environment with onnxruntime-training.  [default: this one]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and no progress.")
 def export(labels_from: Path | None, as_json: bool, **given: Any) -> None:
     """Make a bundle from a model: what devices download once and train.
@@ -92,6 +104,7 @@ def export(labels_from: Path | None, as_json: bool, **given: Any) -> None:
       emberlora export --model minilm --task classify --labels-from train.jsonl --out bundles/intents
       emberlora export --model smollm2 --task lm --rank 8 --targets q_proj,v_proj --out bundles/chat
       emberlora export --model runs/my-peft-adapter --task lm --out bundles/continued
+      emberlora export --model smollm2 --task lm --out b --engine ort-training --ort-training-python ort/bin/python
     """
     with _exit_codes():
         if labels_from is not None:

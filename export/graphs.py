@@ -41,11 +41,7 @@ def block_graph(site: Site, shared: dict[str, Shared], width: int, name: str) ->
         TraceError: the graph cannot be made, or its output depends on ``d_out``.
     """
     template = find_template(site, shared)
-    block = with_lora(site.module, site.slots)
-    tensors = dict([*block.named_parameters(), *block.named_buffers()])
-    inputs = [_hidden_input(HIDDEN, width)]
-    inputs += [Input(key, shared[key].example, shared[key].dims) for key in site.call.shared]
-    inputs += [_tensor_input(path, tensors, site) for path in tensors]
+    block, tensors, inputs = _block_inputs(site, shared, width)
     inputs.append(_hidden_input(D_OUT, width))
     outputs = [OUT, D_HIDDEN]
     outputs += [f"d_{factor}:{slot.name}" for slot in site.slots for factor in (LORA_A, LORA_B)]
@@ -55,15 +51,48 @@ def block_graph(site: Site, shared: dict[str, Shared], width: int, name: str) ->
         model, maker = clean(trace(_joint(block, site, list(tensors)), inputs, outputs)), "tracer"
     if D_OUT in ancestors(model.graph, [OUT]):
         raise TraceError(f"block {site.prefix}: the forward pass depends on {D_OUT}")
+    return BlockGraph(_entry(name, site, list(tensors), model), model, maker)
+
+
+def forward_graph(site: Site, shared: dict[str, Shared], width: int, name: str) -> BlockGraph:
+    """Trace one block's forward pass, in operators that other tools can differentiate; else as :func:`block_graph`.
+
+    Raises:
+        TraceError: the graph cannot be made.
+    """
+    block, tensors, inputs = _block_inputs(site, shared, width)
+
+    def forward(hidden: Any, *values: Any) -> tuple[Any]:
+        given = dict(zip(site.call.shared, values, strict=False))
+        args, kwargs = site.call.arguments(hidden, given)
+        weights = dict(zip(tensors, values[len(site.call.shared) :], strict=True))
+        with torch.no_grad():
+            out = torch.func.functional_call(block, weights, args, kwargs)
+        return (out[0] if isinstance(out, tuple) else out,)
+
+    model = clean(trace(forward, inputs, [OUT]))
+    return BlockGraph(_entry(name, site, list(tensors), model), model, "tracer")
+
+
+def _entry(name: str, site: Site, paths: Sequence[str], model: Any) -> BlockKind:
     kept = {value.name for value in model.graph.input}
-    entry = BlockKind(
+    return BlockKind(
         name=name,
         graph=f"graphs/{name}.onnx",
-        weights=tuple(path for path in tensors if f"w:{path}" in kept),
+        weights=tuple(path for path in paths if f"w:{path}" in kept),
         slots=site.slots,
         shared=tuple(key for key in site.call.shared if key in kept),
     )
-    return BlockGraph(entry, model, maker)
+
+
+def _block_inputs(site: Site, shared: dict[str, Shared], width: int) -> tuple[Any, dict[str, Any], list[Input]]:
+    """The block with LoRA, its tensors by path, and graph inputs: the hidden state, the shared tensors, the tensors."""
+    block = with_lora(site.module, site.slots)
+    tensors = dict([*block.named_parameters(), *block.named_buffers()])
+    inputs = [_hidden_input(HIDDEN, width)]
+    inputs += [Input(key, shared[key].example, shared[key].dims) for key in site.call.shared]
+    inputs += [_tensor_input(path, tensors, site) for path in tensors]
+    return block, tensors, inputs
 
 
 def _hidden_input(name: str, width: int) -> Input:

@@ -32,7 +32,7 @@ class HeadGraphs:
 
 
 @dataclass(frozen=True)
-class Classifier:
+class Projection:
     """From rows (n, width) to logits (n, classes): the modules used and how.
 
     ``frozen`` and ``trained`` map names used by ``project`` to full parameter names.
@@ -54,7 +54,7 @@ class LanguageHead:
     bias: str | None
 
 
-def find_head(model: Any, task: Task) -> Classifier | LanguageHead:
+def find_head(model: Any, task: Task) -> Projection | LanguageHead:
     """Find the head of a model.
 
     Raises:
@@ -63,7 +63,7 @@ def find_head(model: Any, task: Task) -> Classifier | LanguageHead:
     return _classifier(model) if task == "classify" else _language_model(model)
 
 
-def _classifier(model: Any) -> Classifier:
+def _classifier(model: Any) -> Projection:
     pooler, classifier = getattr(model.base_model, "pooler", None), getattr(model, "classifier", None)
     if getattr(model.config, "is_decoder", False) or pooler is None or not isinstance(classifier, nn.Linear):
         raise ModelError(
@@ -79,7 +79,7 @@ def _classifier(model: Any) -> Classifier:
         return nn.functional.linear(pooled, tensors["classifier.weight"], tensors["classifier.bias"])
 
     frozen = tuple(f"{prefix}.{name}" for name, _ in pooler.named_parameters())
-    return Classifier(project, frozen, ("classifier.weight", "classifier.bias"), "classifier")
+    return Projection(project, frozen, ("classifier.weight", "classifier.bias"), "classifier")
 
 
 def _language_model(model: Any) -> LanguageHead:
@@ -90,6 +90,24 @@ def _language_model(model: Any) -> LanguageHead:
     first = {id(value): name for name, value in reversed(list(model.named_parameters()))}
     bias = None if output.bias is None else first[id(output.bias)]
     return LanguageHead(norm, _path_of(model, norm), first[id(output.weight)], bias)
+
+
+def projection(model: Any, task: Task) -> Projection:
+    """The whole head as one function from rows to logits, for a language model too.
+
+    Raises:
+        ModelError: the model has no head of the known form for this task.
+    """
+    head = find_head(model, task)
+    if isinstance(head, Projection):
+        return head
+    leaves = {name: f"{head.path}.{name}" for name, _ in head.norm.named_parameters()}
+
+    def project(rows: Any, tensors: dict[str, Any]) -> Any:
+        normed = torch.func.functional_call(head.norm, {leaf: tensors[name] for leaf, name in leaves.items()}, (rows,))
+        return nn.functional.linear(normed, tensors[head.weight], tensors[head.bias] if head.bias else None)
+
+    return Projection(project, (*leaves.values(), head.weight, *([head.bias] if head.bias else [])))
 
 
 def _path_of(model: Any, wanted: Any) -> str:
@@ -104,12 +122,12 @@ def head_graphs(model: Any, task: Task, width: int) -> HeadGraphs:
         TraceError: one cannot be traced.
     """
     head = find_head(model, task)
-    if isinstance(head, Classifier):
+    if isinstance(head, Projection):
         return _classifier_graph(head, dict(model.named_parameters()), width)
     return _language_graphs(head, width)
 
 
-def _classifier_graph(head: Classifier, tensors: dict[str, Any], width: int) -> HeadGraphs:
+def _classifier_graph(head: Projection, tensors: dict[str, Any], width: int) -> HeadGraphs:
     params = tuple(name.removeprefix(f"{head.module}.") for name in head.trained)
     inputs = [
         Input("rows", torch.randn(SIZES[ROWS], width), {0: ROWS}),
@@ -161,7 +179,7 @@ def _language_graphs(head: LanguageHead, width: int) -> HeadGraphs:
     return HeadGraphs(entry, models)
 
 
-def _loss(head: Classifier) -> Callable[..., tuple[Any, ...]]:
+def _loss(head: Projection) -> Callable[..., tuple[Any, ...]]:
     """The function (rows, labels, grad_scale, weights…) -> (logits, loss_sum, correct, d_rows, d_params…)."""
     names: Sequence[str] = (*head.frozen, *head.trained)
 

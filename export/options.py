@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edge_runtime.bundle import Base, Task
+from edge_runtime.bundle import Base, EngineName, Task
 
 ALL_LINEAR = "all-linear"
 
@@ -29,6 +29,8 @@ class ExportOptions:
     base: Base = "fp32"  # how frozen matrices are stored
     seed: int = 0
     force: bool = False
+    engine: EngineName = "blocks"
+    ort_training_python: Path | None = None  # interpreter with onnxruntime-training; None: this one
 
 
 @dataclass(frozen=True)

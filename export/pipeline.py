@@ -95,7 +95,7 @@ def run(options: ExportOptions, progress: Progress) -> ExportReport:
     progress(f"loading {source.name}")
     loaded = load(source, plan.task, len(plan.labels))
     traced = trace_model(loaded.model, plan, progress)
-    contents = _contents(loaded, plan, traced, options)
+    contents = bundle_contents(loaded, plan, traced, options)
     with staged(options.out) as folder:
         progress("writing")
         bundle = _write(folder, contents)
@@ -103,7 +103,7 @@ def run(options: ExportOptions, progress: Progress) -> ExportReport:
         _use_stored(loaded.model, contents.weights)
         cases = verify(bundle, loaded.model, seed=options.seed)
         fast = verify_fast(bundle, loaded.model, seed=options.seed)
-        report = _report(bundle, contents, cases, options.out)
+        report = bundle_report(bundle, contents, cases, options.out)
     progress(f"verified: worst relative error {report.max_rel_err:.1e}")
     makers = {kind.entry.graph: kind.maker for kind in traced.kinds}
     return replace(report, fast_rel_err=fast, makers=makers, export_s=round(time.monotonic() - began, 2))
@@ -131,6 +131,8 @@ def make_plan(options: ExportOptions) -> Plan:
     rank = given.rank if given is not None else DEFAULT_RANK if options.rank is None else options.rank
     if not 0 < rank <= MAX_RANK:
         raise TargetError(f"rank: expected 1 to {MAX_RANK}, got {rank}")
+    if options.engine != "blocks" and options.base != "fp32":
+        raise TargetError(f"base: the engine {options.engine} has fp32 only, got {options.base}")
     alpha = 2.0 * rank if options.alpha is None else options.alpha
     if not 0 < alpha < float("inf"):
         raise TargetError(f"alpha: expected a positive number, got {alpha}")
@@ -219,10 +221,16 @@ def _make_kinds(
     return tuple(kinds)
 
 
-def _contents(loaded: Loaded, plan: Plan, traced: Traced, options: ExportOptions) -> Contents:
+def bundle_contents(loaded: Loaded, plan: Plan, traced: Traced, options: ExportOptions) -> Contents:
+    """Everything that goes into the bundle, the manifest saying so.
+
+    Raises:
+        ModelError: a weight cannot be expressed.
+    """
     model = loaded.model
     weights = _weights(model, traced, plan.storage)
-    traced = _lowered(traced, model, plan.storage)
+    if options.engine == "blocks":
+        traced = _lowered(traced, model, plan.storage)
     modules = tuple(
         Module(f"{site.prefix}.{slot.name}", index, slot.name, slot.in_features, slot.out_features)
         for index, site in enumerate(traced.sites)
@@ -311,7 +319,8 @@ def _use_stored(model: Any, weights: Mapping[str, Array]) -> None:
                 tensor.copy_(torch.from_numpy(restored(name, weights)))
 
 
-def _report(bundle: Bundle, contents: Contents, cases: tuple[VerifiedCase, ...], out: Path) -> ExportReport:
+def bundle_report(bundle: Bundle, contents: Contents, cases: tuple[VerifiedCase, ...], out: Path) -> ExportReport:
+    """What was made, but for the time it took."""
     manifest = bundle.manifest
     size = sum(path.stat().st_size for path in bundle.folder.rglob("*") if path.is_file())
     return ExportReport(

@@ -11,15 +11,21 @@ from edge_runtime.bundle.errors import (
 from edge_runtime.bundle.folder import Bundle, file_entry, open_bundle, verify_file
 from edge_runtime.bundle.int8 import SCALE_SUFFIX, int8_products
 from edge_runtime.bundle.manifest import (
+    CHECKPOINT,
+    EVALUATION_MODEL,
     FACTORS,
     MANIFEST_NAME,
+    OPTIMIZER_MODEL,
     SCHEMA,
+    TRAINING_FILES,
+    TRAINING_MODEL,
     Base,
     Block,
     BlockKind,
     Chat,
     ChatRole,
     Embed,
+    EngineName,
     Factor,
     FastForm,
     FileEntry,
@@ -46,10 +52,15 @@ from edge_runtime.bundle.tensors import (
 )
 
 __all__ = [
+    "CHECKPOINT",
+    "EVALUATION_MODEL",
     "FACTORS",
     "MANIFEST_NAME",
+    "OPTIMIZER_MODEL",
     "SCALE_SUFFIX",
     "SCHEMA",
+    "TRAINING_FILES",
+    "TRAINING_MODEL",
     "Array",
     "Base",
     "Block",
@@ -61,6 +72,7 @@ __all__ = [
     "Chat",
     "ChatRole",
     "Embed",
+    "EngineName",
     "Factor",
     "FastForm",
     "FileEntry",

@@ -1,7 +1,8 @@
 """The manifest: everything a device must know about a bundle besides the numbers.
 
 ``manifest.json`` names the digest of every other file, so the digest of the manifest is the digest of the bundle.
-Graph inputs and outputs have fixed names, stated at :class:`BlockKind`, :class:`Embed` and :class:`Head`.
+Graph inputs and outputs have fixed names, stated at :class:`BlockKind`, :class:`Embed` and :class:`Head`; those of a
+bundle for onnxruntime-training at :data:`TRAINING_FILES`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,18 @@ MAX_MANIFEST_BYTES = 4 << 20
 Base = Literal["fp32", "fp16", "int8", "int4"]
 Task = Literal["classify", "lm"]
 Factor = Literal["A", "B"]
+EngineName = Literal["blocks", "ort-training"]
 FACTORS: tuple[Factor, ...] = get_args(Factor)
+
+# What onnxruntime-training's own tools call these files. Inputs of the models: ``input_ids`` and ``attention_mask``
+# (batch, seq), ``rows`` and ``labels`` (n,), all int64, then every parameter by the name it has in the adapter or in
+# the Hugging Face model. Outputs: ``loss`` () mean nats of the rows, ``correct`` () int64; of the evaluation model
+# ``logits`` (n, classes) too. The checkpoint holds every parameter, those of the adapter (at rank r_max) as trainable.
+TRAINING_MODEL = "training/training_model.onnx"
+EVALUATION_MODEL = "training/eval_model.onnx"
+OPTIMIZER_MODEL = "training/optimizer_model.onnx"
+CHECKPOINT = "training/checkpoint"
+TRAINING_FILES = (TRAINING_MODEL, EVALUATION_MODEL, OPTIMIZER_MODEL, CHECKPOINT)
 
 # A relative path that means the same file on every system and in every URL: no "..", no drive, no hidden file.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}(?:/[A-Za-z0-9_][A-Za-z0-9._-]{0,99}){0,3}")
@@ -183,8 +195,12 @@ class PeftInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     target_modules: tuple[str, ...]
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """See the module's text; ``modules`` are ordered by block, then as their kind lists its slots."""
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """See the module's text; ``modules`` are ordered by block, then as their kind lists its slots.
+
+    ``engine`` says which engine the files are for. In a bundle for ``ort-training`` every ``graph`` is the evaluation
+    model, which holds all parts, and the frozen weights are in the checkpoint.
+    """
 
     schema: int
     model: str
@@ -204,6 +220,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     files: dict[str, FileEntry]
     labels: tuple[str, ...] = ()  # classify only; index is the class id
     tool_versions: dict[str, str] = {}
+    engine: EngineName = "blocks"  # not written then, so that devices from before it was a choice read the manifest
 
     def kind_of(self, block: int) -> BlockKind:
         """The kind of block number ``block``."""
@@ -281,7 +298,9 @@ def _contradictions(manifest: Manifest) -> list[str]:
         "a block kind reads shared tensors that embed does not make": not shared <= set(manifest.embed.shared),
         "labels belong to task classify, and only to it": (manifest.task == "classify") != bool(manifest.labels),
         "a label stands twice": len(set(manifest.labels)) != len(manifest.labels),
-        "a vocabulary belongs to task lm, and only to it": (manifest.task == "lm") != bool(manifest.head.vocabulary),
+        "a vocabulary belongs to task lm, and only to it": (
+            (manifest.task == "lm" and manifest.engine == "blocks") != bool(manifest.head.vocabulary)
+        ),
         "head module and head params go together": (manifest.head.module is None) == bool(manifest.head.params),
         "a head param stands twice": len({p.name for p in manifest.head.params}) != len(manifest.head.params),
         f"task, head.select and peft.task_type must be one of {agreeing}": (
@@ -293,9 +312,8 @@ def _contradictions(manifest: Manifest) -> list[str]:
 
 def _bad_files(manifest: Manifest) -> Iterator[str]:
     """What is wrong with the table of files: these names become paths and URLs."""
-    missing = sorted(
-        (manifest.graphs | {"weights.safetensors", "adapter.safetensors", "tokenizer.json"}) - set(manifest.files)
-    )
+    own = {"weights.safetensors"} if manifest.engine == "blocks" else set(TRAINING_FILES)
+    missing = sorted((manifest.graphs | own | {"adapter.safetensors", "tokenizer.json"}) - set(manifest.files))
     if missing:
         yield f"files without a digest: {missing}"
     unsafe = [name[:200] for name in manifest.files if not _FILE_NAME.fullmatch(name) or name == MANIFEST_NAME]

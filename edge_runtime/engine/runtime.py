@@ -11,10 +11,23 @@ import os
 
 import onnxruntime as ort
 
-from edge_runtime.engine.errors import EngineInputError
+from edge_runtime.engine.errors import EngineInputError, EngineMissingError
 
 _UNWANTED = ["CommonSubexpressionElimination"]
 _pool_threads: int | None = None
+
+
+def check_runtime() -> None:
+    """Demand an ONNX Runtime that can run the block engine.
+
+    Raises:
+        EngineMissingError: it is older; onnxruntime-training's 1.19.2 is, and cannot share a thread pool.
+    """
+    if not hasattr(ort, "set_global_thread_pool_sizes"):
+        raise EngineMissingError(
+            f"onnxruntime: too old for this bundle: expected 1.23.2 or newer, got {ort.__version__} "
+            "(onnxruntime-training runs only bundles exported with --engine ort-training)"
+        )
 
 
 def start_runtime(threads: int | None = None) -> int:
@@ -28,8 +41,10 @@ def start_runtime(threads: int | None = None) -> int:
 
     Raises:
         EngineInputError: the pool exists already with another size.
+        EngineMissingError: as :func:`check_runtime`.
     """
     global _pool_threads  # ONNX Runtime's pool is global to the process; this mirrors it
+    check_runtime()
     if _pool_threads is None:
         _pool_threads = threads or _usable_cores()
         ort.set_default_logger_severity(3)

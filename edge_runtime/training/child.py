@@ -10,18 +10,22 @@ import msgspec
 from edge_runtime.bundle import BundleError
 from edge_runtime.bundle.atomic import write_atomically
 from edge_runtime.data import DataError
-from edge_runtime.engine.errors import EngineError
+from edge_runtime.engine.errors import EngineError, EngineMissingError
 from edge_runtime.training.job import FRAME_NAME, Event, Failed, TrainingJob
 from edge_runtime.training.round import run_round
 from edge_runtime.wire import WireError
 
 
 def main(argv: list[str]) -> int:
-    """Run one job. Exit code 0: the frame is written; 2: the user's data is the cause; 1: anything else."""
+    """Run one job.
+
+    Returns:
+        Exit code. 0: the frame is written; 2: the user's data or installation is the cause; 1: anything else.
+    """
     job = msgspec.json.decode(Path(argv[0]).read_bytes(), type=TrainingJob)
     try:
         frame, done = run_round(job, _emit)
-    except DataError as error:
+    except (DataError, EngineMissingError) as error:
         _emit(Failed(str(error), input=True))
         return 2
     except (WireError, BundleError, EngineError, OSError, MemoryError) as error:

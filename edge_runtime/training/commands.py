@@ -14,7 +14,7 @@ import msgspec
 from edge_runtime.bundle import BundleError, open_bundle
 from edge_runtime.data import DataError
 from edge_runtime.device.errors import DeviceError
-from edge_runtime.engine.errors import EngineError, EngineInputError
+from edge_runtime.engine.errors import EngineError, EngineInputError, EngineMissingError
 from edge_runtime.terminal import Terminal
 from edge_runtime.training.alone import AloneOptions, train_alone
 from edge_runtime.training.describing import measured
@@ -60,7 +60,7 @@ def _one_clear_line() -> Iterator[None]:
     """Errors of this package as one line and an exit code."""
     try:
         yield
-    except (DataError, EngineInputError, BundleError, DeviceError) as error:
+    except (DataError, EngineInputError, EngineMissingError, BundleError, DeviceError) as error:
         raise InputError(str(error)) from error
     except (EngineError, OSError) as error:
         raise click.ClickException(str(error)) from error

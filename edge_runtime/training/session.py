@@ -7,9 +7,13 @@ from pathlib import Path
 
 from edge_runtime.bundle import Array, Bundle, adapter_ranks, map_tensors, read_peft_folder
 from edge_runtime.data import Dataset, Purpose, TextEncoder, load_dataset
+from edge_runtime.engine.errors import EngineInputError
+from edge_runtime.engine.interface import Engine
 from edge_runtime.engine.model import BlockEngine
+from edge_runtime.engine.ort_training.bindings import load_bindings
+from edge_runtime.engine.ort_training.model import OrtTrainingEngine
 from edge_runtime.engine.parameters import AdapterParameters
-from edge_runtime.engine.runtime import start_runtime
+from edge_runtime.engine.runtime import check_runtime, start_runtime
 from edge_runtime.training.accumulate import default_micro_tokens
 from edge_runtime.wire import Layout, ModulePlan, Products, layout_of
 
@@ -25,20 +29,38 @@ class WorkingBundle:
         memory_budget_mb: int | None = None,
         products: Products = "exact",
     ) -> None:
-        """``threads`` None means one a core; for the others see :class:`edge_runtime.engine.model.BlockEngine`."""
+        """``threads`` None means one a core; for the others see :class:`edge_runtime.engine.model.BlockEngine`.
+
+        The engine ``ort-training`` keeps all activations, whatever the budget, and has exact products only.
+
+        Raises:
+            EngineMissingError: this environment has not the ONNX Runtime that the bundle is for.
+            EngineInputError: the bundle's engine has not these products.
+        """
         self.bundle = bundle
         self._threads = threads
         self._memory_budget_mb = memory_budget_mb
         self._products = products
-        self._engine: BlockEngine | None = None
+        self._engine: Engine | None = None
+        if bundle.manifest.engine == "blocks":
+            check_runtime()
+            return
+        load_bindings()
+        if products != "exact":
+            raise EngineInputError(f"{products} products: the engine ort-training has none: use a bundle of blocks")
 
     @property
-    def engine(self) -> BlockEngine:
-        """The engine of this bundle."""
+    def engine(self) -> Engine:
+        """The engine that the bundle's manifest names."""
         if self._engine is None:
-            start_runtime(self._threads)
-            self._engine = BlockEngine(self.bundle, memory_budget_mb=self._memory_budget_mb, products=self._products)
+            self._engine = self._make_engine()
         return self._engine
+
+    def _make_engine(self) -> Engine:
+        if self.bundle.manifest.engine == "ort-training":
+            return OrtTrainingEngine(self.bundle, threads=self._threads)
+        start_runtime(self._threads)
+        return BlockEngine(self.bundle, memory_budget_mb=self._memory_budget_mb, products=self._products)
 
     def micro_tokens(self, asked: int | None) -> int:
         """Tokens that go through the model at once: what the user asked for, or what suits model and budget."""

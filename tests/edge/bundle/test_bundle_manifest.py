@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.bundle import Manifest, ManifestError, encode_manifest, parse_manifest
+from edge_runtime.bundle import TRAINING_FILES, Manifest, ManifestError, encode_manifest, parse_manifest
 from edge_runtime.bundle.manifest import MAX_MANIFEST_BYTES
 
 GOLDEN_START = b'{\n "schema": 2,\n "model": "tiny",\n "task": "classify",\n "width": 6,\n "base": "fp32",\n "embed": {'
@@ -53,6 +53,23 @@ def test_kind_of(manifest: Manifest) -> None:
         "encoder.1.attention.query",
         "encoder.1.output",
     )
+
+
+def test_the_block_engine_is_not_named_in_a_manifest(manifest: Manifest) -> None:
+    """Devices from before there was a choice refuse unknown fields."""
+    assert manifest.engine == "blocks"
+    assert b"engine" not in encode_manifest(manifest)
+
+
+def test_a_bundle_for_onnxruntime_training_has_its_four_files_and_no_weights(manifest: Manifest) -> None:
+    with pytest.raises(ManifestError, match=r"without a digest: .*training/checkpoint.*training_model"):
+        parse_manifest(changed(manifest, "engine", "ort-training"))
+    files = {name: entry for name, entry in manifest.files.items() if name != "weights.safetensors"}
+    files |= dict.fromkeys(TRAINING_FILES, manifest.files["tokenizer.json"])
+    whole = msgspec.structs.replace(manifest, engine="ort-training", files=files)
+    assert parse_manifest(encode_manifest(whole)) == whole
+    with pytest.raises(ManifestError, match=r"not a manifest of schema 1: .*engine"):
+        parse_manifest(changed(manifest, "engine", "another"))
 
 
 BLOCK = {"kind": "layer", "prefix": "encoder.2"}
