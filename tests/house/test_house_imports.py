@@ -30,7 +30,7 @@ HOMES = {
     "peft": ("export",),
     "onnxscript": ("export",),
     "onnxruntime": ("edge_runtime.engine", "export"),
-    "onnx": ("export",),
+    "onnx": ("export", "edge_runtime.engine.ort_training"),  # onnxruntime-training brings it
     "google": ("edge_runtime.engine",),
     "tokenizers": ("edge_runtime.data", "edge_runtime.training", "export"),
     "aiohttp": ("cloud.http", "cloud.operator", "edge_runtime.device"),
