@@ -56,7 +56,8 @@ def write_picture(path: Path, lines: Sequence[Line]) -> None:
 
 def page(lines: Sequence[Line]) -> str:
     """The whole page; plotly's script stands in it once."""
-    lines = sorted(lines, key=lambda line: SYSTEM_NAMES.index(line.system))
+    cases = list(CASES)
+    lines = sorted(lines, key=lambda line: (cases.index(line.case), SYSTEM_NAMES.index(line.system)))
     sections = []
     scripted = False
     for title, note, figure, rows in _sections(lines):
@@ -80,7 +81,7 @@ Section = tuple[str, str, go.Figure, Sequence[Line]]  # title, note, figure, row
 def _sections(lines: Sequence[Line]) -> Iterable[Section]:
     for case in _distinct(line.case for line in lines):
         whole = [line for line in lines if line.case == case and line.pattern == WHOLE]
-        if whole:
+        if any(line.system != FLOOR for line in whole):
             yield f"Step time: {_about(case)}", _time_note(whole), _time_chart(whole), whole
     for case in _distinct(line.case for line in lines):
         whole = [line for line in lines if line.case == case and line.pattern == WHOLE and line.system != FLOOR]
@@ -125,8 +126,8 @@ def _head(lines: Sequence[Line]) -> str:
 
 
 def _about(case: str) -> str:
-    size = CASES.get(case)
-    return case if size is None else f"{size.model}, {size.batch} × {size.tokens} tokens"
+    size = CASES[case]
+    return f"{size.model}, {size.batch} × {size.tokens} tokens"
 
 
 def _time_note(lines: Sequence[Line]) -> str:
@@ -170,7 +171,7 @@ def _add_floors(figure: go.Figure, lines: Sequence[Line]) -> None:
             x=floor.step_ms_median,
             y=1,
             yref="paper",
-            yshift=10 + 15 * row,
+            yshift=13 + 15 * row,
             xanchor="left",
             showarrow=False,
             text=f"products: {floor.setting}, {floor.step_ms_median:.0f} ms",

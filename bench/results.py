@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from bench.errors import RequestError
+from bench.shapes import CASES
 from bench.systems import FLOOR, System
 
 Amx = Literal["absent", "on", "off"]
@@ -62,6 +63,10 @@ class Line(msgspec.Struct, frozen=True):
     steps: int
     tried: dict[str, float]
     when: str
+
+    def __post_init__(self) -> None:
+        if self.case not in CASES:
+            raise ValueError(f"case: expected one of {', '.join(CASES)}, got {self.case}")
 
     @property
     def key(self) -> tuple[str, ...]:

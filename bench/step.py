@@ -23,7 +23,7 @@ from bench.errors import BenchError, RequestError, UnavailableError
 from bench.race import Race
 from bench.results import Line, append_line, latest, read_lines
 from bench.shapes import CASES, DEFAULT_CASES, MODELS
-from bench.systems import SYSTEM_NAMES, System
+from bench.systems import FLOOR, SYSTEM_NAMES, System
 
 _WIDTH = 150  # of the table in a log file
 
@@ -110,9 +110,13 @@ def _measure(request: Request, cases: Sequence[str], alive: str, console: Consol
 
 def _measure_case(request: Request, case: str, choices: Sequence[Alive], display: Display) -> Iterator[Line]:
     measured = Race(request, display, lambda: datetime.now(timezone.utc))
-    for choice in choices:
-        measured.make_reference(reference_entry(request, case, choice))
     entries = list(_entries(request, case, choices, display))
+    # After the entries, so that the adapter is made from a bundle that is needed anyway.
+    for choice in choices if any(entry.setup.system != FLOOR for entry in entries) else ():
+        try:
+            measured.make_reference(reference_entry(request, case, choice))
+        except UnavailableError as error:
+            display.note(f"no gradients to compare with: {error}")
     size = request.together if CASES[case].together else 1
     for start in range(0, len(entries), size):
         yield from measured.lines(entries[start : start + size])

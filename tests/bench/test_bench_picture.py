@@ -40,6 +40,18 @@ def test_one_line_without_floor_is_enough() -> None:
     assert text.count("<h2>") == 2
 
 
+def test_cases_and_systems_stand_in_one_order_whatever_ran_first() -> None:
+    lines = [sample("gemm-floor", 5.0), sample("torch-eager", 9.0, case="smollm2-1x256"), sample("torch-eager", 9.0)]
+    lines.append(sample("emberlora-fp32", 8.0))
+    text = page(lines)
+    assert re.findall(r"<h2>Step time: (.*?),", text) == ["llama-6", "smollm2-135m"]
+    assert re.findall(r"<td>([a-z0-9-]+)</td><td>keep", text)[:3] == ["emberlora-fp32", "torch-eager", "gemm-floor"]
+
+
+def test_bare_products_alone_have_no_chart() -> None:
+    assert "<h2>" not in page([sample("gemm-floor", 5.0)])
+
+
 def test_what_a_host_calls_itself_is_escaped() -> None:
     line = sample("torch-eager", 200.0, host={"cpu": "<b>&", "cores": 1, "threads": 1})
     assert "&lt;b&gt;&amp;" in page([line])

@@ -41,6 +41,14 @@ def test_another_file_is_refused(tmp_path: Path, text: str, said: str) -> None:
         read_lines(tmp_path / "x.jsonl")
 
 
+def test_a_case_that_is_no_longer_there_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    append_line(path, sample("torch-eager", 9.0))
+    path.write_text(path.read_text().replace("2x64", "9x9"))
+    with pytest.raises(RequestError, match=r"case: expected one of .*, got 9x9"):
+        read_lines(path)
+
+
 def test_no_file_says_that_nothing_was_measured(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="nothing was measured yet"):
         read_lines(tmp_path / "none.jsonl")
