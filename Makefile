@@ -2,6 +2,7 @@
 #
 #   make demo PYTHON=python3.12           another interpreter, 3.10 to 3.13
 #   make demo DEMO_ARGS=--lm              options of `emberlora demo`
+#   make bench BENCH_ARGS=                options of `python -m bench.step` in place of --quick: a whole run
 #   make setup PIP_ARGS="--index-url …"   another index, or any pip options
 #   make test ORT_PYTHON=python3.12       for the tests of the onnxruntime-training engine, which need 3.10 to 3.12
 #
@@ -13,6 +14,7 @@ ORT_PYTHON = $(PYTHON)
 PIP_ARGS =
 DEMO_ARGS =
 TEST_ARGS =
+BENCH_ARGS = --quick
 
 VENV = .venv
 PY = $(VENV)/bin/python
@@ -68,7 +70,7 @@ fmt: $(STAMP)
 	$(PY) -m ruff format .
 
 bench: $(STAMP)
-	$(PY) -m bench.step --quick
+	$(PY) -m bench.step $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) $(ORT_VENV) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
