@@ -12,7 +12,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+import edge_runtime
+
+# The limit of 200 ms an example says nothing about the code, and fails on a slow or busy machine.
+hypothesis.settings.register_profile("untimed", parent=hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 Made = Callable[[str, Callable[[Path], object]], Path]
 
@@ -30,9 +37,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="Where models, bundles and gradients that take torch to make are looked for, and kept once made.",
     )
 
+    parser.addoption("--installed", action="store_true", help="Refuse to test a checkout instead of what is installed.")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEFT_OUT] = []
+    if config.getoption("--installed") and "site-packages" not in Path(edge_runtime.__file__).parts:
+        raise pytest.UsageError(f"--installed: edge_runtime was imported from {edge_runtime.__file__}")
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:

@@ -44,5 +44,16 @@ def _line(what: str) -> str:
         return "onnxruntime is not installed here: nothing was enrolled; run python -m pip install onnxruntime"
     return (
         f"onnxruntime {version} does not work on this machine ({platform.machine()}): {what}; nothing was enrolled; "
-        f"install another version, python -m pip install 'onnxruntime!={version}', and run enroll again"
+        f"{_other(version, sys.version_info[:2])}, and run enroll again"
     )
+
+
+def _other(version: str, python: tuple[int, ...]) -> str:
+    """What to install instead: 1.27 has none of the crashes that are known, which ``docs/boards.md`` names.
+
+    For Python 3.10 there is nothing newer than 1.23.2.
+    """
+    if python < (3, 11):
+        return "make an environment with Python 3.11 or newer, install emberlora in it"
+    other = "--upgrade onnxruntime" if version.startswith("1.27.") else "'onnxruntime==1.27.*'"
+    return f"install another version, python -m pip install {other}"

@@ -202,7 +202,7 @@ def test_where_the_engine_crashes_nothing_is_enrolled(
     behave(monkeypatch, "import os, signal; os.kill(os.getpid(), signal.SIGILL)")
     token = server.token("pi-1")
     result = user.types(enroll, "--server", server.url, "--token", token, "--name", "pi-1")
-    fails(result, 1, "onnxruntime ", "was ended by SIGILL; nothing was enrolled; install another version")
+    fails(result, 1, "onnxruntime ", "was ended by SIGILL; nothing was enrolled; ")
     assert not user.home.exists()
     assert server.devices == {}
     behave(monkeypatch, "")

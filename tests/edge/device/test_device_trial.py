@@ -38,7 +38,26 @@ async def test_a_bad_end_names_the_version_and_what_to_do(command: tuple[str, ..
     assert line.startswith(f"onnxruntime {version} does not work on this machine (")
     assert what in line
     assert "nothing was enrolled" in line
-    assert line.endswith(f"pip install 'onnxruntime!={version}', and run enroll again")
+    assert line.endswith(", and run enroll again")
+
+
+@pytest.mark.parametrize(
+    ("version", "python", "advice"),
+    [
+        ("1.23.2", (3, 10), "make an environment with Python 3.11 or newer, install emberlora in it"),
+        ("1.24.4", (3, 11), "install another version, python -m pip install 'onnxruntime==1.27.*'"),
+        ("1.27.0", (3, 13), "install another version, python -m pip install --upgrade onnxruntime"),
+        ("1.28.0", (3, 11), "install another version, python -m pip install 'onnxruntime==1.27.*'"),
+    ],
+)
+async def test_the_line_says_what_to_install_instead(
+    monkeypatch: pytest.MonkeyPatch, version: str, python: tuple[int, int], advice: str
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda _: version)
+    monkeypatch.setattr(sys, "version_info", (*python, 0))
+    with pytest.raises(EngineTrialError) as raised:
+        await try_engine(SIGILL)
+    assert f"; nothing was enrolled; {advice}, and run enroll again" in str(raised.value)
 
 
 async def test_a_child_that_hangs_is_given_up() -> None:
