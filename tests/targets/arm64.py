@@ -104,7 +104,7 @@ def pinned(onnxruntime: str, out: Path) -> Path:
 def make_target(inputs: Inputs, onnxruntime: str, pip_arguments: str) -> Path:
     """The environment's folder: a Debian root, and in it a virtual environment with the wheels."""
     qemu, mmdebstrap = find_tools()
-    key = digest(Path(__file__), Path(board.__file__))
+    key = digest(SUITE, *PACKAGES, Path(board.__file__))
     root = kept(BUILD / "arm64-root", key, lambda out: make_root(out, mmdebstrap), f"Debian {SUITE} for arm64")
     scripts = {"python": launcher(qemu, root, PROCESSOR)}
     scripts |= {f"python-{name}": launcher(qemu, root, name) for name in PROCESSORS}
@@ -147,7 +147,7 @@ def main(pip_args: str, onnxruntime: str, more: tuple[str, ...]) -> None:
     """Test on an emulated board; MORE goes to pytest."""
     try:
         find_tools()  # before the minutes that prepare() may take
-        inputs = prepare(pip_args)
+        inputs = prepare("arm64", pip_args)
         environment = make_target(inputs, onnxruntime, pip_args)
         try_processors(environment)
         counts = run_edge_tests(environment / "bin" / "python", inputs, ["needs_torch", "not_emulated"], list(more))

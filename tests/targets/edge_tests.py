@@ -88,13 +88,13 @@ def call(command: Sequence[object], *, cwd: Path = ROOT, what: str) -> None:
         raise TargetError("\n".join([f"{what} failed with exit code {done.returncode}:", *said]))
 
 
-def prepare(pip_arguments: str) -> Inputs:
-    """Make wheel, made things and tests on this machine, whose Python has everything, torch included."""
+def prepare(target: str, pip_arguments: str) -> Inputs:
+    """Make wheel, made things and the target's copy of the tests; this Python has everything, torch included."""
     sources = [ROOT / name for name in (*_PACKAGES, "pyproject.toml")]
     wheels = kept(BUILD / "wheel", digest(*sources), lambda out: _build_wheel(out, pip_arguments), "wheel")
     key = digest(*sources, CONSTRAINTS, ROOT / "tests" / "conftest.py", ROOT / "tests" / "edge", str(_real_data()))
     made = kept(BUILD / "made", key, _make_with_torch, "models, bundles and gradients that take torch to make")
-    tests = BUILD / "tests"
+    tests = BUILD / f"{target}-tests"
     shutil.rmtree(tests, ignore_errors=True)
     shutil.copytree(ROOT / "tests" / "edge", tests / "tests" / "edge", ignore=_JUNK)
     shutil.copytree(ROOT / "docs", tests / "docs")
@@ -117,7 +117,7 @@ def _build_wheel(out: Path, pip_arguments: str) -> None:
 
 def _make_with_torch(out: Path) -> None:
     """Set up every fixture of the edge tests, and run no test."""
-    call([sys.executable, "-m", "pytest", "-q", "--setup-only", "--made", out, "tests/edge"], what="exporting")
+    call([sys.executable, "-m", "pytest", "-q", "--setup-only", f"--made={out}", "tests/edge"], what="exporting")
 
 
 def _real_data() -> Path | None:

@@ -71,7 +71,7 @@ def try_python(version: str, interpreter: Path, inputs: Inputs, pip_arguments: s
 def main(versions: tuple[str, ...], pip_args: str) -> None:
     """Test on these VERSIONS of Python, or on all that are supported and found."""
     try:
-        inputs = prepare(pip_args)
+        inputs = prepare("pythons", pip_args)
     except TargetError as error:
         raise click.ClickException(str(error)) from error
     results = {}

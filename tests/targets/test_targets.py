@@ -130,3 +130,26 @@ def test_this_very_version_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pythons, "places", lambda _: iter([Path("/bin/false"), Path(sys.executable)]))
     assert pythons.find_python(version) == Path(sys.executable)
     assert pythons.find_python("2.7") is None
+
+
+def run_without_torch(*arguments: str) -> str:
+    """What pytest says of the optimizer's comparison with torch where torch is not installed."""
+    code = "import sys; sys.modules['torch'] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    test = "tests/edge/engine/test_adamw.py::test_ten_steps_equal_torch"
+    command = [sys.executable, "-c", code, "-q", "-rs", "-p", "no:cacheprovider", *arguments, test]
+    return subprocess.run(command, cwd=edge_tests.ROOT, capture_output=True, text=True).stdout
+
+
+def test_what_torch_did_not_make_is_skipped_in_a_checkout_and_missed_in_a_target(tmp_path: Path) -> None:
+    """A target relies on its folder: to skip there would be to test nothing without a word."""
+    assert "4 skipped" in run_without_torch()
+    missed = run_without_torch(f"--made={tmp_path}")
+    assert "4 errors" in missed
+    assert "adamw.npz: it takes torch to make, and there is none here" in missed
+
+
+def test_a_target_refuses_to_test_the_checkout() -> None:
+    command = [sys.executable, "-m", "pytest", "--installed", "--collect-only", "-q", "tests/edge/wire"]
+    done = subprocess.run(command, cwd=edge_tests.ROOT, capture_output=True, text=True)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "--installed: edge_runtime was imported from" in done.stderr
