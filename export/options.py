@@ -56,7 +56,7 @@ class ExportReport:
     nodes: dict[str, int] = field(default_factory=dict)  # graph file -> number of nodes
     makers: dict[str, str] = field(default_factory=dict)  # block graph file -> "llama template", "tracer"
     cases: tuple[VerifiedCase, ...] = ()
-    fast_rel_err: float | None = None  # of all gradients together with int8 products; None: the bundle has none
+    fast_rel_err: float | None = None  # of a block with int8 products; None: the bundle has none
 
     @property
     def max_rel_err(self) -> float:

@@ -102,7 +102,7 @@ def run(options: ExportOptions, progress: Progress) -> ExportReport:
         progress("verifying against autograd")
         _use_stored(loaded.model, contents.weights)
         cases = verify(bundle, loaded.model, seed=options.seed)
-        fast = verify_fast(bundle, loaded.model, seed=options.seed)
+        fast = verify_fast(bundle, seed=options.seed)
         report = bundle_report(bundle, contents, cases, options.out)
     progress(f"verified: worst relative error {report.max_rel_err:.1e}")
     makers = {kind.entry.graph: kind.maker for kind in traced.kinds}

@@ -40,13 +40,25 @@ class Runner:
         self.manifest, self.weights = bundle.manifest, bundle.weights()
         self.sessions = {name: open_session(str(bundle.path(name))) for name in self.manifest.graphs}
 
+    def embedded(self, batch: Batch) -> dict[str, Array]:
+        """The first hidden state, ``hidden`` (batch, seq, width), and what all blocks share."""
+        embed = self.manifest.embed
+        given = {"input_ids": batch.ids, "attention_mask": batch.mask, **self._weights(embed.weights)}
+        return self._run(embed.graph, given, None)
+
+    def whole_block(
+        self, index: int, embedded: Mapping[str, Array], adapter: Mapping[str, Array], scales: Mapping[str, float]
+    ) -> dict[str, Array]:
+        """Every output of one block for the first hidden state, which stands for the gradient of its output too."""
+        inputs = self._block(index, embedded["hidden"], embedded, adapter, scales) | {"d_out": embedded["hidden"]}
+        return self._run(self._graph(index), inputs, None)
+
     def gradients(
         self, batch: Batch, adapter: Mapping[str, Array], scales: Mapping[str, float], grad_scale: float
     ) -> tuple[float, dict[str, Array]]:
         """Loss (summed, nats) and the gradient of ``grad_scale`` · loss for every adapter tensor, by its name."""
         manifest = self.manifest
-        given = {"input_ids": batch.ids, "attention_mask": batch.mask, **self._weights(manifest.embed.weights)}
-        embedded = self._run(manifest.embed.graph, given, None)
+        embedded = self.embedded(batch)
         hidden = [embedded["hidden"]]
         for index in range(len(manifest.blocks)):
             inputs = self._block(index, hidden[-1], embedded, adapter, scales)

@@ -21,7 +21,7 @@ from export.quiet import quiet
 from export.runner import Batch, Runner
 
 TOLERANCE = 1e-4  # of ‖g − g*‖ / ‖g*‖; float32 on both sides gives about 1e-6 a block
-FAST_TOLERANCE = 0.3  # of all gradients with int8 products: 0.04 on six layers; what is wrong is above 1
+FAST_TOLERANCE = 0.2  # of a block with int8 products: 0.01 to 0.05; what is wrong is near 1
 _SHAPES = ((2, 12), (1, 20))  # (batch, seq); the first has a padded example
 _FLOOR = 1e-5  # a gradient this small beside the whole is measured against the whole
 
@@ -65,34 +65,37 @@ def verify(bundle: Bundle, model: Any, *, seed: int) -> tuple[VerifiedCase, ...]
     return tuple(cases)
 
 
-def verify_fast(bundle: Bundle, model: Any, *, seed: int) -> float | None:
-    """Compare the blocks with int8 products on one case; None when the bundle has none.
+def verify_fast(bundle: Bundle, *, seed: int) -> float | None:
+    """Compare one block of every kind with int8 products with its exact form; None when the bundle has none.
 
-    Int8 products are inexact by nature: all gradients together must have the right direction and size.
+    Block by block, because a deep decoder turns rounding of any kind into much larger differences of its gradients:
+    whether training bears that is a question for training.
 
     Returns:
-        ‖g − g*‖ / ‖g*‖ over all gradients together.
+        The worst root mean square of ‖x − x*‖ / ‖x*‖ over the outputs of a block.
 
     Raises:
         VerificationError: it is above :data:`FAST_TOLERANCE`, or a result is not finite.
     """
-    if not any(kind.fast for kind in bundle.manifest.kinds):
+    manifest = bundle.manifest
+    if not any(kind.fast for kind in manifest.kinds):
         return None
-    runner = _runner(bundle, fast=True)
-    case = next(make_cases(bundle.manifest, np.random.default_rng(seed)))
-    with quiet():
-        _, expected = autograd(model, bundle.manifest, case)
-    _, found = _run(runner, case)
-    names = sorted(expected)
-    wanted = np.concatenate([expected[name].ravel() for name in names])
-    error = float(np.linalg.norm(np.concatenate([found[name].ravel() for name in names]) - wanted))
-    error /= float(np.linalg.norm(wanted))
-    if not error <= FAST_TOLERANCE:
-        raise VerificationError(
-            f"verification {case.name}, int8 products: relative error: "
-            f"expected at most {FAST_TOLERANCE:g}, got {error:.2e}"
-        )
-    return error
+    case = next(make_cases(manifest, np.random.default_rng(seed)))
+    exact, fast = _runner(bundle), _runner(bundle, fast=True)
+    embedded = exact.embedded(case.batch)
+    worst = 0.0
+    for kind in manifest.kinds:
+        index = next(index for index, block in enumerate(manifest.blocks) if block.kind == kind.name)
+        wanted, found = (side.whole_block(index, embedded, case.adapter, case.scales) for side in (exact, fast))
+        errors = [np.linalg.norm(found[name] - wanted[name]) / np.linalg.norm(wanted[name]) for name in wanted]
+        error = float(np.sqrt(np.mean(np.square(errors))))
+        if not error <= FAST_TOLERANCE:
+            raise VerificationError(
+                f"verification {kind.name}, int8 products: relative error: "
+                f"expected at most {FAST_TOLERANCE:g}, got {error:.2e}"
+            )
+        worst = max(worst, error)
+    return worst
 
 
 def _runner(bundle: Bundle, *, fast: bool = False) -> Runner:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -17,6 +17,8 @@ _CHUNK = 1 << 16
 
 class AdamW:
     """State for the alive parameters only; a dead factor has none.
+
+    Gradients are read where they are, tensor by tensor: no copy of all of them is made.
 
     Attributes:
         first: Running mean of the gradients, shape (layout.count,).
@@ -32,8 +34,7 @@ class AdamW:
         self.first: Flat = np.zeros(count, dtype=np.float32)
         self.second: Flat = np.zeros(count, dtype=np.float32)
         self.steps = 0
-        self._gradient: Flat = np.empty(count, dtype=np.float32)
-        self._groups = _rate_groups(parameters, training)
+        self._parts = list(_parts(parameters, training))
 
     def step(self, gradients: Mapping[str, Array], *, share: float = 1.0) -> float:
         """Move the parameters by one step.
@@ -46,24 +47,26 @@ class AdamW:
             The global L2 norm of the gradient before clipping, the proximal term not included.
         """
         settings = self._training
-        gradient = self._gradient
-        self._parameters.gather(gradients, gradient)
-        norm = math.sqrt(float(np.dot(gradient, gradient)))
+        flat = {name: np.ascontiguousarray(gradients[name]).reshape(-1) for name in gradients}
+        norm = math.sqrt(sum(float(np.dot(gradient, gradient)) for gradient in flat.values()))
+        shrink = 1.0
         if settings.clip_norm is not None and norm > settings.clip_norm:
-            gradient *= np.float32(settings.clip_norm / norm)
+            shrink = settings.clip_norm / norm
         self.steps += 1
         correction = math.sqrt(1 - settings.beta2**self.steps) / (1 - settings.beta1**self.steps)
-        for start, stop, rate in self._groups:
-            for low in range(start, stop, _CHUNK):
-                self._move(slice(low, min(low + _CHUNK, stop)), rate * share, correction)
+        for name, where, inside, rate in self._parts:
+            gradient = flat[name][inside]
+            if shrink != 1.0:
+                gradient = gradient * np.float32(shrink)
+            if settings.mu:
+                away = self._parameters.flat[where] - self._parameters.origin[name].reshape(-1)[inside]
+                gradient = gradient + np.float32(settings.mu) * away
+            self._move(where, gradient, rate * share, correction)
         return norm
 
-    def _move(self, part: slice, rate: float, correction: float) -> None:
+    def _move(self, where: slice, gradient: Flat, rate: float, correction: float) -> None:
         settings = self._training
-        value, gradient = self._parameters.flat[part], self._gradient[part]
-        first, second = self.first[part], self.second[part]
-        if settings.mu:
-            gradient = gradient + np.float32(settings.mu) * (value - self._parameters.start[part])
+        value, first, second = self._parameters.flat[where], self.first[where], self.second[where]
         first += np.float32(1 - settings.beta1) * (gradient - first)
         second += np.float32(1 - settings.beta2) * (gradient * gradient - second)
         if settings.weight_decay:
@@ -77,9 +80,8 @@ class AdamW:
         value -= denominator
 
 
-def _rate_groups(parameters: AdapterParameters, training: Training) -> list[tuple[int, int, float]]:
-    """Runs of neighbouring elements with one learning rate: (start, stop, rate)."""
-    groups: list[tuple[int, int, float]] = []
+def _parts(parameters: AdapterParameters, training: Training) -> Iterator[tuple[str, slice, slice, float]]:
+    """Pieces of at most _CHUNK elements: tensor, where in the flat array, where in the tensor, learning rate."""
     start = 0
     for name, shape in parameters.layout.blocks:
         rate = training.lr_head
@@ -87,10 +89,8 @@ def _rate_groups(parameters: AdapterParameters, training: Training) -> list[tupl
             rate = training.lr_a
         elif name.endswith(".lora_b"):
             rate = training.lr_b
-        stop = start + math.prod(shape)
-        if groups and groups[-1][2] == rate:
-            groups[-1] = (groups[-1][0], stop, rate)
-        else:
-            groups.append((start, stop, rate))
-        start = stop
-    return groups
+        count = math.prod(shape)
+        for low in range(0, count, _CHUNK):
+            high = min(low + _CHUNK, count)
+            yield name, slice(start + low, start + high), slice(low, high), rate
+        start += count

@@ -24,6 +24,7 @@ from edge_runtime.engine.head import ClassHead, scatter_rows, select_rows
 from edge_runtime.engine.interface import Gradients, Score, TokenBatch
 from edge_runtime.engine.parameters import AdapterParameters
 from edge_runtime.engine.remembered import Flags, RememberedHidden
+from edge_runtime.engine.runtime import choose_allocation
 from edge_runtime.engine.vocabulary import VocabularyHead
 from edge_runtime.wire import Products
 
@@ -59,6 +60,7 @@ class BlockEngine:
         self._manifest = manifest
         weights = bundle.weights()
         allowance = share_out(memory_budget_mb, sum(array.nbytes for array in weights.values()))
+        choose_allocation(tight=not allowance.resident)
         self._frozen = FrozenWeights(manifest, weights, resident=allowance.resident)
         self._kinds = {
             kind.name: BlockVariants(kind, JointGraph.load(bundle.path(kind.graph))) for kind in manifest.kinds

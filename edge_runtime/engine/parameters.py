@@ -23,7 +23,7 @@ class AdapterParameters:
     Attributes:
         tensors: Every adapter tensor by name, float32.
         flat: Alive values, shape (layout.count,); written by the optimizer.
-        start: ``flat`` as it was, for the update and the proximal term.
+        origin: The alive tensors as they came, for the update and the proximal term; mapped ones take no memory.
         layout: Names and shapes of the alive tensors.
     """
 
@@ -36,7 +36,7 @@ class AdapterParameters:
             view[...] = adapter[name]
         dead = {name: np.ascontiguousarray(array) for name, array in adapter.items() if name not in views}
         self.tensors: dict[str, Array] = {**dead, **views}
-        self.start: Flat = self.flat.copy()
+        self.origin: dict[str, Array] = {name: adapter[name] for name in views}
 
     @property
     def alive(self) -> frozenset[str]:
@@ -45,9 +45,7 @@ class AdapterParameters:
 
     def change(self) -> Flat:
         """What training has changed, shape (layout.count,)."""
-        return self.flat - self.start
-
-    def gather(self, gradients: Mapping[str, Array], out: Flat) -> None:
-        """Write gradients by name into one flat array in layout order."""
-        for name, view in self.layout.split(out).items():
-            view[...] = gradients[name]
+        changed = self.flat.copy()
+        for name, view in self.layout.split(changed).items():
+            np.subtract(view, self.origin[name], out=view)
+        return changed

@@ -7,6 +7,7 @@ pool is a choice made once per process.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -15,6 +16,9 @@ import onnxruntime as ort
 from edge_runtime.engine.errors import EngineInputError, EngineMissingError
 
 _UNWANTED = ["CommonSubexpressionElimination"]
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+_LARGEST_HEAP_BLOCK = 32 << 20  # the most that glibc takes for this threshold
+_TIGHT_BYTES = 512 << 10
 _pool_threads: int | None = None
 
 
@@ -55,6 +59,23 @@ def start_runtime(threads: int | None = None) -> int:
             f"threads: the pool of this process has {_pool_threads}: expected the same, got {threads}"
         )
     return _pool_threads
+
+
+def choose_allocation(*, tight: bool) -> None:
+    """Tell the C library how to hold temporaries: glibc's own way hands large blocks back and forth unpredictably.
+
+    Blocks come from the heap and stay there for the next step, or with ``tight`` large ones come from the system and go
+    back at once: the peak is what is in use (147 instead of 258 MiB on SmolLM2-135M with everything recomputed), but
+    every page is faulted in anew. Holds for the whole process; other C libraries are left as they are.
+
+    Args:
+        tight: Whether memory matters more than time.
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt") or not hasattr(library, "gnu_get_libc_version"):
+        return
+    library.mallopt(_MMAP_THRESHOLD, _TIGHT_BYTES if tight else _LARGEST_HEAP_BLOCK)
+    library.mallopt(_TRIM_THRESHOLD, _TIGHT_BYTES if tight else 2**31 - 1)
 
 
 def _usable_cores() -> int:
