@@ -53,22 +53,28 @@ class Outcome(msgspec.Struct, frozen=True):
 class Watch:
     """Measures at the checkpoints, on a clock that stands still meanwhile."""
 
-    def __init__(self, measure: Callable[[], float], checkpoints: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        measure: Callable[[], float],
+        checkpoints: tuple[int, ...],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._measure = measure
         self._checkpoints = checkpoints
-        self._began = time.perf_counter()
+        self._clock = clock
+        self._began = clock()
         self.curve: list[tuple[int, float]] = []
         self.train_s = 0.0
 
     def after(self, step: int) -> None:
         """Call once before the first step, with 0, and after every step."""
-        now = time.perf_counter()
+        now = self._clock()
         if step:
             self.train_s += now - self._began
         if step in self._checkpoints:
             self.curve.append((step, self._measure()))
             print(f"    step {step}: {self.curve[-1][1]:.4f}", file=sys.stderr, flush=True)
-        self._began = time.perf_counter()
+        self._began = self._clock()
 
 
 def checkpoints(steps: int) -> tuple[int, ...]:
