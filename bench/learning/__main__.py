@@ -12,11 +12,12 @@ import click
 import msgspec
 
 from bench.host import commit, describe_host
-from bench.learning.errors import LearningError, LearningInputError, RunError
+from bench.learning.errors import LearningInputError, RunError
 from bench.learning.lesson import Outcome, Setup
 from bench.learning.lines import SYSTEMS, Key, Line, System, append_line, base_of, read_lines, table
 from bench.learning.picture import write_picture
 from bench.learning.tasks import RECIPES, Recipe, ensure_bundle, ensure_start, write_examples
+from edge_runtime.bundle import Base
 
 STEPS, QUICK_STEPS = 200, 20
 SEEDS, QUICK_SEEDS = (0, 1, 2), (0,)
@@ -34,17 +35,25 @@ def wanted_keys(tasks: Sequence[str], systems: Sequence[System], seeds: Sequence
 def complete(path: Path, wanted: Sequence[Key], teach: Teach, say: Callable[[str], None]) -> list[Line]:
     """Run what the file of results has not, and append it, a line as soon as it is there.
 
+    A training that fails is said and left out; the others go on.
+
     Returns:
         The file's lines of as many steps as wanted, in the order wanted, those of other filters after them.
+
+    Raises:
+        LearningInputError: the data or the file of results cannot be used.
     """
     done = {line.key for line in read_lines(path)}
     missing = [key for key in wanted if key not in done]
     for number, key in enumerate(missing, start=1):
         say(f"{number}/{len(missing)}: {key.task}, {key.system}, seed {key.seed}")
-        say(append_line(path, teach(key)))
+        try:
+            say(append_line(path, teach(key)))
+        except RunError as error:
+            say(f"left out: {error}")
     kinds = {(key.steps, key.quick) for key in wanted}
     found = {line.key: line for line in read_lines(path) if (line.steps, line.quick) in kinds}
-    return [found[key] for key in dict.fromkeys([*wanted, *found])]
+    return [found[key] for key in dict.fromkeys([*wanted, *found]) if key in found]
 
 
 class Classroom:
@@ -52,6 +61,7 @@ class Classroom:
 
     def __init__(self, data: Path, out: Path, threads: int) -> None:
         self._data, self._out, self._threads = data, out, threads
+        self._failed: dict[tuple[str, Base], RunError] = {}  # exports: minutes that the next seed need not spend
 
     def teach(self, key: Key) -> Line:
         """Train and measure once.
@@ -77,7 +87,7 @@ class Classroom:
 
     def _setup(self, key: Key, recipe: Recipe) -> Setup:
         examples = write_examples(recipe, self._data, self._out / "data", quick=key.quick)
-        bundle = ensure_bundle(recipe, base_of(key.system), self._out / "bundles", examples.train)
+        bundle = self._bundle(recipe, base_of(key.system), examples.train)
         start = ensure_start(bundle, self._out / "start" / f"{key.task}-{key.seed}", key.seed)
         return Setup(
             recipe,
@@ -91,6 +101,15 @@ class Classroom:
             str(examples.train),
             str(examples.held_out),
         )
+
+    def _bundle(self, recipe: Recipe, base: Base, train: Path) -> Path:
+        if (recipe.name, base) in self._failed:
+            raise self._failed[recipe.name, base]
+        try:
+            return ensure_bundle(recipe, base, self._out / "bundles", train)
+        except RunError as error:
+            self._failed[recipe.name, base] = error
+            raise
 
     def _run(self, key: Key, setup: Setup) -> Outcome:
         path = self._out / "setups" / f"{key.task}-{key.system}-{key.seed}-{key.steps}.json"
@@ -149,11 +168,13 @@ def main(
         lines = complete(out / "results.jsonl", wanted, classroom.teach, lambda text: click.echo(text, err=True))
     except LearningInputError as error:
         raise click.UsageError(str(error)) from error
-    except LearningError as error:
-        raise click.ClickException(str(error)) from error
-    write_picture(out / "learning.html", lines)
-    click.echo(table(lines))
-    click.echo(f"curves: {out / 'learning.html'}", err=True)
+    if lines:
+        write_picture(out / "learning.html", lines)
+        click.echo(table(lines))
+        click.echo(f"curves: {out / 'learning.html'}", err=True)
+    absent = len(set(wanted) - {line.key for line in lines})
+    if absent:
+        raise click.ClickException(f"{absent} of {len(wanted)} trainings failed: the reasons are above")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from bench.learning import __main__ as command
-from bench.learning.errors import LearningInputError
+from bench.learning.errors import LearningInputError, RunError
 from bench.learning.lesson import Setup, Watch, checkpoints, run
 from bench.learning.lines import SYSTEMS, Key, Line, append_line, base_of, products_of, read_lines, rows_of, table
 from bench.learning.picture import page
@@ -26,6 +26,19 @@ def a_line(key: Key, final: float = 0.9) -> Line:
     return Line(
         key.task, key.system, key.seed, key.steps, "accuracy", curve, final, 12.5, {"cpu": "x"}, "abc", key.quick
     )
+
+
+def write_data(tmp_path: Path) -> None:
+    """Both data sets in their layout: two intents of 400 queries a split, and one short and one long problem."""
+    queries = {
+        split: [[f"{split} {label} {i}", label] for label in "ab" for i in range(400)] for split in ("train", "val")
+    }
+    (tmp_path / "text_clinc150").mkdir()
+    (tmp_path / "text_clinc150" / "data_full.json").write_text(json.dumps(queries))
+    problems = [{"question": "How many?", "answer": "1+1 = 2\n#### 2"}, {"question": "q" * 400, "answer": "1"}]
+    (tmp_path / "lm_gsm8k").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "lm_gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
 
 
 def test_a_training_is_one_line(tmp_path: Path) -> None:
@@ -70,6 +83,39 @@ def test_a_run_that_was_killed_leaves_no_half_line(tmp_path: Path) -> None:
     path.write_text("{}\n")
     with pytest.raises(LearningInputError, match=r"results\.jsonl: line 1: not a result"):
         read_lines(path)
+
+
+def test_a_training_that_fails_is_left_out(tmp_path: Path) -> None:
+    """It is said, and what can be run is run."""
+    wanted = [Key("clinc150", system, 0, 200, False) for system in ("peft", "emberlora-int4", "emberlora-fp32")]
+    told: list[str] = []
+
+    def teach(key: Key) -> Line:
+        if key.system == "emberlora-int4":
+            raise RunError("export of clinc150, base int4: no")
+        return a_line(key)
+
+    lines = command.complete(tmp_path / "results.jsonl", wanted, teach, told.append)
+    assert [line.key for line in lines] == [wanted[0], wanted[2]]
+    assert "left out: export of clinc150, base int4: no" in told
+
+
+def test_a_failed_export_is_not_tried_for_the_next_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command ends with 1 and the count; no picture of nothing is drawn."""
+    tried: list[object] = []
+
+    def refuse(*given: object) -> Path:
+        tried.append(given)
+        raise RunError("export of gsm8k, base int4: no")
+
+    write_data(tmp_path)
+    monkeypatch.setattr(command, "ensure_bundle", refuse)
+    arguments = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--task", "gsm8k"]
+    done = CliRunner().invoke(command.main, [*arguments, "--system", "emberlora-int4"])
+    assert (done.exit_code, len(tried)) == (1, 1)
+    assert done.output.count("left out: export of gsm8k, base int4: no") == 3
+    assert "3 of 3 trainings failed" in done.output
+    assert not (tmp_path / "out" / "learning.html").exists()
 
 
 def test_the_difference_is_of_the_same_seeds() -> None:
@@ -132,20 +178,12 @@ def test_the_clock_stands_still_while_measuring() -> None:
 
 def test_examples_are_held_out(tmp_path: Path) -> None:
     """CLINC150: as many of every intent; GSM8K: short problems, only the answer is a completion."""
-    queries = {
-        split: [[f"{split} {label} {i}", label] for label in "ab" for i in range(400)] for split in ("train", "val")
-    }
-    (tmp_path / "text_clinc150").mkdir()
-    (tmp_path / "text_clinc150" / "data_full.json").write_text(json.dumps(queries))
+    write_data(tmp_path)
     files = write_examples(RECIPES["clinc150"], tmp_path, tmp_path / "out", quick=False)
     held_out = [json.loads(line) for line in files.held_out.read_text().splitlines()]
     assert [sum(record["label"] == label for record in held_out) for label in "ab"] == [300, 300]
     assert all(record["text"].startswith("val") for record in held_out)
     assert len(files.train.read_text().splitlines()) == 800
-    problems = [{"question": "How many?", "answer": "1+1 = 2\n#### 2"}, {"question": "q" * 400, "answer": "1"}]
-    (tmp_path / "lm_gsm8k").mkdir()
-    for split in ("train", "test"):
-        (tmp_path / "lm_gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
     files = write_examples(RECIPES["gsm8k"], tmp_path, tmp_path / "out", quick=True)
     record = {"prompt": "Question: How many?\nAnswer:", "completion": " 1+1 = 2\n#### 2"}
     assert [json.loads(line) for line in files.train.read_text().splitlines()] == [record]
