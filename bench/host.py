@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 _PACKAGES = ("onnxruntime", "torch", "peft", "transformers", "numpy")
 
 
-def describe_host(threads: int) -> dict[str, object]:
+@cache
+def describe_host(threads: int) -> dict[str, str | int | None]:
     """Processor, cores, threads, Python and package versions."""
     return {
         "cpu": _cpu_model(),

@@ -1,15 +1,83 @@
-"""Tiny real models, exported once a session for every test that needs a bundle."""
+"""Tiny real models, exported once a session for every test that needs a bundle.
+
+Whatever takes torch to make is asked of the fixture ``made``. So the tests also run where there is no torch, on what
+another run left in the folder of ``--made``; ``tests/targets`` does that for other Pythons and for ARM.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+import edge_runtime
+
+# The limit of 200 ms an example says nothing about the code, and fails on a slow or busy machine.
+hypothesis.settings.register_profile("untimed", parent=hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("untimed")
+
+Made = Callable[[str, Callable[[Path], object]], Path]
+
+LEFT_OUT = pytest.StashKey[list[pytest.Item]]()
 
 LABELS = ("asyncio", "email", "tkinter", "xml")
 WORDS = [f"word{i}" for i in range(40)]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--made",
+        type=Path,
+        metavar="FOLDER",
+        help="Where models, bundles and gradients that take torch to make are looked for, and kept once made.",
+    )
+
+    parser.addoption("--installed", action="store_true", help="Refuse to test a checkout instead of what is installed.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[LEFT_OUT] = []
+    if config.getoption("--installed") and "site-packages" not in Path(edge_runtime.__file__).parts:
+        raise pytest.UsageError(f"--installed: edge_runtime was imported from {edge_runtime.__file__}")
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    if items:
+        items[0].config.stash[LEFT_OUT].extend(items)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Name every test that was left out with ``-m`` and carries the reason for it."""
+    for item in config.stash[LEFT_OUT]:
+        reasons = [mark.args[0] for name in ("needs_torch", "not_emulated") for mark in item.iter_markers(name)]
+        if reasons:
+            terminalreporter.write_line(f"left out: {item.nodeid}: {'; '.join(reasons)}")
+
+
+@pytest.fixture(scope="session")
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """``made(name, make)``: what ``make(path)`` wrote with torch's help, now or in an earlier run."""
+    given: Path | None = request.config.getoption("--made")
+    folder = given or tmp_path_factory.mktemp("made")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        path = folder / name
+        if path.exists():
+            return path
+        if importlib.util.find_spec("torch") is None:
+            # A run that was given a folder relies on it: to skip here would be to test nothing without a word.
+            (pytest.fail if given else pytest.skip)(f"{name}: it takes torch to make, and there is none here")
+        part = folder / f"part-{name}"
+        make(part)
+        return part.rename(path)
+
+    return get
 
 
 def save_tokenizer(folder: Path, *, special: dict[str, int]) -> int:
@@ -30,13 +98,11 @@ def save_tokenizer(folder: Path, *, special: dict[str, int]) -> int:
     return len(vocabulary)
 
 
-@pytest.fixture(scope="session")
-def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer BERT classifier; no layer is square."""
-    torch = pytest.importorskip("torch")
+def save_bert(folder: Path) -> None:
+    """A random three-layer BERT classifier; no layer is square."""
+    import torch
     from transformers import BertConfig, BertForSequenceClassification
 
-    folder = tmp_path_factory.mktemp("bert")
     size = save_tokenizer(folder, special={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3})
     torch.manual_seed(0)
     config = BertConfig(
@@ -50,16 +116,13 @@ def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.2,
     )
     BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
 
 
-@pytest.fixture(scope="session")
-def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_llama(folder: Path) -> None:
     """A random three-layer Llama with grouped KV heads."""
-    torch = pytest.importorskip("torch")
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("llama")
     size = save_tokenizer(folder, special={"<s>": 0, "</s>": 1, "[UNK]": 2})
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -76,7 +139,6 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def export(model: Path, task: str, out: Path, *more: str) -> Path:
@@ -91,12 +153,24 @@ def export(model: Path, task: str, out: Path, *more: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bert_bundle(bert_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The BERT's bundle: task classify, four labels, rank 4."""
-    return export(bert_folder, "classify", tmp_path_factory.mktemp("bundles") / "bert", "--labels", ",".join(LABELS))
+def bert_folder(made: Made) -> Path:
+    """A random three-layer BERT classifier."""
+    return made("bert-model", save_bert)
 
 
 @pytest.fixture(scope="session")
-def llama_bundle(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llama_folder(made: Made) -> Path:
+    """A random three-layer Llama."""
+    return made("llama-model", save_llama)
+
+
+@pytest.fixture(scope="session")
+def bert_bundle(bert_folder: Path, made: Made) -> Path:
+    """The BERT's bundle: task classify, four labels, rank 4."""
+    return made("bert-bundle", lambda out: export(bert_folder, "classify", out, "--labels", ",".join(LABELS)))
+
+
+@pytest.fixture(scope="session")
+def llama_bundle(llama_folder: Path, made: Made) -> Path:
     """The Llama's bundle: task lm, rank 4."""
-    return export(llama_folder, "lm", tmp_path_factory.mktemp("bundles") / "llama")
+    return made("llama-bundle", lambda out: export(llama_folder, "lm", out))

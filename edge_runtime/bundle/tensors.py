@@ -179,21 +179,37 @@ def _parse_header(header: bytes, what: str) -> dict[str, _Entry]:
         raise TensorFileError(f"{what}: header is not a table of tensors: {str(error)[:200]}") from error
 
 
+def file_offset(array: Array) -> int | None:
+    """Where a mapped array begins in its file, in bytes; None for an array that is not mapped."""
+    mapped = _mapping(array)
+    if mapped is None:
+        return None
+    return _address(array) - _address(np.frombuffer(mapped, np.uint8))
+
+
 def release_pages(array: Array) -> None:
     """Give the pages of a mapped array back to the system; they are read again when touched.
 
     Nothing happens for an array that is not mapped, or on a system without ``madvise``.
     """
+    mapped, start = _mapping(array), file_offset(array)
+    if mapped is None or start is None or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    page_start = start // mmap.PAGESIZE * mmap.PAGESIZE
+    mapped.madvise(mmap.MADV_DONTNEED, page_start, start + array.nbytes - page_start)
+
+
+def _mapping(array: Array) -> mmap.mmap | None:
     base: Any = array
     while isinstance(base, np.ndarray):
         base = base.base
     if isinstance(base, memoryview):
         base = base.obj
-    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    start = array.__array_interface__["data"][0] - np.frombuffer(base, np.uint8).__array_interface__["data"][0]
-    page_start = start // mmap.PAGESIZE * mmap.PAGESIZE
-    base.madvise(mmap.MADV_DONTNEED, page_start, start + array.nbytes - page_start)
+    return base if isinstance(base, mmap.mmap) else None
+
+
+def _address(array: Array) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 def check_tensors(tensors: Mapping[str, Array], expected: Mapping[str, tuple[int, ...]], *, what: str) -> None:

@@ -98,7 +98,8 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
     """Make this device known to an aggregator.
 
     The operator makes a token for a name; the device makes its own key, which never leaves it. A lost answer is
-    repaired by running the same command again.
+    repaired by running the same command again. First one product is computed in a child process: where ONNX Runtime
+    does not work, nothing is enrolled.
 
     \b
     Example:
@@ -109,6 +110,7 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
     """
     from edge_runtime.device.enrolment import check_server, enrol
     from edge_runtime.device.host import Host
+    from edge_runtime.device.trial import try_engine
     from edge_runtime.wire import Token, check_name
 
     with _one_line():
@@ -118,6 +120,7 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
         except RequestFormatError as error:
             raise InputError(str(error)) from error
         origin = check_server(server, insecure_http=insecure_http)
+        asyncio.run(try_engine())
         place = Home(home)
         with place.locked():
             identity = asyncio.run(enrol(place, server=origin, token=parsed, device=name, host=Host()))

@@ -9,7 +9,8 @@ DeviceError
 │   │   └── TrainingInputError  a data file is missing or has bad lines
 │   ├── HomeLockedError     another process runs on this home
 │   ├── CorruptFileError    a file of the home cannot be read as what it should be
-│   └── TrainingError       the training child failed for another reason than its input
+│   ├── TrainingError       the training child failed for another reason than its input
+│   └── EngineTrialError    ONNX Runtime does not compute on this machine
 ├── TransportError          the server cannot be reached or cannot answer now: retry
 ├── RefusedError            what the server sent must not be obeyed: do nothing, ask again
 │   ├── PinMismatchError    the server's plan key is not the one the token names
@@ -60,6 +61,10 @@ class CorruptFileError(LocalError):
 
 class TrainingError(LocalError):
     """The training child failed for another reason than its input."""
+
+
+class EngineTrialError(LocalError):
+    """ONNX Runtime does not compute on this machine."""
 
 
 class TransportError(DeviceError):

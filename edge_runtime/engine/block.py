@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnxruntime as ort
 
 from edge_runtime.bundle import BlockKind
 from edge_runtime.engine.errors import EngineInputError
-from edge_runtime.engine.graph import JointGraph
+from edge_runtime.engine.graph import InFile, JointGraph
 from edge_runtime.engine.runtime import open_session
 
 OrtValues = dict[str, ort.OrtValue]
@@ -35,13 +36,24 @@ class Variant:
         return (*names, "d_hidden") if self.input_gradient else names
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Weights of one block that sessions hold packed for their products instead of reading them as inputs."""
+
+    folder: Path
+    constants: Mapping[str, InFile]  # by graph input
+
+
 class Session:
     """A session that takes more inputs than it needs: each variant reads only some of the block's tensors."""
 
-    def __init__(self, graph: JointGraph, outputs: Sequence[str], given: Sequence[str] = ()) -> None:
+    def __init__(
+        self, graph: JointGraph, outputs: Sequence[str], given: Sequence[str] = (), packed: Packed | None = None
+    ) -> None:
         """Derive the graph of ``outputs`` from ``graph`` and open a session on it."""
         self.outputs = tuple(outputs)
-        self._session = open_session(graph.derive(outputs, given).SerializeToString())
+        model = graph.derive(outputs, given, packed.constants if packed else None)
+        self._session = open_session(model.SerializeToString(), packed.folder if packed else None)
         self.inputs = tuple(value.name for value in self._session.get_inputs())
 
     def run(self, *sources: Mapping[str, ort.OrtValue]) -> OrtValues:
@@ -62,30 +74,40 @@ class Session:
 
 
 class BlockVariants:
-    """All sessions of one block kind."""
+    """All sessions of one block kind, or of a single block whose weights are packed."""
 
-    def __init__(self, kind: BlockKind, graph: JointGraph) -> None:
+    def __init__(self, kind: BlockKind, graph: JointGraph, packed: Packed | None = None) -> None:
         """Nothing is derived yet."""
         self.kind = kind
         self.graph = graph
+        self._packed = packed
         self._sessions: dict[tuple[str, Variant | None], Session] = {}
+        self._boundaries: dict[Variant, tuple[str, ...]] = {}
 
     def forward(self) -> Session:
         """Makes ``out`` and nothing else."""
-        return self._cached("forward", None, lambda: Session(self.graph, ("out",)))
+        return self._cached("forward", None, lambda: self._session(("out",)))
 
     def forward_keeping(self, variant: Variant) -> Session:
         """Makes ``out`` and the activations that :meth:`backward` of the same variant reads."""
-        outputs = dict.fromkeys(("out", *self._kept(variant)))  # backward may read the output itself
-        return self._cached("keep", variant, lambda: Session(self.graph, tuple(outputs)))
+        # Backward may read the output itself, which is made once.
+        return self._cached("keep", variant, lambda: self._session(tuple(dict.fromkeys(("out", *self._kept(variant))))))
 
     def backward(self, variant: Variant) -> Session:
         """Makes the variant's gradients from ``d_out`` and either the kept activations or the block's input."""
-        given = self._kept(variant) if variant.keep else ()
-        return self._cached("backward", variant, lambda: Session(self.graph, variant.gradient_names(), given))
+        return self._cached(
+            "backward",
+            variant,
+            lambda: self._session(variant.gradient_names(), self._kept(variant) if variant.keep else ()),
+        )
+
+    def _session(self, outputs: Sequence[str], given: Sequence[str] = ()) -> Session:
+        return Session(self.graph, outputs, given, self._packed)
 
     def _kept(self, variant: Variant) -> tuple[str, ...]:
-        return self.graph.boundary(("out",), variant.gradient_names())
+        if variant not in self._boundaries:
+            self._boundaries[variant] = self.graph.boundary(("out",), variant.gradient_names())
+        return self._boundaries[variant]
 
     def _cached(self, role: str, variant: Variant | None, make: Callable[[], Session]) -> Session:
         key = (role, variant)

@@ -3,7 +3,8 @@
 First the frozen weights: they are mapped from the bundle's file, and if they fit they stay in memory between steps;
 otherwise the pages of a block are given back after each use and read again. What is left keeps activations, block by
 block from the top; a block that gets none computes them again in the backward pass, which costs about a third of a
-step when it is all blocks.
+step when it is all blocks. Packed weights, where they are asked for, may take
+half of what is left for activations, as many blocks from the top as that holds.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _SHARE = 0.6  # of free memory: the rest is for the optimizer, temporaries, and whoever else works on this machine
+COPIES = 2  # of packed weights: one for the products of the forward pass, one for those of the input gradient
 _MEMINFO = Path("/proc/meminfo")
 
 
@@ -74,6 +76,20 @@ class KeptSizes:
             if left < 0 or not self._budget:
                 return index + 1
         return 0
+
+
+def packed_from(left: int, block_bytes: Sequence[int]) -> int:
+    """Number of the lowest block whose weights are packed.
+
+    Args:
+        left: Bytes.
+        block_bytes: Size of each block's weights.
+    """
+    for index in reversed(range(len(block_bytes))):
+        left -= COPIES * block_bytes[index]
+        if left < 0:
+            return index + 1
+    return 0
 
 
 def default_budget_mb() -> int:

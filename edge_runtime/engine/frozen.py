@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
+import numpy as np
 import onnxruntime as ort
 
-from edge_runtime.bundle import Array, BundleError, Manifest, int8_products, release_pages
-from edge_runtime.engine.block import OrtValues
+from edge_runtime.bundle import Array, BundleError, Manifest, file_offset, int8_products, release_pages
+from edge_runtime.engine.block import OrtValues, Packed
 from edge_runtime.engine.errors import EngineInputError
+from edge_runtime.engine.graph import InFile
+
+WEIGHTS_FILE = "weights.safetensors"
 
 
 class FrozenWeights:
@@ -57,6 +62,20 @@ class FrozenWeights:
             self._int8[block] = made
             self.used(block)
         return self._int8[block]
+
+    def packed(self, block: int, folder: Path) -> Packed | None:
+        """The block's weights for sessions of its own, from a bundle's folder; None where they are not float32."""
+        constants = {}
+        for key, name in self._names[block].items():
+            array, offset = self._weights[name], file_offset(self._weights[name])
+            if array.dtype != np.float32 or offset is None:
+                return None
+            constants[key] = InFile(WEIGHTS_FILE, offset, array.shape)
+        return Packed(folder, constants)
+
+    def block_bytes(self, block: int) -> int:
+        """Size of the block's weights as stored."""
+        return sum(self._weights[name].nbytes for name in self._names[block].values())
 
     def used(self, block: int) -> None:
         """Give the block's mapped pages back to the system, unless they may stay."""

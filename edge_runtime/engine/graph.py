@@ -10,17 +10,45 @@ state that of every value, and nothing is inferred here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
 from edge_runtime.engine.errors import GraphError
-from edge_runtime.engine.onnx_schema import INT64, UNDEFINED, GraphProto, Message, ModelProto
+from edge_runtime.engine.onnx_schema import (
+    EXTERNAL,
+    FLOAT,
+    INT64,
+    UNDEFINED,
+    GraphProto,
+    Message,
+    ModelProto,
+    TensorProto,
+)
 
 # Operators that only rearrange or describe what already exists. A backward pass repeats them instead of keeping their
 # results, so that one activation is not kept twice in two shapes.
 _VIEWS = frozenset({"Transpose", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Flatten"})
+
+
+@dataclass(frozen=True)
+class InFile:
+    """A float32 constant that lies in a file: where, and its shape."""
+
+    file: str  # inside the folder that the session is told
+    offset: int  # bytes
+    shape: tuple[int, ...]
+
+    def tensor(self, name: str) -> Message:
+        """The ``TensorProto`` that says so."""
+        tensor = TensorProto(name=name, data_type=FLOAT, dims=self.shape, data_location=EXTERNAL)
+        length = 4 * math.prod(self.shape)
+        for key, value in (("location", self.file), ("offset", self.offset), ("length", length)):
+            tensor.external_data.add(key=key, value=str(value))
+        return tensor
 
 
 class JointGraph:
@@ -74,8 +102,15 @@ class JointGraph:
         """How many nodes are needed for ``outputs``."""
         return len(self._needed(outputs, given))
 
-    def derive(self, outputs: Sequence[str], given: Collection[str] = ()) -> Message:
+    def derive(
+        self, outputs: Sequence[str], given: Collection[str] = (), constants: Mapping[str, InFile] | None = None
+    ) -> Message:
         """The part of the graph that makes ``outputs``, with the ``given`` tensors as additional inputs.
+
+        Args:
+            outputs: Names.
+            given: Inner tensors that are fed instead of made.
+            constants: Inputs that become constants.
 
         Raises:
             GraphError: an output is not made by the graph.
@@ -86,7 +121,10 @@ class JointGraph:
         graph = GraphProto(name=self.model.graph.name)
         graph.node.extend(nodes)
         graph.initializer.extend(tensor for name, tensor in self._constants.items() if name in read)
-        graph.input.extend(value for name, value in self.inputs.items() if name in read and name not in given)
+        constants = constants or {}
+        graph.initializer.extend(where.tensor(name) for name, where in constants.items() if name in read)
+        fed = [name for name in self.inputs if name in read and name not in given and name not in constants]
+        graph.input.extend(self.inputs[name] for name in fed)
         graph.input.extend(self._value(name) for name in given if name in read)
         graph.output.extend(self._value(name) for name in outputs)
         model = ModelProto(ir_version=self.model.ir_version, producer_name="emberlora", graph=graph)

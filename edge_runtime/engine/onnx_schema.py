@@ -15,8 +15,9 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 # A message of the classes below; protobuf makes them at import, so there is no static type for them.
 Message = Any
 
-# TensorProto.DataType
-UNDEFINED, INT64 = 0, 7
+# TensorProto.DataType, TensorProto.DataLocation
+UNDEFINED, FLOAT, INT64 = 0, 1, 7
+EXTERNAL = 1
 
 # Message -> field -> (number, type); ``*`` marks a repeated field. A dot stands for a message inside another.
 _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
@@ -41,7 +42,14 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
         "name": (3, "string"),
         "op_type": (4, "string"),
     },
-    "TensorProto": {"name": (8, "string")},
+    "TensorProto": {
+        "dims": (1, "int64*"),
+        "data_type": (2, "int32"),
+        "name": (8, "string"),
+        "external_data": (13, "StringStringEntryProto*"),
+        "data_location": (14, "int32"),
+    },
+    "StringStringEntryProto": {"key": (1, "string"), "value": (2, "string")},
     "ValueInfoProto": {"name": (1, "string"), "type": (2, "TypeProto")},
     "TypeProto": {"tensor_type": (1, "TensorTypeProto")},
     "TensorTypeProto": {"elem_type": (1, "int32")},  # TypeProto.Tensor; only numbers are written, not names
@@ -80,3 +88,4 @@ def _class(message: str) -> Any:
 
 ModelProto = _class("ModelProto")
 GraphProto = _class("GraphProto")
+TensorProto = _class("TensorProto")

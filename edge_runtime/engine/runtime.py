@@ -8,6 +8,7 @@ pool is a choice made once per process.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import onnxruntime as ort
 
@@ -62,8 +63,8 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def open_session(model: bytes) -> ort.InferenceSession:
-    """A CPU session on the process's thread pool.
+def open_session(model: bytes, constants: Path | None = None) -> ort.InferenceSession:
+    """A CPU session on the process's thread pool; ``constants`` is the folder of files that hold the model's.
 
     The arena is off: it keeps the high-water mark of the longest sequence ever seen. Common subexpressions are not
     merged: a weight restored to float32 for the forward product would be kept for the backward one.
@@ -73,4 +74,6 @@ def open_session(model: bytes) -> ort.InferenceSession:
     options.use_per_session_threads = False
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 3
+    if constants is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(constants))
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], disabled_optimizers=_UNWANTED)

@@ -28,6 +28,7 @@ class WorkingBundle:
         threads: int | None = None,
         memory_budget_mb: int | None = None,
         products: Products = "exact",
+        packed: bool = False,
     ) -> None:
         """``threads`` None means one a core; for the others see :class:`edge_runtime.engine.model.BlockEngine`.
 
@@ -41,6 +42,7 @@ class WorkingBundle:
         self._threads = threads
         self._memory_budget_mb = memory_budget_mb
         self._products = products
+        self._packed = packed
         self._engine: Engine | None = None
         if bundle.manifest.engine == "blocks":
             check_runtime()
@@ -60,7 +62,12 @@ class WorkingBundle:
         if self.bundle.manifest.engine == "ort-training":
             return OrtTrainingEngine(self.bundle, threads=self._threads)
         start_runtime(self._threads)
-        return BlockEngine(self.bundle, memory_budget_mb=self._memory_budget_mb, products=self._products)
+        return BlockEngine(
+            self.bundle,
+            memory_budget_mb=self._memory_budget_mb,
+            products=self._products,
+            packed=self._packed,
+        )
 
     def micro_tokens(self, asked: int | None) -> int:
         """Tokens that go through the model at once: what the user asked for, or what suits model and budget."""

@@ -16,11 +16,12 @@ from device_bench import FakeTrainer, InProcessInspector
 from device_bundle import TinyBundle
 from device_server import Aggregator, Serving
 
-from edge_runtime.device import commands, inspector, trainer
+from edge_runtime.device import commands, inspector, trainer, trial
 from edge_runtime.device.commands import enroll, leave, run, status
 from edge_runtime.device.display import TerminalDisplay
 from edge_runtime.device.events import Noticed
 from edge_runtime.device.home import Home, default_home
+from edge_runtime.device.trial import try_engine
 from edge_runtime.training.job import TrainingJob
 
 STANDIN = (sys.executable, str(Path(__file__).with_name("device_standin.py")))
@@ -69,10 +70,16 @@ def server(tiny_bundle: TinyBundle) -> Iterator[Aggregator]:
         yield aggregator
 
 
+def behave(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """What the child that tries ONNX Runtime does instead."""
+    monkeypatch.setattr(trial, "try_engine", functools.partial(try_engine, (sys.executable, "-c", code)))
+
+
 @pytest.fixture
 def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> User:
     monkeypatch.setattr(trainer, "ChildTrainer", functools.partial(trainer.ChildTrainer, STANDIN))
     monkeypatch.setattr(inspector, "ChildInspector", InProcessInspector)
+    behave(monkeypatch, "")
     return User(tmp_path / "home")
 
 
@@ -203,6 +210,20 @@ def test_wrong_enrolments(user: User, server: Aggregator, options: dict[str, str
     result = user.types(enroll, *(part for pair in given.items() for part in pair))
     fails(result, code, message)
     assert token not in result.output
+
+
+def test_where_the_engine_crashes_nothing_is_enrolled(
+    user: User, server: Aggregator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behave(monkeypatch, "import os, signal; os.kill(os.getpid(), signal.SIGILL)")
+    token = server.token("pi-1")
+    result = user.types(enroll, "--server", server.url, "--token", token, "--name", "pi-1")
+    fails(result, 1, "onnxruntime ", "was ended by SIGILL; nothing was enrolled; ")
+    assert not user.home.exists()
+    assert server.devices == {}
+    behave(monkeypatch, "")
+    again = user.types(enroll, "--server", server.url, "--token", token, "--name", "pi-1")
+    assert again.exit_code == 0, "the token was used up"
 
 
 def test_a_used_token_is_a_refusal(enrolled: User, server: Aggregator, tmp_path: Path) -> None:
