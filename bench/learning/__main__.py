@@ -11,8 +11,8 @@ from pathlib import Path
 import click
 import msgspec
 
+from bench.errors import RequestError, UnavailableError
 from bench.host import commit, describe_host
-from bench.learning.errors import LearningInputError, RunError
 from bench.learning.lesson import Outcome, Setup
 from bench.learning.lines import SYSTEMS, Key, Line, System, append_line, base_of, read_lines, table
 from bench.learning.picture import write_picture
@@ -41,7 +41,7 @@ def complete(path: Path, wanted: Sequence[Key], teach: Teach, say: Callable[[str
         The file's lines of as many steps as wanted, in the order wanted, those of other filters after them.
 
     Raises:
-        LearningInputError: the data or the file of results cannot be used.
+        RequestError: the data or the file of results cannot be used.
     """
     done = {line.key for line in read_lines(path)}
     missing = [key for key in wanted if key not in done]
@@ -49,7 +49,7 @@ def complete(path: Path, wanted: Sequence[Key], teach: Teach, say: Callable[[str
         say(f"{number}/{len(missing)}: {key.task}, {key.system}, seed {key.seed}")
         try:
             say(append_line(path, teach(key)))
-        except RunError as error:
+        except UnavailableError as error:
             say(f"left out: {error}")
     kinds = {(key.steps, key.quick) for key in wanted}
     found = {line.key: line for line in read_lines(path) if (line.steps, line.quick) in kinds}
@@ -61,13 +61,13 @@ class Classroom:
 
     def __init__(self, data: Path, out: Path, threads: int) -> None:
         self._data, self._out, self._threads = data, out, threads
-        self._failed: dict[tuple[str, Base], RunError] = {}  # exports: minutes that the next seed need not spend
+        self._failed: dict[tuple[str, Base], UnavailableError] = {}  # exports, not tried again: they take minutes
 
     def teach(self, key: Key) -> Line:
         """Train and measure once.
 
         Raises:
-            LearningError: the data cannot be used, or the export or the training failed.
+            BenchError: the data cannot be used, or the export or the training failed.
         """
         recipe = RECIPES[key.task]
         outcome = self._run(key, self._setup(key, recipe))
@@ -107,7 +107,7 @@ class Classroom:
             raise self._failed[recipe.name, base]
         try:
             return ensure_bundle(recipe, base, self._out / "bundles", train)
-        except RunError as error:
+        except UnavailableError as error:
             self._failed[recipe.name, base] = error
             raise
 
@@ -123,7 +123,9 @@ class Classroom:
             env={name: value for name, value in os.environ.items() if name not in _NUMPY_SETTINGS},
         )
         if done.returncode:
-            raise RunError(f"{key.task}, {key.system}, seed {key.seed}: ended with {done.returncode}: see above")
+            raise UnavailableError(
+                f"{key.task}, {key.system}, seed {key.seed}: ended with {done.returncode}: see above"
+            )
         return msgspec.json.decode(done.stdout, type=Outcome)
 
 
@@ -166,7 +168,7 @@ def main(
     classroom = Classroom(data, out, threads)
     try:
         lines = complete(out / "results.jsonl", wanted, classroom.teach, lambda text: click.echo(text, err=True))
-    except LearningInputError as error:
+    except RequestError as error:
         raise click.UsageError(str(error)) from error
     if lines:
         write_picture(out / "learning.html", lines)

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import msgspec
 import numpy as np
 
-from bench.learning.errors import LearningInputError
+from bench.errors import RequestError
 from edge_runtime.bundle import Base
 from edge_runtime.wire import Products
 
@@ -102,7 +102,7 @@ def read_lines(path: Path) -> list[Line]:
     A last line without its end, left by a run that was killed, is not read.
 
     Raises:
-        LearningInputError: a whole line is not a result.
+        RequestError: a whole line is not a result.
     """
     if not path.exists():
         return []
@@ -113,7 +113,7 @@ def read_lines(path: Path) -> list[Line]:
         try:
             line = msgspec.json.decode(text, type=Line)
         except msgspec.DecodeError as error:
-            raise LearningInputError(f"{path}: line {number}: not a result: {error}") from error
+            raise RequestError(f"{path}: line {number}: not a result: {error}") from error
         found[line.key] = line
     return list(found.values())
 
@@ -136,6 +136,13 @@ class Row(msgspec.Struct, frozen=True):
     difference: float | None
     largest: float | None
     train_s: float
+
+    @property
+    def apart(self) -> tuple[str, str]:
+        """``difference`` and ``largest`` as a table has them."""
+        if self.difference is None or self.largest is None:
+            return "–", "–"
+        return f"{self.difference:+.4f}", f"{self.largest:.4f}"
 
 
 def rows_of(lines: Iterable[Line], task: str) -> list[Row]:
@@ -166,13 +173,9 @@ def table(lines: Iterable[Line]) -> str:
     parts = []
     for task in dict.fromkeys(line.task for line in lines):
         metric = next(line.metric for line in lines if line.task == task)
-        text = [f"{task:<21}{'seeds':>6}{metric:>10}{'− peft':>10}{'largest':>10}{'train s':>10}"]
+        rows = [f"{task:<21}{'seeds':>6}{metric:>10}{'− peft':>10}{'largest':>10}{'train s':>10}"]
         for row in rows_of(lines, task):
-            apart = f"{_signed(row.difference):>10}{_signed(row.largest):>10}"
-            text.append(f"{row.system:<21}{row.seeds:>6}{row.final:>10.4f}{apart}{row.train_s:>10.1f}")
-        parts.append("\n".join(text))
+            apart = "".join(f"{text:>10}" for text in row.apart)
+            rows.append(f"{row.system:<21}{row.seeds:>6}{row.final:>10.4f}{apart}{row.train_s:>10.1f}")
+        parts.append("\n".join(rows))
     return "\n\n".join(parts)
-
-
-def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.4f}"

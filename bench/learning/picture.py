@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from bench.learning.lines import SYSTEMS, Line, System, rows_of
+from bench.learning.lines import REFERENCE, SYSTEMS, Line, System, rows_of
 
 _COLOURS: dict[System, str] = {
     "peft": "#1d4ed8",
@@ -47,7 +47,8 @@ def page(lines: Sequence[Line]) -> str:
     about = f"{'; '.join(hosts)} · commit {', '.join(commits)} · {lines[0].steps} steps"
     note = (
         "The same examples in the same order, the same adapter at the start, the same rates; each system is measured "
-        "with its own base, in exact products. A curve is the mean over the seeds, the band their range."
+        "with its own base, in exact products. A curve is the mean over the seeds, the band their range. Below: the "
+        "mean difference to peft on the same seeds."
     )
     if lines[0].quick:
         note += " This was a quick run: few steps, few held-out examples."
@@ -60,21 +61,26 @@ def page(lines: Sequence[Line]) -> str:
 
 def _figure(lines: Sequence[Line], tasks: Sequence[str]) -> go.Figure:
     titles = [f"{task}: {_NAMES[next(line.metric for line in lines if line.task == task)]}" for task in tasks]
-    figure = make_subplots(rows=1, cols=len(tasks), subplot_titles=titles, horizontal_spacing=0.08)
+    titles += [f"{task}: minus peft" for task in tasks]
+    heights = [0.62, 0.38]
+    spacing = {"horizontal_spacing": 0.08, "vertical_spacing": 0.12}
+    figure = make_subplots(rows=2, cols=len(tasks), subplot_titles=titles, row_heights=heights, **spacing)
     named: set[System] = set()
     for column, task in enumerate(tasks, start=1):
         for system in SYSTEMS:
             mine = [line for line in lines if (line.task, line.system) == (task, system)]
             if mine:
                 _draw(figure, mine, column, named=system not in named)
+                _draw_difference(figure, mine, _of_reference(lines, task), column)
                 named.add(system)
-    figure.update_xaxes(title="steps")
+    figure.update_xaxes(title="steps", row=2)
     figure.update_layout(
         template="plotly_white",
-        height=520,
+        height=820,
         margin={"l": 10, "r": 20, "t": 110, "b": 45},
-        legend={"orientation": "h", "y": 1.12, "yanchor": "bottom", "x": 0},
+        legend={"orientation": "h", "y": 1.06, "yanchor": "bottom", "x": 0},
         hovermode="x unified",
+        hoverlabel_namelength=-1,
     )
     return figure
 
@@ -84,13 +90,12 @@ def _draw(figure: go.Figure, lines: Sequence[Line], column: int, *, named: bool)
     system = lines[0].system
     steps = [step for step, _ in lines[0].curve]
     values = np.array([[value for _, value in line.curve] for line in lines])  # (seeds, points)
-    colour, fast = _COLOURS[system], system.endswith("-fast")
     if len(lines) > 1:
         figure.add_scatter(
             x=[*steps, *steps[::-1]],
             y=[*values.max(axis=0), *values.min(axis=0)[::-1]],
             fill="toself",
-            fillcolor=colour,
+            fillcolor=_COLOURS[system],
             opacity=0.1,
             line_width=0,
             hoverinfo="skip",
@@ -106,18 +111,49 @@ def _draw(figure: go.Figure, lines: Sequence[Line], column: int, *, named: bool)
         name=system,
         legendgroup=system,
         showlegend=named,
-        line={"color": colour, "dash": "dash" if fast else "solid", "width": 4 if system == "peft" else 2},
+        line=_pen(system),
         hovertemplate="%{y:.4f}",
         row=1,
         col=column,
     )
 
 
+def _of_reference(lines: Sequence[Line], task: str) -> dict[int, Line]:
+    """The reference's training of every seed."""
+    return {line.seed: line for line in lines if (line.task, line.system) == (task, REFERENCE)}
+
+
+def _draw_difference(figure: go.Figure, lines: Sequence[Line], reference: dict[int, Line], column: int) -> None:
+    """Mean of a system's curves minus the reference's, over the seeds that both have."""
+    pairs = [(line.curve, reference[line.seed].curve) for line in lines if line.seed in reference]
+    if not pairs:
+        return
+    apart = [[mine[1] - its[1] for mine, its in zip(*pair, strict=True)] for pair in pairs]  # (seeds, points)
+    system = lines[0].system
+    figure.add_scatter(
+        x=[step for step, _ in lines[0].curve],
+        y=np.mean(apart, axis=0),
+        mode="lines+markers",
+        name=system,
+        legendgroup=system,
+        showlegend=False,
+        line=_pen(system),
+        hovertemplate="%{y:+.4f}",
+        row=2,
+        col=column,
+    )
+
+
+def _pen(system: System) -> dict[str, object]:
+    """The fast mode is dashed, in the colour of its base."""
+    dash = "dash" if system.endswith("-fast") else "solid"
+    return {"color": _COLOURS[system], "dash": dash, "width": 4 if system == REFERENCE else 2}
+
+
 def _table(lines: Sequence[Line], task: str) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in _COLUMNS)
     body = ""
     for row in rows_of(lines, task):
-        apart = ["–" if value is None else f"{value:+.4f}" for value in (row.difference, row.largest)]
-        cells = [row.system, str(row.seeds), f"{row.final:.4f}", *apart, f"{row.train_s:.1f}"]
+        cells = [row.system, str(row.seeds), f"{row.final:.4f}", *row.apart, f"{row.train_s:.1f}"]
         body += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

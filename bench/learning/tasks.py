@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from bench.learning.errors import LearningInputError, RunError
+from bench.errors import RequestError, UnavailableError
 from edge_runtime.bundle import Array, Base, Manifest, Task, open_bundle, write_peft_folder
 from edge_runtime.wire import Training
 
@@ -84,15 +84,13 @@ def write_examples(recipe: Recipe, data: Path, folder: Path, *, quick: bool) -> 
         quick: Fewer held-out examples.
 
     Raises:
-        LearningInputError: ``data`` has not what the task needs.
+        RequestError: ``data`` has not what the task needs.
     """
     count = recipe.held_out_quick if quick else recipe.held_out
     try:
         train, held_out = _clinc150(data, count) if recipe.task == "classify" else _gsm8k(data, count)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LearningInputError(
-            f"{data}: not the data of task {recipe.name}: {type(error).__name__} {error}"
-        ) from error
+        raise RequestError(f"{data}: not the data of task {recipe.name}: {type(error).__name__} {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
     found = Examples(folder / f"{recipe.name}-train.jsonl", folder / f"{recipe.name}-held-out-{count}.jsonl")
     for path, records in ((found.train, train), (found.held_out, held_out)):
@@ -135,7 +133,7 @@ def ensure_bundle(recipe: Recipe, base: Base, folder: Path, train: Path) -> Path
     """The task's bundle of this base; exported unless ``folder`` has it from before.
 
     Raises:
-        RunError: the export failed; with what it said.
+        UnavailableError: the export failed; with what it said.
     """
     out = folder / f"{recipe.name}-{base}"
     if out.exists():
@@ -148,7 +146,7 @@ def ensure_bundle(recipe: Recipe, base: Base, folder: Path, train: Path) -> Path
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = " / ".join(done.stderr.strip().splitlines()[-_SHOWN_LINES:]) or "nothing was said"
-        raise RunError(f"export of {recipe.name}, base {base}: {said}")
+        raise UnavailableError(f"export of {recipe.name}, base {base}: {said}")
     return out
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from bench.errors import RequestError, UnavailableError
 from bench.learning import __main__ as command
-from bench.learning.errors import LearningInputError, RunError
 from bench.learning.lesson import Setup, Watch, checkpoints, run
 from bench.learning.lines import SYSTEMS, Key, Line, append_line, base_of, products_of, read_lines, rows_of, table
 from bench.learning.picture import page
@@ -81,7 +81,7 @@ def test_a_run_that_was_killed_leaves_no_half_line(tmp_path: Path) -> None:
     append_line(path, a_line(keys[1]))
     assert [line.key for line in read_lines(path)] == keys
     path.write_text("{}\n")
-    with pytest.raises(LearningInputError, match=r"results\.jsonl: line 1: not a result"):
+    with pytest.raises(RequestError, match=r"results\.jsonl: line 1: not a result"):
         read_lines(path)
 
 
@@ -92,7 +92,7 @@ def test_a_training_that_fails_is_left_out(tmp_path: Path) -> None:
 
     def teach(key: Key) -> Line:
         if key.system == "emberlora-int4":
-            raise RunError("export of clinc150, base int4: no")
+            raise UnavailableError("export of clinc150, base int4: no")
         return a_line(key)
 
     lines = command.complete(tmp_path / "results.jsonl", wanted, teach, told.append)
@@ -106,7 +106,7 @@ def test_a_failed_export_is_not_tried_for_the_next_seed(tmp_path: Path, monkeypa
 
     def refuse(*given: object) -> Path:
         tried.append(given)
-        raise RunError("export of gsm8k, base int4: no")
+        raise UnavailableError("export of gsm8k, base int4: no")
 
     write_data(tmp_path)
     monkeypatch.setattr(command, "ensure_bundle", refuse)
@@ -128,7 +128,7 @@ def test_the_difference_is_of_the_same_seeds() -> None:
     assert (peft.final, peft.difference, peft.largest) == (pytest.approx(0.85), 0, 0)
     assert (ours.seeds, ours.final) == (3, pytest.approx((0.83 + 0.88 + 0.10) / 3))
     assert (ours.difference, ours.largest) == (pytest.approx(0.005), pytest.approx(0.03))
-    assert "emberlora-int4            3    0.6033   +0.0050   +0.0300" in table(lines)
+    assert "emberlora-int4            3    0.6033   +0.0050    0.0300" in table(lines)
     assert "–" in table(lines[2:])
 
 
