@@ -60,7 +60,7 @@ class Recipe(msgspec.Struct, frozen=True):
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("clinc150", "minilm", "classify", "accuracy", 32, 64, 5e-3, 1e-2, 600, 150),
+        Recipe("clinc150", "minilm", "classify", "accuracy", 32, 64, 2e-3, 2e-2, 600, 150),
         Recipe("gsm8k", "smollm2", "lm", "loss", 4, 128, 1e-3, 0.0, 64, 16),
     )
 }
