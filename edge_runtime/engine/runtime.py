@@ -12,6 +12,7 @@ import os
 import onnxruntime as ort
 
 from edge_runtime.engine.errors import EngineInputError, EngineMissingError
+from edge_runtime.engine.profile import current_profile
 
 _UNWANTED = ["CommonSubexpressionElimination"]
 _pool_threads: int | None = None
@@ -73,4 +74,10 @@ def open_session(model: bytes) -> ort.InferenceSession:
     options.use_per_session_threads = False
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 3
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], disabled_optimizers=_UNWANTED)
+    profile = current_profile()
+    if profile is not None:
+        profile.ask(options)
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], disabled_optimizers=_UNWANTED)
+    if profile is not None:
+        profile.add(session)
+    return session
