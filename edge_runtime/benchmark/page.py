@@ -28,7 +28,8 @@ tr.chosen td { background: #eef8f3 } td.failed { color: var(--bad); text-align: 
 td.bar { min-width: 8.5rem; text-align: left } .bar span { display: inline-block; height: .7rem; border-radius: 2px;
   margin-right: .45rem; vertical-align: -1px; min-width: 1px }
 .time span { background: var(--time) } .memory span { background: var(--memory) }
-svg { display: block; max-width: 100%; height: auto } svg text { font: 12px system-ui, sans-serif; fill: var(--soft) }
+svg { display: block; max-width: 100%; height: auto } svg text { font: 12px system-ui, sans-serif; fill: var(--soft);
+  paint-order: stroke; stroke: #fff; stroke-width: 4px }
 ul.key { list-style: none; padding: 0; margin: .5rem 0; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem }
 ul.key i { display: inline-block; width: .7rem; height: .7rem; border-radius: 2px; margin-right: .4rem }
 """
@@ -49,12 +50,35 @@ def page(report: Report) -> str:
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
         f"<title>EmberLoRA on {escape(str(host['device']))}</title><style>{_STYLE}</style></head><body>"
         f"<h1>Training on {escape(str(host['device']))}</h1><p class=note>{escape(facts)}</p>{quick * report.quick}"
-        + "".join(_section(bundle, report.memory_budget_mb) for bundle in report.bundles)
+        + (_comparison(report.bundles) if len(report.bundles) > 1 else "")
+        + "".join(_section(bundle, report) for bundle in report.bundles)
         + "</body></html>\n"
     )
 
 
-def _section(bundle: Measured, budget_mb: int) -> str:
+def _comparison(bundles: Sequence[Measured]) -> str:
+    """What the verdict says of each bundle, in a row."""
+    rows = []
+    for bundle in bundles:
+        chosen = next((case.figures for case in bundle.cases if case.setting == bundle.verdict.setting), None)
+        name = f"<tr><td class=left>{escape(bundle.model)}<td class=left>{bundle.base}"
+        if chosen is None:
+            rows.append(f"{name}<td class=failed colspan=5>no tier fits")
+            continue
+        longest = bundle.verdict.longest_tokens
+        rows.append(
+            f"{name}<td class=left>{bundle.verdict.tier}<td>{chosen.step_ms_p50:,.1f}<td>{chosen.tokens_per_s:,.0f}"
+            f"<td>{chosen.peak_total_mb:,.0f}<td>{'none tried' if longest is None else f'{longest:,}'}"
+        )
+    headings = (
+        "<th class=left>model<th class=left>base<th class=left>tier that fits<th>step, ms (p50)<th>tokens/s"
+        "<th>peak memory, MiB<th>longest sequence, tokens"
+    )
+    table = f"<table><tr>{headings}</tr>{''.join(rows)}</table>"
+    return f"<h2>Side by side</h2><p class=note>Each in its verdict's setting.</p><div class=scroll>{table}</div>"
+
+
+def _section(bundle: Measured, report: Report) -> str:
     what = (
         f"{bundle.parameters / 1e6:,.0f} M parameters in {bundle.blocks} blocks, base {bundle.base}, "
         f"rank {bundle.r_max}. "
@@ -64,21 +88,22 @@ def _section(bundle: Measured, budget_mb: int) -> str:
     parts = [
         f"<h2>{escape(bundle.model)}, {bundle.base}</h2><p class=note>{escape(what)}</p>",
         f"<p class='verdict{fits}'>{escape(bundle.verdict.sentence)}</p>",
-        _cases(bundle),
+        _cases(bundle, report),
     ]
     if len([length for length in bundle.lengths if length.peak_total_mb is not None]) > 1:
         parts += [
-            "<h3>Memory by sequence length</h3><p class=note>One example, activations recomputed: peak of the process, "
-            "mapped weights included.</p>",
-            _curve(bundle.lengths, budget_mb),
+            "<h3>Memory by sequence length</h3><p class=note>One example, with as little memory as the engine "
+            "can do with: peak of the process, mapped weights included.</p>",
+            _curve(bundle.lengths, report.memory_budget_mb),
         ]
     if bundle.operators is not None:
         parts += ["<h3>Where a step's time goes</h3>", _operators(bundle.operators)]
     return "".join(parts)
 
 
-def _cases(bundle: Measured) -> str:
-    found = [case.figures for case in bundle.cases if case.figures is not None]
+def _cases(bundle: Measured, report: Report) -> str:
+    """The settings in rows; bars have one scale for all bundles, so that they can be compared."""
+    found = [case.figures for other in report.bundles for case in other.cases if case.figures is not None]
     slowest = max(figures.step_ms_p50 for figures in found)
     largest = max(figures.peak_total_mb for figures in found)
     headings = (

@@ -118,7 +118,7 @@ class _Bench:
             self._terminal.progress(number, len(settings), f"{self._bundle.folder.name}: {setting.tier}")
             found = self._ask(self._job("figures", setting), Figures)
             yield Case(setting, None, found) if isinstance(found, str) else Case(setting, found)
-        self._terminal.progress(len(settings), len(settings), self._bundle.folder.name)
+        self._terminal.close()
 
     def _lengths(self, setting: Setting) -> Iterator[Length]:
         """One example in the thriftiest way of this tier, ever longer; quick: two lengths."""

@@ -99,15 +99,13 @@ def judge(
         f"{examples} x {tokens} tokens, {figures.peak_total_mb:,.0f} MiB at its peak, within {bounds}. "
     )
     if found is None:
-        sentence += "With activations recomputed, none of the lengths tried fits the budget."
+        sentence += "Even in the setting with least memory, none of the lengths tried fits the budget."
     elif found >= limit:
         how = "" if was_tried else " (estimated)"
-        sentence += f"The longest sequence that fits is the model's limit of {limit:,} tokens{how}."
+        sentence += f"The longest sequence that fits this memory is the model's limit of {limit:,} tokens{how}."
     else:
         how = "tried" if was_tried else f"estimated from {_tokens(tried)} tokens"
-        sentence += (
-            f"The longest sequence that fits has about {found:,} tokens ({how}); the model's limit is {limit:,}."
-        )
+        sentence += f"The longest sequence that fits this memory has about {found:,} tokens ({how}); the model's limit is {limit:,}."
     return Verdict(setting.tier, setting, found, was_tried, sentence)
 
 
