@@ -105,7 +105,8 @@ def judge(
         sentence += f"The longest sequence that fits this memory is the model's limit of {limit:,} tokens{how}."
     else:
         how = "tried" if was_tried else f"estimated from {_tokens(tried)} tokens"
-        sentence += f"The longest sequence that fits this memory has about {found:,} tokens ({how}); the model's limit is {limit:,}."
+        sentence += f"The longest sequence that fits this memory has about {found:,} tokens ({how}); "
+        sentence += f"the model's limit is {limit:,}."
     return Verdict(setting.tier, setting, found, was_tried, sentence)
 
 
