@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from edge_runtime.benchmark.report import Case, Length, Measured, Operators, Report, kilobytes, matrix_line, mebibytes
+from edge_runtime.benchmark.report import (
+    Case,
+    Length,
+    Measured,
+    Operators,
+    Report,
+    kilobytes,
+    matrix_line,
+    mebibytes,
+    milliseconds,
+)
 
 _STYLE = """
 :root { --ink: #1f2430; --soft: #5b6472; --line: #e4e7ec; --wash: #f6f7f9; --time: #2f6fdb; --memory: #d9822b;
   --good: #1f8a5b; --bad: #c0392b }
 * { box-sizing: border-box }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 72rem; margin: 2.5rem auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 76rem; margin: 2.5rem auto;
   padding: 0 1.25rem }
 h1 { font-size: 1.6rem; margin: 0 0 .2rem } h2 { font-size: 1.2rem; margin: 2.8rem 0 .3rem }
 h3 { font-size: .95rem; margin: 1.8rem 0 .3rem }
@@ -21,11 +31,11 @@ p.verdict { background: var(--wash); border-left: 4px solid var(--good); padding
 p.verdict.none { border-color: var(--bad) }
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th { font-size: .78rem; font-weight: 600; color: var(--soft); text-align: right; vertical-align: bottom }
-th, td { padding: .32rem .55rem; border-bottom: 1px solid var(--line); white-space: nowrap }
+th, td { padding: .32rem .45rem; border-bottom: 1px solid var(--line); white-space: nowrap }
 td { text-align: right } th.left, td.left { text-align: left }
 tr.first td { border-top: 2px solid #c9ced6 }
 tr.chosen td { background: #eef8f3 } td.failed { color: var(--bad); text-align: left; white-space: normal }
-td.bar { min-width: 8.5rem; text-align: left } .bar span { display: inline-block; height: .7rem; border-radius: 2px;
+td.bar { min-width: 7.5rem; text-align: left } .bar span { display: inline-block; height: .7rem; border-radius: 2px;
   margin-right: .45rem; vertical-align: -1px; min-width: 1px }
 .time span { background: var(--time) } .memory span { background: var(--memory) }
 svg { display: block; max-width: 100%; height: auto } svg text { font: 12px system-ui, sans-serif; fill: var(--soft);
@@ -35,7 +45,7 @@ ul.key i { display: inline-block; width: .7rem; height: .7rem; border-radius: 2p
 """
 _COLOURS = ("#2f6fdb", "#7fa8ea", "#d9822b", "#efb97c", "#1f8a5b", "#82c2a6", "#8757c5", "#c3a7e3")
 _REST = "#c9ced6"
-_BAR_REM = 4.5  # the longest bar in a cell
+_BAR_REM = 3.5  # the longest bar in a cell
 
 
 def page(report: Report) -> str:
@@ -67,7 +77,7 @@ def _comparison(bundles: Sequence[Measured]) -> str:
             continue
         longest = bundle.verdict.longest_tokens
         rows.append(
-            f"{name}<td class=left>{bundle.verdict.tier}<td>{chosen.step_ms_p50:,.1f}<td>{chosen.tokens_per_s:,.0f}"
+            f"{name}<td class=left>{bundle.verdict.tier}<td>{milliseconds(chosen.step_ms_p50)}<td>{chosen.tokens_per_s:,.0f}"
             f"<td>{chosen.peak_total_mb:,.0f}<td>{'none tried' if longest is None else f'{longest:,}'}"
         )
     headings = (
@@ -139,8 +149,8 @@ def _row(case: Case, blocks: int, slowest: float, largest: float) -> str:
     if found is None:
         return f"{start}<td class=failed colspan=8>{escape(case.failed or '')}"
     return (
-        f"{start}<td class='bar time'>{_bar(found.step_ms_p50 / slowest)}{found.step_ms_p50:,.1f}"
-        f"<td>{found.step_ms_p95:,.1f}<td>{found.tokens_per_s:,.0f}"
+        f"{start}<td class='bar time'>{_bar(found.step_ms_p50 / slowest)}{milliseconds(found.step_ms_p50)}"
+        f"<td>{milliseconds(found.step_ms_p95)}<td>{found.tokens_per_s:,.0f}"
         f"<td class='bar memory'>{_bar(found.peak_total_mb / largest)}{mebibytes(found.peak_total_mb)}"
         f"<td>{mebibytes(found.peak_private_mb)}<td>{found.plan_change_ms:,.0f}"
         f"<td>{kilobytes(found.update_bytes)}<td>{kilobytes(found.adapter_bytes)}"

@@ -135,6 +135,11 @@ def mebibytes(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}"
 
 
+def milliseconds(value: float) -> str:
+    """A time with as many places as are worth reading."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
+
+
 def kilobytes(count: int) -> str:
     """Bytes in a round, in kB."""
     return f"{count / 1e3:,.1f}"
@@ -159,8 +164,8 @@ def _row(case: Case, blocks: int) -> tuple[str, ...]:
         return (*settings, f"failed: {case.failed}")
     return (
         *settings,
-        f"{found.step_ms_p50:,.1f}",
-        f"{found.step_ms_p95:,.1f}",
+        milliseconds(found.step_ms_p50),
+        milliseconds(found.step_ms_p95),
         f"{found.tokens_per_s:,.0f}",
         mebibytes(found.peak_private_mb),
         mebibytes(found.peak_total_mb),

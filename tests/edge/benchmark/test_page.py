@@ -42,7 +42,7 @@ def test_the_page_says_it_all_and_needs_nothing() -> None:
         "Board <4>",
         "org/model <b>",
         "It fits <well> & runs.",
-        "1,200.0",
+        "1,200",
         "SIGKILL <oom>",
         "Gemm 60.0%",
         "budget",
