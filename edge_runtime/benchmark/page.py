@@ -77,7 +77,8 @@ def _comparison(bundles: Sequence[Measured]) -> str:
             continue
         longest = bundle.verdict.longest_tokens
         rows.append(
-            f"{name}<td class=left>{bundle.verdict.tier}<td>{milliseconds(chosen.step_ms_p50)}<td>{chosen.tokens_per_s:,.0f}"
+            f"{name}<td class=left>{bundle.verdict.tier}<td>{milliseconds(chosen.step_ms_p50)}"
+            f"<td>{chosen.tokens_per_s:,.0f}"
             f"<td>{chosen.peak_total_mb:,.0f}<td>{'none tried' if longest is None else f'{longest:,}'}"
         )
     headings = (
