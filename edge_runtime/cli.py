@@ -17,6 +17,7 @@ _EDGE_COMMANDS = {
     "train": ("edge_runtime.training.commands:train", "Train an adapter on local data, without any server."),
     "eval": ("edge_runtime.training.commands:evaluate", "Measure an adapter on labelled data."),
     "predict": ("edge_runtime.training.commands:predict", "Classify texts, or continue them."),
+    "bench": ("edge_runtime.benchmark.commands:bench", "Measure what training costs on this device."),
     "enroll": ("edge_runtime.device.commands:enroll", "Make this device known to an aggregator."),
     "run": ("edge_runtime.device.commands:run", "Take part in rounds until the task is finished."),
     "status": ("edge_runtime.device.commands:status", "Show what this device is doing and has done."),
@@ -85,7 +86,7 @@ class _Root(click.Group):
         return None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        rows = [("edge", "Everything on a device: train, eval, predict, enroll, run, status, leave.")]
+        rows = [("edge", "Everything on a device: train, eval, predict, bench, enroll, run, status, leave.")]
         rows += [(name, text) for name, (_, text) in _EXTRA_COMMANDS.items()]
         with formatter.section("Commands"):
             formatter.write_dl(rows)

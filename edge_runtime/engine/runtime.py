@@ -14,6 +14,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from edge_runtime.engine.errors import EngineInputError, EngineMissingError
+from edge_runtime.engine.profile import current_profile
 
 _UNWANTED = ["CommonSubexpressionElimination"]
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
@@ -97,4 +98,10 @@ def open_session(model: bytes, constants: Path | None = None) -> ort.InferenceSe
     options.log_severity_level = 3
     if constants is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(constants))
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], disabled_optimizers=_UNWANTED)
+    profile = current_profile()
+    if profile is not None:
+        profile.ask(options)
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], disabled_optimizers=_UNWANTED)
+    if profile is not None:
+        profile.add(session)
+    return session
