@@ -26,13 +26,13 @@ Made = tuple[Step, dict[str, Array]]  # a step, and the first one's gradients by
 
 # System -> module and function (setup) -> Made. Imported when chosen: a process holds only what its system needs.
 MAKERS: dict[System, str] = {
-    "emberlora-fp32": "bench.engine_step:block_engine",
-    "emberlora-int8": "bench.engine_step:block_engine",
-    "emberlora-int4": "bench.engine_step:block_engine",
+    "emberlora-fp32": "bench.engine_step:bundle_engine",
+    "emberlora-int8": "bench.engine_step:bundle_engine",
+    "emberlora-int4": "bench.engine_step:bundle_engine",
     "torch-eager": "bench.torch_step:torch_peft",
     "torch-compile": "bench.torch_step:torch_peft",
     "torch-bf16": "bench.torch_step:torch_peft",
-    "ort-training": "bench.engine_step:ort_training",
+    "ort-training": "bench.engine_step:bundle_engine",
     "gemm-floor": "bench.floor_step:products_alone",
 }
 

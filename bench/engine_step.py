@@ -28,8 +28,8 @@ def engine_options(setting: Setting) -> dict[str, Any]:
     return options
 
 
-def block_engine(setup: Setup) -> Any:
-    """The block engine over a bundle; see :data:`bench.contestant.Made`.
+def bundle_engine(setup: Setup) -> Any:
+    """The engine that the bundle is for; see :data:`bench.contestant.Made`.
 
     Raises:
         UnavailableError: the engine has no such setting.
@@ -53,15 +53,6 @@ def block_engine(setup: Setup) -> Any:
         optimizer.step(work.engine.gradients(batch).tensors)
 
     return step, first
-
-
-def ort_training(setup: Setup) -> Any:  # noqa: ARG001 - every maker takes one
-    """The onnxruntime-training engine.
-
-    Raises:
-        UnavailableError: always, until that engine is here.
-    """
-    raise UnavailableError("ort-training: the onnxruntime-training engine is not part of this checkout yet")
 
 
 def _batch(setup: Setup) -> Batch:

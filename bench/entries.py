@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from bench.alive import Alive
-from bench.models import Workshop
+from bench.models import Workshop, ort_python
 from bench.results import Amx
 from bench.shapes import CASES
 from bench.systems import FLOOR, REFERENCE, VARIANTS, Setting, Setup, System, chosen_settings, counted_threads
@@ -74,7 +74,8 @@ def make_entry(request: Request, case: str, alive: Alive, system: System, settin
         variant=VARIANTS.get(system, ("",))[0],
         shape=size.model,
         model=str(shop.model()),
-        bundle=str(shop.bundle(system)) if system.startswith("emberlora") else "",
+        bundle=str(shop.bundle(system)) if system.startswith(("emberlora", "ort")) else "",
+        python=ort_python() if system == "ort-training" else "",
         adapter="" if system == FLOOR else str(shop.adapter()),
         batch=size.batch,
         tokens=size.tokens,

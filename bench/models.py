@@ -50,11 +50,12 @@ class Workshop:
             UnavailableError: the exporter makes none with this base; its own line says why.
         """
         base = system.removeprefix("emberlora-")
+        own = ["--engine", system, "--ort-training-python", ort_python()] if system == "ort-training" else None
         folder = self._folder / f"bundle-{base}"
         if not folder.exists():
             command = [sys.executable, "-m", "edge_runtime.cli", "export", "--model", str(self.model()), "--task", "lm"]
             command += ["--rank", str(RANK), "--out", str(folder)]
-            command += [] if base == "fp32" else ["--base", base]
+            command += own or (["--base", base] if base != "fp32" else [])
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise UnavailableError(f"{system}: export failed: {last_line(done.stderr)}")
@@ -154,6 +155,18 @@ def _write_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "[UNK]"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+
+
+def ort_python() -> str:
+    """Interpreter of the environment with onnxruntime-training, which ``make test`` makes.
+
+    Raises:
+        UnavailableError: it is not there.
+    """
+    python = Path(__file__).parents[1] / ".venv-ort" / "bin" / "python"
+    if not python.exists():
+        raise UnavailableError("ort-training: no environment .venv-ort here: make test makes it")
+    return str(python)
 
 
 def _write_adapter(folder: Path, bundle: Path) -> None:

@@ -48,7 +48,7 @@ class Contestant:
         self._errors = folder / f"{stem}.log"
         with self._errors.open("w") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "bench.contestant", str(path)],
+                [setup.python or sys.executable, "-W", "ignore", "-m", "bench.contestant", str(path)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

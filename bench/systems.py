@@ -108,6 +108,7 @@ class Setup(msgspec.Struct, frozen=True):
         threads: Of the one thread pool.
         amx: False keeps the process from using the processor's AMX tiles.
         gradients: Where to write the first step's gradients, an .npz file.
+        python: Interpreter of the system's own environment, "" for this one.
     """
 
     system: System
@@ -123,3 +124,4 @@ class Setup(msgspec.Struct, frozen=True):
     threads: int
     amx: bool
     gradients: str
+    python: str = ""

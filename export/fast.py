@@ -3,7 +3,7 @@
 After SwitchBack (Wortsman et al., arXiv 2304.13013): the product of the forward pass and that of the input gradient
 are int8, the gradients of what is trained stay float32. A frozen weight has no gradient of its own, so both of its
 products are. Activations and gradients are divided by the largest magnitude of their row first, because decoders have
-outliers, and the operator quantises what is then between -1 and 1.
+outliers, and the operator quantises what is then between -1 and 1. Rows that come out of a norm are of one size already.
 
 A weight (out, in) that a product reads becomes three inputs: ``q:{weight}`` int8 (out, in), ``qt:{weight}`` the same
 transposed, and ``qs:{weight}`` float32 (out,), so that weight = qs · q. Both products use the same integers.
@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.clean import CONTRIB, check, prune
 
+_NORMS = frozenset({"SimplifiedLayerNormalization", "LayerNormalization"})
 _ONE, _TINY, _AXIS = "fast:one", "fast:tiny", "fast:axis"
 
 
@@ -39,7 +40,7 @@ def fast_form(model: Any, weights: tuple[str, ...]) -> tuple[Any, tuple[str, ...
     fast.CopyFrom(model)
     shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in fast.graph.input}
     matrices = {f"w:{name}" for name in weights if len(shapes[f"w:{name}"]) == 2}
-    writer = _Writer(fast.graph)
+    writer = _Writer(fast.graph, {node.output[0] for node in fast.graph.node if node.op_type in _NORMS})
     nodes = list(fast.graph.node)
     del fast.graph.node[:]
     used = {node.input[1] for node in nodes if _is_product(node, matrices)}
@@ -78,8 +79,9 @@ def _add_opset(model: Any) -> None:
 class _Writer:
     """Appends the int8 forms of products; rows that several products read are scaled once."""
 
-    def __init__(self, graph: Any) -> None:
-        self._graph = graph
+    def __init__(self, graph: Any, even: set[str]) -> None:
+        """Args: the graph, without products; values whose rows are of one size."""
+        self._graph, self._even = graph, even
         self._scaled: dict[str, tuple[str, str]] = {}
         for name, array in ((_ONE, np.ones(1)), (_TINY, np.full(1, 1e-30))):
             graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), name))
@@ -89,16 +91,18 @@ class _Writer:
         """x Wᵀ + c with the scale of each row of W inside the operator, or x W + c with it on x's columns."""
         x, weight = node.input[0], node.input[1].removeprefix("w:")
         forward = any(item.name == "transB" and item.i for item in node.attribute)
-        if forward:
+        if not forward:
+            x = self._op("Mul", x, f"qs:{weight}")
+        sides = (f"qt:{weight}", f"qs:{weight}") if forward else (f"q:{weight}", _ONE)
+        plus = list(node.input[2:])
+        if x in self._even:
+            made = self._op("DynamicQuantizeMatMul", x, *sides, output=None if plus else node.output[0])
+        else:
             rows, size = self._scale_rows(x)
-            made = self._op("DynamicQuantizeMatMul", rows, f"qt:{weight}", f"qs:{weight}")
-        else:
-            rows, size = self._scale_rows(self._op("Mul", x, f"qs:{weight}"))
-            made = self._op("DynamicQuantizeMatMul", rows, f"q:{weight}", _ONE)
-        if len(node.input) == 2:
-            self._op("Mul", made, size, output=node.output[0])
-        else:
-            self._op("Add", self._op("Mul", made, size), node.input[2], output=node.output[0])
+            made = self._op("DynamicQuantizeMatMul", rows, *sides)
+            made = self._op("Mul", made, size, output=None if plus else node.output[0])
+        if plus:
+            self._op("Add", made, *plus, output=node.output[0])
 
     def _scale_rows(self, x: str) -> tuple[str, str]:
         """The rows divided by their largest magnitude, and that magnitude (tokens, 1)."""
