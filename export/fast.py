@@ -3,7 +3,7 @@
 After SwitchBack (Wortsman et al., arXiv 2304.13013): the product of the forward pass and that of the input gradient
 are int8, the gradients of what is trained stay float32. A frozen weight has no gradient of its own, so both of its
 products are. Activations and gradients are divided by the largest magnitude of their row first, because decoders have
-outliers, and the operator quantises what is then between -1 and 1. Rows that come out of a norm are of one size already.
+outliers, and the operator quantises what is then between -1 and 1. Rows that a norm made are of one size already.
 
 A weight (out, in) that a product reads becomes three inputs: ``q:{weight}`` int8 (out, in), ``qt:{weight}`` the same
 transposed, and ``qs:{weight}`` float32 (out,), so that weight = qs · q. Both products use the same integers.
