@@ -45,7 +45,9 @@ def test_a_run_measures_what_can_be_measured_and_draws_it(out: Path) -> None:
     assert errors["gemm-floor", "B"] is None
     assert all(line["peak_total_mb"] > line["peak_private_mb"] > 0 for line in lines)
     assert "tiny, 50% alive (B)" in done.stderr
-    assert "not run: ort-training: " in done.stderr
+    # make test makes its environment; without one, a line says so.
+    tried = "ort-training" in {line["system"] for line in lines}
+    assert tried != ("not run: ort-training: " in done.stderr)
     assert (out / "step.html").stat().st_size > 1 << 20
 
 

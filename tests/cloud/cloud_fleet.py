@@ -34,6 +34,7 @@ from edge_runtime.bundle import (
     PeftInfo,
     Slot,
     Text,
+    Vocabulary,
     adapter_shapes,
     encode_manifest,
     file_entry,
@@ -76,6 +77,7 @@ def make_bundle(folder: Path, *, task: str = "classify", r_max: int = 3) -> Bund
             "first" if classify else "target",
             (),
             module="classifier" if classify else None,
+            vocabulary=None if classify else Vocabulary("graphs/head.onnx", ("w",)),
             params=params,
         ),
         modules=tuple(

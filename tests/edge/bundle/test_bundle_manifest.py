@@ -68,7 +68,7 @@ def test_a_bundle_for_onnxruntime_training_has_its_four_files_and_no_weights(man
     files |= dict.fromkeys(TRAINING_FILES, manifest.files["tokenizer.json"])
     whole = msgspec.structs.replace(manifest, engine="ort-training", files=files)
     assert parse_manifest(encode_manifest(whole)) == whole
-    with pytest.raises(ManifestError, match=r"not a manifest of schema 1: .*engine"):
+    with pytest.raises(ManifestError, match=r"not a manifest of schema 2: .*engine"):
         parse_manifest(changed(manifest, "engine", "another"))
 
 
