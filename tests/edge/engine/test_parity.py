@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,24 @@ def test_budget_decides_block_by_block(case: Case) -> None:
         _, _, tape = tight._forward(case.batch, taped=True)
         assert [variant.keep for _, variant, _ in tape] == [False, False, True]
         assert [len(kept) > 2 for _, _, kept in tape] == [False, False, True]
+
+
+def test_a_decision_stands_until_a_size_is_learned(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step decides again for each of its two variants; a later one decides once for all blocks."""
+    asked: list[int] = []
+    decide = KeptSizes.first_kept
+
+    def counted(sizes: KeptSizes, variants: Sequence[Hashable], shape: tuple[int, int]) -> int:
+        asked.append(len(variants))
+        return decide(sizes, variants, shape)
+
+    monkeypatch.setattr(KeptSizes, "first_kept", counted)
+    engine, adapter = BlockEngine(case.bundle), case.bundle.initial_adapter()  # of equal ranks, so of equal sizes
+    engine.use(AdapterParameters(adapter, Layout(tuple((name, array.shape) for name, array in adapter.items()))))
+    for expected in ([3, 3, 3], [3]):
+        asked.clear()
+        engine.gradients(case.batch)
+        assert asked == expected
 
 
 def test_backward_stops_at_the_lowest_alive_block(case: Case) -> None:
