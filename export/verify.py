@@ -58,14 +58,23 @@ def verify(bundle: Bundle, model: Any, *, seed: int) -> tuple[VerifiedCase, ...]
         found_loss, found = _run(runner, case)
         errors = relative_errors(found, expected)
         errors["loss"] = abs(found_loss - loss) / abs(loss)
-        worst = max(errors, key=lambda name: np.inf if np.isnan(errors[name]) else errors[name])
-        cases.append(VerifiedCase(case.name, errors[worst], worst))
-        if not errors[worst] <= TOLERANCE:
-            raise VerificationError(
-                f"verification {case.name}: {worst}: relative error: expected at most {TOLERANCE:g}, "
-                f"got {errors[worst]:.2e}"
-            )
+        cases.append(verified(case, errors))
     return tuple(cases)
+
+
+def verified(case: Case, errors: Mapping[str, float]) -> VerifiedCase:
+    """The worst of one comparison's relative errors, which are given by the name of what was compared.
+
+    Raises:
+        VerificationError: it is above :data:`TOLERANCE`, or not a number.
+    """
+    worst = max(errors, key=lambda name: np.inf if np.isnan(errors[name]) else errors[name])
+    if not errors[worst] <= TOLERANCE:
+        raise VerificationError(
+            f"verification {case.name}: {worst}: relative error: expected at most {TOLERANCE:g}, "
+            f"got {errors[worst]:.2e}"
+        )
+    return VerifiedCase(case.name, errors[worst], worst)
 
 
 def verify_fast(bundle: Bundle, *, seed: int) -> float | None:
