@@ -4,8 +4,10 @@
 |---|---|---|
 | fp16 | float16 (out, in) | none |
 | int8 | int8 (out, in), from -127 to 127 | float32 (out,), one a row |
-| int4 | uint8 (out, in / 2): column j in the low four bits, column j + in / 2 in the high four, 8 being zero |
-float16 (out, in / 32), one for 32 neighbouring columns, after the Q4_0 form of ggml |
+| int4 | uint8 (out, in / 2), two columns a byte | float16 (out, in / 32), one for 32 neighbouring columns |
+
+int4 is ggml's Q4_0 but for the order of columns: a byte holds column j in its low four bits and column j + in / 2 in
+its high four, 8 being zero.
 """
 
 from __future__ import annotations

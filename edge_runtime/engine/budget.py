@@ -3,8 +3,8 @@
 First the frozen weights: they are mapped from the bundle's file, and if they fit they stay in memory between steps;
 otherwise the pages of a block are given back after each use and read again. What is left keeps activations, block by
 block from the top; a block that gets none computes them again in the backward pass, which costs about a third of a
-step when it is all blocks. Packed weights, where they are asked for, may take
-half of what is left for activations, as many blocks from the top as that holds.
+step when it is all blocks. Packed weights, where they are asked for, may take half of what is left for activations, as
+many blocks from the top as that holds.
 """
 
 from __future__ import annotations
