@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from edge_runtime.bundle import MANIFEST_NAME, Array, Manifest, encode_manifest, file_entry, write_tensors
+from edge_runtime.bundle import MANIFEST_NAME, WEIGHTS_FILE, Array, Manifest, encode_manifest, file_entry, write_tensors
 from export.errors import OutputError
 
 
@@ -79,10 +79,10 @@ def write_bundle(folder: Path, contents: Contents) -> None:
     (folder / "graphs").mkdir()
     for name, model in contents.graphs.items():
         (folder / name).write_bytes(model.SerializeToString(deterministic=True))
-    write_tensors(folder / "weights.safetensors", contents.weights)
+    write_tensors(folder / WEIGHTS_FILE, contents.weights)
     write_tensors(folder / "adapter.safetensors", contents.adapter)
     (folder / "tokenizer.json").write_text(contents.tokenizer, encoding="utf-8")
-    names = [*contents.graphs, "weights.safetensors", "adapter.safetensors", "tokenizer.json"]
+    names = [*contents.graphs, WEIGHTS_FILE, "adapter.safetensors", "tokenizer.json"]
     manifest = msgspec.structs.replace(
         contents.manifest, files={name: file_entry(folder / name) for name in sorted(names)}
     )

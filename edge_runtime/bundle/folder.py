@@ -10,6 +10,7 @@ from edge_runtime.bundle.errors import BundleDigestError, BundleMissingError, Ma
 from edge_runtime.bundle.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
+    WEIGHTS_FILE,
     FileEntry,
     Manifest,
     parse_manifest,
@@ -31,7 +32,7 @@ class Bundle:
 
     def weights(self) -> dict[str, Array]:
         """The frozen weights, mapped read-only."""
-        return map_tensors(self.path("weights.safetensors"))
+        return map_tensors(self.path(WEIGHTS_FILE))
 
     def initial_adapter(self) -> dict[str, Array]:
         """The adapter a task starts from, see :mod:`edge_runtime.bundle.adapter` for its tensors."""

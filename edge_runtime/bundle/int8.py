@@ -9,7 +9,7 @@ import numpy as np
 from edge_runtime.bundle.errors import TensorFileError
 from edge_runtime.bundle.tensors import Array
 
-SCALE_SUFFIX = ":scale"  # of a quantised weight's scale in ``weights.safetensors``
+SCALE_SUFFIX = ":scale"  # of a quantised weight's scale in the file of weights
 
 
 def int8_products(name: str, tensors: Mapping[str, Array]) -> dict[str, Array]:

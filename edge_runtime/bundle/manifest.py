@@ -18,6 +18,7 @@ from edge_runtime.bundle.errors import ManifestError
 
 SCHEMA = 2
 MANIFEST_NAME = "manifest.json"
+WEIGHTS_FILE = "weights.safetensors"  # frozen ones; bundles of the engine ``blocks`` have it
 MAX_MANIFEST_BYTES = 4 << 20
 
 Base = Literal["fp32", "fp16", "int8", "int4"]
@@ -312,7 +313,7 @@ def _contradictions(manifest: Manifest) -> list[str]:
 
 def _bad_files(manifest: Manifest) -> Iterator[str]:
     """What is wrong with the table of files: these names become paths and URLs."""
-    own = {"weights.safetensors"} if manifest.engine == "blocks" else set(TRAINING_FILES)
+    own = {WEIGHTS_FILE} if manifest.engine == "blocks" else set(TRAINING_FILES)
     missing = sorted((manifest.graphs | own | {"adapter.safetensors", "tokenizer.json"}) - set(manifest.files))
     if missing:
         yield f"files without a digest: {missing}"

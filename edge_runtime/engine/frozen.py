@@ -8,12 +8,18 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from edge_runtime.bundle import Array, BundleError, Manifest, file_offset, int8_products, release_pages
+from edge_runtime.bundle import (
+    WEIGHTS_FILE,
+    Array,
+    BundleError,
+    Manifest,
+    file_offset,
+    int8_products,
+    release_pages,
+)
 from edge_runtime.engine.block import OrtValues, Packed
 from edge_runtime.engine.errors import EngineInputError
 from edge_runtime.engine.graph import InFile
-
-WEIGHTS_FILE = "weights.safetensors"
 
 
 class FrozenWeights:

@@ -21,6 +21,7 @@ from edge_runtime.bundle import (
     EVALUATION_MODEL,
     MANIFEST_NAME,
     TRAINING_FILES,
+    WEIGHTS_FILE,
     Array,
     Bundle,
     BundleError,
@@ -153,8 +154,8 @@ def write(folder: Path, contents: Contents, python: Path | None) -> Bundle:
         (folder / "tokenizer.json").write_text(contents.tokenizer, encoding="utf-8")
         with tempfile.TemporaryDirectory(dir=folder) as making:
             (Path(making) / "model.onnx").write_bytes(model.SerializeToString(deterministic=True))
-            write_tensors(Path(making) / "weights.safetensors", contents.weights)
-            run_child(python, "build", Path(making) / "model.onnx", Path(making) / "weights.safetensors", folder)
+            write_tensors(Path(making) / WEIGHTS_FILE, contents.weights)
+            run_child(python, "build", Path(making) / "model.onnx", Path(making) / WEIGHTS_FILE, folder)
         files = {name: file_entry(folder / name) for name in sorted((*TRAINING_FILES, *names))}
         manifest = msgspec.structs.replace(contents.manifest, files=files)
         (folder / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
