@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from edge_runtime.bundle import Array, Manifest
+from edge_runtime.bundle import WEIGHTS_FILE, Array, Manifest
 from edge_runtime.data import Batch, bucket_length
+from edge_runtime.engine.budget import share_out
 from edge_runtime.engine.interface import Engine, Gradients, Ids, Score
 
 MICRO_TOKENS = 4096  # a matrix product is as fast as it gets long before; beyond, only memory grows
@@ -24,16 +25,17 @@ def default_micro_tokens(manifest: Manifest, memory_budget_mb: int | None) -> in
     """Tokens, padding included, that go through the model at once when the user has not said.
 
     Whatever else is kept or recomputed, the input of every block of every token is held until its backward pass. It
-    may take half of the budget.
+    may take half of what the budget leaves for activations.
 
     Args:
         manifest: Of the bundle that is trained.
-        memory_budget_mb: For activations, in MiB; None: there is no bound.
+        memory_budget_mb: For weights and activations, in MiB, see :mod:`edge_runtime.engine.budget`; None stands for
+            60 % of the free memory.
     """
-    if memory_budget_mb is None:
-        return MICRO_TOKENS
+    weights = manifest.files.get(WEIGHTS_FILE)  # none for the engine ort-training, whose artifacts hold them
+    left = share_out(memory_budget_mb, weights.bytes if weights else 0).activations
     token_bytes = 4 * manifest.width * len(manifest.blocks)
-    return min(max((memory_budget_mb << 19) // token_bytes, _MIN_MICRO_TOKENS), MICRO_TOKENS)
+    return min(max(left // 2 // token_bytes, _MIN_MICRO_TOKENS), MICRO_TOKENS)
 
 
 def accumulate(engine: Engine, batch: Batch, max_tokens: int) -> Gradients:

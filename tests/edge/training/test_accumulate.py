@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import weakref
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.bundle import Bundle, open_bundle
+from edge_runtime.bundle import WEIGHTS_FILE, Bundle, open_bundle
 from edge_runtime.data import Batch, bucket_length, evaluation_batches
 from edge_runtime.engine.interface import Gradients, Score
 from edge_runtime.engine.model import BlockEngine
@@ -146,10 +147,20 @@ def test_the_pieces_gradients_are_not_kept() -> None:
     assert made.score == Score(5.0, 5, 10)
 
 
-def test_the_default_follows_model_and_budget(bundle: Bundle) -> None:
-    """Half of the budget for the inputs of all blocks, from 256 to 4,096 tokens."""
-    manifest = bundle.manifest  # three blocks of width 32: 384 bytes a token
-    assert default_micro_tokens(manifest, None) == 4096
-    assert default_micro_tokens(manifest, 0) == 256
-    assert default_micro_tokens(manifest, 1) == (1 << 19) // 384 == 1365
-    assert default_micro_tokens(manifest, 100) == 4096
+def test_the_default_follows_model_and_budget(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what the weights leave for the inputs of all blocks, from 256 to 4,096 tokens."""
+
+    def default(budget_mb: int | None, weight_bytes: int) -> int:
+        files = bundle.manifest.files
+        changed = {**files, WEIGHTS_FILE: msgspec.structs.replace(files[WEIGHTS_FILE], bytes=weight_bytes)}
+        # three blocks of width 32: 384 bytes a token
+        return default_micro_tokens(msgspec.structs.replace(bundle.manifest, files=changed), budget_mb)
+
+    assert default(None, 0) == 4096
+    assert default(0, 100) == 256
+    assert default(1, 0) == (1 << 19) // 384 == 1365
+    assert default(1, 1 << 19) == (1 << 18) // 384 == 682
+    assert default(1, 1 << 30) == 1365  # the weights do not stay, so all of it is for activations
+    assert default(100, 0) == 4096
+    monkeypatch.setattr("edge_runtime.engine.budget.default_budget_mb", lambda: 1)
+    assert default(None, 1 << 19) == 682
