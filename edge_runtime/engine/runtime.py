@@ -88,8 +88,9 @@ def _usable_cores() -> int:
 def open_session(model: bytes, constants: Path | None = None) -> ort.InferenceSession:
     """A CPU session on the process's thread pool; ``constants`` is the folder of files that hold the model's.
 
-    The arena is off: it keeps the high-water mark of the longest sequence ever seen. Common subexpressions are not
-    merged: a weight restored to float32 for the forward product would be kept for the backward one.
+    The arena is off, but for a profile: it keeps the high-water mark of the longest sequence ever seen. Common
+    subexpressions are not merged: a weight restored to float32 for the forward product would be kept for the backward
+    one.
     """
     start_runtime()
     options = ort.SessionOptions()

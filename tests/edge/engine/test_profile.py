@@ -34,8 +34,14 @@ def test_the_first_runs_are_skipped() -> None:
     assert operator_us(trace, skip=1 / 2) == {"Gemm": 60, "Mul": 30}
 
 
+def test_what_disturbs_one_run_does_not_count() -> None:
+    """Each operator's median stands for every run."""
+    trace = json.dumps([*run(10), *run(90_000), *run(30)]).encode()
+    assert operator_us(trace) == {"Gemm": 180, "Mul": 90}
+
+
 def test_only_sessions_opened_inside_are_profiled(tmp_path: Path) -> None:
-    """And each has a trace of its own, however fast they are opened."""
+    """And each has a trace of its own, however fast they are opened. Only they have an arena."""
     import numpy as np
 
     value = helper.make_tensor_value_info
@@ -60,4 +66,6 @@ def test_only_sessions_opened_inside_are_profiled(tmp_path: Path) -> None:
     found = profile.finish()
     assert list(found) == ["MatMul"]
     assert sorted(path.name[:10] for path in tmp_path.iterdir()) == ["session-0_", "session-1_", "session-2_"]
-    assert sessions[-1].get_session_options().enable_profiling is False
+    options = [session.get_session_options() for session in sessions]
+    assert [option.enable_profiling for option in options] == [True, True, True, False]
+    assert [option.enable_cpu_mem_arena for option in options] == [True, True, True, False]
