@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from bench.learning.lines import REFERENCE, SYSTEMS, Line, System, rows_of
+from edge_runtime.bundle import Array
 
 _COLOURS: dict[System, str] = {
     "peft": "#1d4ed8",
@@ -88,9 +89,9 @@ def _figure(lines: Sequence[Line], tasks: Sequence[str]) -> go.Figure:
 def _draw(figure: go.Figure, lines: Sequence[Line], column: int, *, named: bool) -> None:
     """Mean and range of one system's curves."""
     system = lines[0].system
-    steps = [step for step, _ in lines[0].curve]
     values = np.array([[value for _, value in line.curve] for line in lines])  # (seeds, points)
     if len(lines) > 1:
+        steps = [step for step, _ in lines[0].curve]
         figure.add_scatter(
             x=[*steps, *steps[::-1]],
             y=[*values.max(axis=0), *values.min(axis=0)[::-1]],
@@ -104,18 +105,7 @@ def _draw(figure: go.Figure, lines: Sequence[Line], column: int, *, named: bool)
             row=1,
             col=column,
         )
-    figure.add_scatter(
-        x=steps,
-        y=values.mean(axis=0),
-        mode="lines+markers",
-        name=system,
-        legendgroup=system,
-        showlegend=named,
-        line=_pen(system),
-        hovertemplate="%{y:.4f}",
-        row=1,
-        col=column,
-    )
+    _draw_curve(figure, lines, values.mean(axis=0), (1, column), number=".4f", named=named)
 
 
 def _of_reference(lines: Sequence[Line], task: str) -> dict[int, Line]:
@@ -129,18 +119,25 @@ def _draw_difference(figure: go.Figure, lines: Sequence[Line], reference: dict[i
     if not pairs:
         return
     apart = [[mine[1] - its[1] for mine, its in zip(*pair, strict=True)] for pair in pairs]  # (seeds, points)
+    _draw_curve(figure, lines, np.mean(apart, axis=0), (2, column), number="+.4f", named=False)
+
+
+def _draw_curve(
+    figure: go.Figure, lines: Sequence[Line], values: Array, panel: tuple[int, int], *, number: str, named: bool
+) -> None:
+    """One curve of a system, ``values`` (points,), into the panel of this row and column."""
     system = lines[0].system
     figure.add_scatter(
         x=[step for step, _ in lines[0].curve],
-        y=np.mean(apart, axis=0),
+        y=values,
         mode="lines+markers",
         name=system,
         legendgroup=system,
-        showlegend=False,
+        showlegend=named,
         line=_pen(system),
-        hovertemplate="%{y:+.4f}",
-        row=2,
-        col=column,
+        hovertemplate=f"%{{y:{number}}}",
+        row=panel[0],
+        col=panel[1],
     )
 
 
