@@ -28,6 +28,9 @@ from edge_runtime.engine.runtime import choose_allocation
 from edge_runtime.engine.vocabulary import VocabularyHead
 from edge_runtime.wire import Products
 
+# What the backward pass needs of each trained block, the lowest first: its number, its variant, and tensors by name.
+Tape = list[tuple[int, Variant, OrtValues]]
+
 
 class BlockEngine:
     """Implements :class:`edge_runtime.engine.interface.Engine` on stock ONNX Runtime."""
@@ -36,7 +39,7 @@ class BlockEngine:
         self,
         bundle: Bundle,
         *,
-        memory_budget_mb: int | None = None,
+        memory_budget_mb: float | None = None,
         products: Products = "exact",
         packed: bool = False,
     ) -> None:
@@ -45,7 +48,7 @@ class BlockEngine:
         Args:
             bundle: An opened bundle.
             memory_budget_mb: For resident weights and kept activations, in MiB (see :mod:`.budget`); None stands for
-                60 % of the free memory, 0 keeps nothing.
+                60 % of the free memory, 0 keeps nothing, and exactly the weights' size keeps the weights alone.
             products: How training multiplies with frozen weights.
             packed: Whether sessions may hold copies of float32 weights in the order their products want. It saves up to
                 a tenth of a step on short batches here, and takes two copies and a session for each block and variant,
@@ -78,6 +81,7 @@ class BlockEngine:
         self._lora: list[OrtValues] = []
         self._alive: list[frozenset[tuple[str, str]]] = []
         self._head_alive = False
+        self._kept_bytes = 0
 
     def _pack(self, bundle: Bundle, allowance: Allowance) -> tuple[dict[int, BlockVariants], int]:
         """Sessions of their own for as many blocks from the top as half the budget holds, and what they will take."""
@@ -135,6 +139,14 @@ class BlockEngine:
         """Number of the lowest block with an alive factor; the number of blocks when there is none."""
         return next((i for i, slots in enumerate(self._alive) if slots), len(self._alive))
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that the last training step held between its forward and its backward pass; 0 before the first.
+
+        The trained blocks' inputs, the last block's output, and activations where they are kept.
+        """
+        return self._kept_bytes
+
     def gradients(self, batch: TokenBatch) -> Gradients:
         """Loss and the gradient of the mean loss for every alive tensor.
 
@@ -144,6 +156,7 @@ class BlockEngine:
         if not (self._head_alive or self.lowest_alive < len(self._alive)):
             raise EngineInputError("adapter: nothing is alive, so there is nothing to train")
         hidden, shared, tape = self._forward(batch, taped=True)
+        self._kept_bytes = _tape_bytes(tape)
         last = hidden.numpy()
         score, d_rows, found = self._head.gradients(
             select_rows(last, batch),
@@ -165,14 +178,12 @@ class BlockEngine:
         hidden, _, _ = self._forward(batch, taped=False)
         return self._head.logits(select_rows(hidden.numpy(), batch))
 
-    def _forward(
-        self, batch: TokenBatch, *, taped: bool
-    ) -> tuple[ort.OrtValue, OrtValues, list[tuple[int, Variant, OrtValues]]]:
-        """Returns the last hidden state, the shared tensors, and the tape: what each alive block's backward needs."""
+    def _forward(self, batch: TokenBatch, *, taped: bool) -> tuple[ort.OrtValue, OrtValues, Tape]:
+        """Returns the last hidden state, the shared tensors, and the tape."""
         if self._parameters is None:
             raise EngineInputError("adapter: none in use")
         hidden, made = self._embedded(batch.input_ids, batch.attention_mask)
-        tape: list[tuple[int, Variant, OrtValues]] = []
+        tape: Tape = []
         frozen = self.lowest_alive if taped else len(self._alive)
         if taped and frozen and self._remembered is not None:
             hidden = self._recalled(self._remembered, batch, hidden, made)
@@ -234,9 +245,7 @@ class BlockEngine:
 
         return ort.OrtValue.ortvalue_from_numpy(remembered.recall(batch.examples, wanted, compute))
 
-    def _backward(
-        self, d_hidden: Array, shared: OrtValues, tape: list[tuple[int, Variant, OrtValues]]
-    ) -> dict[str, Array]:
+    def _backward(self, d_hidden: Array, shared: OrtValues, tape: Tape) -> dict[str, Array]:
         found: dict[str, Array] = {}
         d_out = ort.OrtValue.ortvalue_from_numpy(d_hidden)
         while tape:
@@ -276,6 +285,12 @@ def _shape(hidden: ort.OrtValue) -> tuple[int, int]:
 
 def _bytes(values: OrtValues) -> int:
     return sum(value.tensor_size_in_bytes() for value in values.values())
+
+
+def _tape_bytes(tape: Tape) -> int:
+    """A block's output is the next one's input, and counts once."""
+    held = {id(value): value.tensor_size_in_bytes() for _, _, kept in tape for value in kept.values()}
+    return sum(held.values())
 
 
 def _fast_kinds(bundle: Bundle) -> dict[str, BlockVariants]:

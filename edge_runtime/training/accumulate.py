@@ -20,7 +20,7 @@ _SAVED_SHARE = 0.2
 _SAVED_TOKENS = 128
 
 
-def default_micro_tokens(manifest: Manifest, memory_budget_mb: int | None) -> int:
+def default_micro_tokens(manifest: Manifest, memory_budget_mb: float | None) -> int:
     """Tokens, padding included, that go through the model at once when the user has not said.
 
     Whatever else is kept or recomputed, the input of every block of every token is held until its backward pass. It
@@ -33,7 +33,7 @@ def default_micro_tokens(manifest: Manifest, memory_budget_mb: int | None) -> in
     if memory_budget_mb is None:
         return MICRO_TOKENS
     token_bytes = 4 * manifest.width * len(manifest.blocks)
-    return min(max((memory_budget_mb << 19) // token_bytes, _MIN_MICRO_TOKENS), MICRO_TOKENS)
+    return min(max(int(memory_budget_mb * (1 << 19)) // token_bytes, _MIN_MICRO_TOKENS), MICRO_TOKENS)
 
 
 def accumulate(engine: Engine, batch: Batch, max_tokens: int) -> Gradients:
