@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from bench.errors import RequestError
+from bench.shapes import SLOTS, module_name
 
 WHOLE = "1"  # the pattern with everything alive
 SCATTERED = "scattered"
@@ -31,6 +32,11 @@ class Alive:
     def fraction(self) -> float:
         """Alive factors of all factors, from 0 to 1."""
         return sum(len(factors) for factors in self.factors.values()) / (2 * len(self.factors))
+
+    @property
+    def lowest_block_dead(self) -> bool:
+        """Whether there are blocks below the lowest alive one, whose output may be remembered."""
+        return not any(self.factors[module_name(0, slot)] for slot in SLOTS)
 
 
 def parse_alive(text: str, modules: Sequence[str]) -> list[Alive]:

@@ -1,8 +1,9 @@
 """One system in a process of its own: ``python -m bench.contestant SETUP.json``; step counts on stdin, a line each.
 
 Each answer is one JSON line: first ``{"ready": true}`` or ``{"refused": reason}``, then for every count the
-milliseconds of each step, forward, backward and optimizer together, with the peak of memory since the process began.
-The first step's gradients are written to the setup's file, so that the systems can be compared.
+milliseconds of each step, forward, backward and optimizer together, what the system tells of the inside of these steps,
+and the peak of memory since the process began. The first step's gradients are written to the setup's file, so that the
+systems can be compared.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import msgspec
 import numpy as np
 
 from bench.errors import UnavailableError
+from bench.inside import Inside
 from bench.systems import Setup, System
 from edge_runtime.bundle import Array
 from edge_runtime.training.memory import MemorySampler
 
-Step = Callable[[], None]
+Step = Callable[[], Inside | None]
 Made = tuple[Step, dict[str, Array]]  # a step, and the first one's gradients by adapter name
 
 # System -> module and function (setup) -> Made. Imported when chosen: a process holds only what its system needs.
@@ -67,13 +69,18 @@ def main(path: str) -> None:
             step()
         _say({"ready": True})
         for line in sys.stdin:
-            times = []
+            times: list[float] = []
+            inside: list[Inside] = []
             for _ in range(int(line)):
                 began = time.perf_counter()
-                step()
+                told = step()
                 times.append(1e3 * (time.perf_counter() - began))
+                if told is not None:
+                    inside.append(told)
             peak = memory.peak
-            _say({"step_ms": times, "peak_private_mb": peak.private_mb, "peak_total_mb": peak.total_mb})
+            _say(
+                {"step_ms": times, "inside": inside, "peak_private_mb": peak.private_mb, "peak_total_mb": peak.total_mb}
+            )
 
 
 def _say(message: dict[str, object]) -> None:

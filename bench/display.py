@@ -10,7 +10,7 @@ from rich.table import Table
 
 from bench.alive import WHOLE
 from bench.results import Line, best_peer, floor_of
-from bench.systems import counted_threads
+from bench.systems import counted_threads, label, parse_setting
 
 
 class Display:
@@ -50,8 +50,9 @@ def ratios(line: Line, lines: Sequence[Line]) -> tuple[float | None, float | Non
 
 
 def share_of_whole(line: Line, lines: Sequence[Line]) -> float | None:
-    """The line's step time over the same system's and setting's with everything alive."""
-    wanted = (line.case, line.system, line.setting, WHOLE, line.amx)
+    """The line's step time over the same system's and setting's with everything alive, where nothing is remembered."""
+    setting = label(line.system, parse_setting(line.setting).computed)
+    wanted = (line.case, line.system, setting, WHOLE, line.amx)
     return _over(line, next((other for other in lines if other.key == wanted), None))
 
 
@@ -66,19 +67,38 @@ def results_table(case: str, pattern: str, lines: Sequence[Line]) -> Table:
     table = Table(title=f"{case}, {alive}", title_justify="left")
     for name in ("system", "setting"):
         table.add_column(name)
-    names = ("step ms", "p95", "private MiB", "total MiB", "grad. error", "× compiled", "× best torch", "× products")
-    for name in (*names, *(["× all alive"] if pattern != WHOLE else [])):
+    times = ("step ms", "p95", "optimizer\n+ other")
+    sizes = ("private\nMiB", "total\nMiB", "kept\nMiB", "grad.\nerror")
+    whole = [] if pattern == WHOLE else ["× all\nalive"]
+    for name in (*times, *sizes, "×\ncompiled", "× best\ntorch", "×\nproducts", *whole):
         table.add_column(name, justify="right")
     for line in shown:
-        figures = [f"{ratio:.2f}" if ratio is not None else "–" for ratio in ratios(line, lines)]
-        if pattern != WHOLE:
-            whole = share_of_whole(line, lines)
-            figures.append("–" if whole is None else f"{whole:.2f}")
-        private = "–" if line.peak_private_mb is None else f"{line.peak_private_mb:.0f}"
-        error = "–" if line.grad_rel_err is None else f"{line.grad_rel_err:.0e}"
-        times = [f"{line.step_ms_median:.1f}", f"{line.step_ms_p95:.1f}"]
-        table.add_row(line.system, how(line), *times, private, f"{line.peak_total_mb:.0f}", error, *figures)
+        figures = list(ratios(line, lines)) + ([] if pattern == WHOLE else [share_of_whole(line, lines)])
+        cells = ["–" if figure is None else f"{figure:.2f}" for figure in figures]
+        table.add_row(line.system, how(line), *measured(line), *cells)
     return table
+
+
+def measured(line: Line) -> list[str]:
+    """Median and 95th percentile, shares outside the runtime, private, total and kept memory, gradient error."""
+    memory = [_megabytes(size) for size in (line.peak_private_mb, line.peak_total_mb, line.kept_mb)]
+    error = "–" if line.grad_rel_err is None else f"{line.grad_rel_err:.0e}"
+    return [f"{line.step_ms_median:.1f}", f"{line.step_ms_p95:.1f}", _outside_runtime(line), *memory, error]
+
+
+def _outside_runtime(line: Line) -> str:
+    """Shares of the step, "1.9 + 2.4 %": the optimizer's, and that of everything else but ONNX Runtime's own code."""
+    if line.optimizer_ms_median is None or line.other_ms_median is None:
+        return "–"
+    optimizer, other = (100 * part / line.step_ms_median for part in (line.optimizer_ms_median, line.other_ms_median))
+    return f"{optimizer:.1f} + {other:.1f} %"
+
+
+def _megabytes(size: float | None) -> str:
+    """MiB in full, to a tenth below 10; "–" where it is not known."""
+    if size is None:
+        return "–"
+    return f"{size:.1f}" if size < 10 else f"{size:,.0f}"
 
 
 def how(line: Line) -> str:

@@ -92,6 +92,11 @@ def settings_of(request: Request, system: System) -> tuple[Setting, ...]:
     return chosen_settings(system, request.words, quick=request.quick)
 
 
+def can_remember(setting: Setting, alive: Alive) -> bool:
+    """Whether there is what the setting remembers: a block below the lowest alive one."""
+    return setting.lower == "computed" or alive.lowest_block_dead
+
+
 def with_amx_off(entry: Entry) -> Iterator[Entry]:
     """The row itself, and where AMX helps it, the row without."""
     yield entry

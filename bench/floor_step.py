@@ -28,7 +28,12 @@ def products_alone(setup: Setup) -> Any:
     """Run every product of a step, without gradients; see :data:`bench.contestant.Made`."""
     shape = MODELS[setup.shape]
     stages = step_stages(
-        shape, setup.batch, setup.tokens, setup.factors, recompute=setup.setting.activations == "recompute"
+        shape,
+        setup.batch,
+        setup.tokens,
+        setup.factors,
+        recompute=setup.setting.activations == "recompute",
+        remembered=setup.setting.lower == "remembered",
     )
     ort.set_default_logger_severity(3)
     ort.set_global_thread_pool_sizes(setup.threads, 1)

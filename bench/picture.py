@@ -10,10 +10,10 @@ from typing import Any
 import plotly.graph_objects as go
 
 from bench.alive import WHOLE
-from bench.display import how, ratios, share_of_whole
+from bench.display import how, measured, ratios, share_of_whole
 from bench.results import Line
 from bench.shapes import CASES
-from bench.systems import FLOOR, SYSTEM_NAMES
+from bench.systems import FLOOR, SYSTEM_NAMES, parse_setting
 
 # One colour a system, the fast setting and AMX off in the same colour.
 _COLOURS = {
@@ -26,11 +26,18 @@ _COLOURS = {
     "ort-training": "#9ca3af",
     "gemm-floor": "#111827",
 }
+_SYMBOLS = {
+    ("exact", "computed"): "circle",
+    ("exact", "remembered"): "diamond",
+    ("fast", "computed"): "square",
+    ("fast", "remembered"): "star",
+}
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #111827; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .2rem }
 p.note { color: #4b5563; margin: .2rem 0 .6rem } table { border-collapse: collapse; width: 100%; font-size: .8rem }
-td, th { padding: .3rem .5rem; border-bottom: 1px solid #e5e7eb; text-align: right; white-space: nowrap }
+td, th { padding: .3rem .4rem; border-bottom: 1px solid #e5e7eb; text-align: right }
+td { white-space: nowrap } th { vertical-align: bottom }
 td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left }
 td { font-variant-numeric: tabular-nums } tr.ours td:first-child { color: #c2410c; font-weight: 600 }
 .scroll { overflow-x: auto }
@@ -40,12 +47,14 @@ _COLUMNS = (
     "setting",
     "step ms",
     "p95",
+    "optimizer + other",
+    "private MiB",
+    "total MiB",
+    "kept MiB",
+    "grad. error",
     "× compiled",
     "× best torch",
     "× products",
-    "private MiB",
-    "total MiB",
-    "grad. error",
 )
 
 
@@ -98,9 +107,14 @@ _MEMORY_NOTE = (
     "Since the process began, imports and warm-up included. Private memory belongs to the process alone; total adds "
     "mapped files, weights and libraries among them."
 )
+_INSIDE_NOTE = (
+    " Optimizer + other: shares of the step outside ONNX Runtime's own code; other is Python, binding and transfers. "
+    "Kept: tensors held between the forward and the backward pass."
+)
 _ALIVE_NOTE = (
     "The topmost part of the modules is alive. Circles apart from the lines: half of the modules, scattered, or one "
-    "factor of every module. The axis begins at zero, so that heights can be compared."
+    "factor of every module. Remembered: what the blocks below the lowest alive one make of the batch is read from a "
+    "file; × all alive compares it with computing everything. The axis begins at zero, so that heights can be compared."
 )
 
 
@@ -134,7 +148,8 @@ def _time_note(lines: Sequence[Line]) -> str:
     count = min(line.steps for line in lines)
     note = f"Median of {count} steps or more; the whisker ends at the 95th percentile."
     floors = any(line.system == FLOOR for line in lines)
-    return note + (" Dashed: the matrix products alone, which no implementation can leave out." if floors else "")
+    note += " Dashed: the matrix products alone, which no implementation can leave out." if floors else ""
+    return note + (_INSIDE_NOTE if any(line.kept_mb is not None for line in lines) else "")
 
 
 def _time_chart(lines: Sequence[Line]) -> go.Figure:
@@ -197,17 +212,18 @@ def _memory_chart(lines: Sequence[Line]) -> go.Figure:
 
 def _alive_chart(lines: Sequence[Line]) -> go.Figure:
     figure = _figure("", 0)
-    figure.update_layout(
-        height=460, yaxis={"title": "milliseconds a step", "rangemode": "tozero"}, xaxis_automargin=True
-    )
+    figure.update_layout(yaxis={"title": "milliseconds a step", "rangemode": "tozero"}, xaxis_automargin=True)
     figure.update_xaxes(title="part of the factors that is alive", tickformat=".0%", range=[0, 1.04])
-    dashes = ("solid", "dot", "dash", "dashdot")
-    seen: dict[str, int] = {}
-    for system, setting, amx in _distinct((line.system, line.setting, line.amx) for line in lines):
+    shown = _distinct((line.system, line.setting, line.amx) for line in lines)
+    figure.update_layout(height=400 + 20 * len(shown))  # the legend stands above, and takes from the height
+    dashes = ("solid", "dot", "dash", "dashdot", "longdash", "longdashdot")
+    seen: dict[tuple[str, str], int] = {}
+    for system, setting, amx in shown:
         mine = [line for line in lines if (line.system, line.setting, line.amx) == (system, setting, amx)]
-        if len(mine) < 2:
+        chosen = parse_setting(setting)
+        if len(mine) < 2 and chosen.lower == "computed":  # what is remembered has no row with all alive
             continue
-        style = seen[system] = seen.get(system, -1) + 1
+        style = seen[system, chosen.products] = seen.get((system, chosen.products), -1) + 1
         top = sorted((line for line in mine if _is_part(line.pattern)), key=lambda line: line.alive)
         line_style = {"color": _COLOURS[system], "dash": dashes[style % len(dashes)]}
         name = f"{system}: {setting}{', AMX off' if amx == 'off' else ''}"
@@ -218,6 +234,7 @@ def _alive_chart(lines: Sequence[Line]) -> go.Figure:
             name=name,
             legendgroup=name,
             line=line_style,
+            marker_symbol=_SYMBOLS[chosen.products, chosen.lower],
         )
         others = [line for line in mine if not _is_part(line.pattern)]
         figure.add_scatter(
@@ -254,11 +271,8 @@ def _row(line: Line, lines: Sequence[Line]) -> str:
     share = share_of_whole(line, lines)
     saved = "" if share is None else f" ({share:.2f} × all alive)"
     manner = how(line) if line.pattern == WHOLE else f"{line.pattern} alive: {how(line)}{saved}"
-    times = [f"{line.step_ms_median:.1f}", f"{line.step_ms_p95:.1f}"]
     figures = ["–" if ratio is None else f"{ratio:.2f}" for ratio in ratios(line, lines)]
-    private = "–" if line.peak_private_mb is None else f"{line.peak_private_mb:,.0f}"
-    error = "–" if line.grad_rel_err is None else f"{line.grad_rel_err:.0e}"
-    cells = [line.system, manner, *times, *figures, private, f"{line.peak_total_mb:,.0f}", error]
+    cells = [line.system, manner, *measured(line), *figures]
     kind = " class=ours" if line.system.startswith("emberlora") else ""
     return f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
 

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from bench.errors import UnavailableError
+from bench.inside import Inside
 from bench.models import last_line
 from bench.systems import Setup
 
@@ -26,6 +27,7 @@ class Contestant:
     Attributes:
         setup: What it was given.
         times: Milliseconds of every step so far.
+        inside: Of the same steps, or empty for a system that does not tell.
         last: Its last answer, with the peaks of memory in MiB.
     """
 
@@ -41,6 +43,7 @@ class Contestant:
         """
         self.setup = setup
         self.times: list[float] = []
+        self.inside: list[Inside] = []
         self.last: dict[str, Any] = {}
         stem = Path(setup.gradients).with_suffix("").name
         path = folder / f"{stem}.json"
@@ -78,6 +81,7 @@ class Contestant:
         self._process.stdin.flush()
         self.last = self._answer()
         self.times += self.last["step_ms"]
+        self.inside += msgspec.convert(self.last["inside"], list[Inside])
 
     @property
     def alive(self) -> bool:

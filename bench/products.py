@@ -1,8 +1,9 @@
 """The matrix products of one training step: what no implementation of it can leave out.
 
 They follow the block engine. Above the lowest alive block everything flows back; in it, only what its alive factors
-need; below it there is no backward pass. Recomputing repeats the forward products that the backward pass reads. The
-head runs over the trained rows, forward and back, a chunk of the vocabulary at a time.
+need; below it there is no backward pass, and no forward pass either where its output is remembered. Recomputing repeats
+the forward products that the backward pass reads. The head runs over the trained rows, forward and back, a chunk of the
+vocabulary at a time.
 """
 
 from __future__ import annotations
@@ -217,7 +218,7 @@ class Stage:
 
 
 def step_stages(
-    shape: Shape, batch: int, tokens: int, factors: Mapping[str, str], *, recompute: bool
+    shape: Shape, batch: int, tokens: int, factors: Mapping[str, str], *, recompute: bool, remembered: bool = False
 ) -> tuple[Stage, ...]:
     """The products of one step in the order of the engine.
 
@@ -227,11 +228,13 @@ def step_stages(
         tokens: In each; all but the last position of each are trained.
         factors: Alive factors by module name.
         recompute: Whether activations are made again in the backward pass.
+        remembered: Whether the blocks below the lowest alive one are left out.
     """
     by_block = [{slot: factors[module_name(block, slot)] for slot in SLOTS} for block in range(shape.layers)]
     lowest = next((block for block, slots in enumerate(by_block) if any(slots.values())), shape.layers)
     blocks = [Block(shape, batch, tokens, slots, below=number > lowest) for number, slots in enumerate(by_block)]
-    stages = [Stage(number, block.forward()) for number, block in enumerate(blocks)]
+    first = lowest if remembered else 0
+    stages = [Stage(number, blocks[number].forward()) for number in range(first, shape.layers)]
     stages.append(Stage(None, head_products(shape, batch * (tokens - 1))))
     for number in reversed(range(lowest, shape.layers)):
         again = blocks[number].repeated() if recompute else ()

@@ -150,4 +150,20 @@ def _line(racer: Racer, contestant: Contestant, request: Request, when: datetime
         steps=len(contestant.times),
         tried=racer.tried,
         when=when.isoformat(timespec="seconds"),
+        runtime_ms_median=_median([told.runtime_ms for told in contestant.inside]),
+        optimizer_ms_median=_median([told.optimizer_ms for told in contestant.inside]),
+        other_ms_median=_median(_other_ms(contestant)),
+        kept_mb=_median([told.kept_mb for told in contestant.inside]),
     )
+
+
+def _other_ms(contestant: Contestant) -> list[float]:
+    """What of every step neither ONNX Runtime nor the optimizer took."""
+    if not contestant.inside:
+        return []
+    pairs = zip(contestant.times, contestant.inside, strict=True)
+    return [step_ms - told.runtime_ms - told.optimizer_ms for step_ms, told in pairs]
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return round(float(np.median(values)), 2) if values else None

@@ -11,7 +11,7 @@ import numpy as np
 
 from bench.errors import RequestError
 from bench.shapes import CASES
-from bench.systems import FLOOR, System
+from bench.systems import FLOOR, Setting, System, parse_setting
 
 Amx = Literal["absent", "on", "off"]
 
@@ -22,7 +22,7 @@ class Line(msgspec.Struct, frozen=True):
     Attributes:
         case: Name of the case.
         system: Who.
-        setting: How: keep or recompute, mapped or packed, and "fast" for int8 products.
+        setting: How, in words of :class:`bench.systems.Setting`.
         alive: Alive factors of all factors, from 0 to 1.
         step_ms_median: Forward, backward and optimizer of one step.
         step_ms_p95: The 95th percentile.
@@ -41,6 +41,11 @@ class Line(msgspec.Struct, frozen=True):
         steps: Timed ones.
         tried: Median step of every way tried for a peer, in ms.
         when: UTC, ISO 8601.
+        runtime_ms_median: Of the same steps: inside ONNX Runtime's own code. This and what follows is None for systems
+            that do not tell.
+        optimizer_ms_median: In the optimizer.
+        other_ms_median: Everything else: Python, binding, transfers.
+        kept_mb: MiB of tensors held between the forward and the backward pass.
     """
 
     case: str
@@ -63,10 +68,15 @@ class Line(msgspec.Struct, frozen=True):
     steps: int
     tried: dict[str, float]
     when: str
+    runtime_ms_median: float | None = None
+    optimizer_ms_median: float | None = None
+    other_ms_median: float | None = None
+    kept_mb: float | None = None
 
     def __post_init__(self) -> None:
         if self.case not in CASES:
             raise ValueError(f"case: expected one of {', '.join(CASES)}, got {self.case}")
+        parse_setting(self.setting)
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -133,6 +143,6 @@ def best_peer(lines: Iterable[Line]) -> Line | None:
 
 def floor_of(line: Line, lines: Iterable[Line]) -> Line | None:
     """The bare products for a line: those of its own setting where they were measured, else kept and mapped."""
-    floors = {other.setting: other for other in lines if other.system == FLOOR}
-    wanted = line.setting.removesuffix(", fast")
-    return floors.get(wanted) or floors.get("keep, mapped")
+    floors = {parse_setting(other.setting): other for other in lines if other.system == FLOOR}
+    wanted = parse_setting(line.setting).needed
+    return floors.get(wanted) or floors.get(Setting(lower=wanted.lower))

@@ -3,6 +3,10 @@
 Every system runs in a process of its own. On the small model they take turns, a few steps each, so that what disturbs
 the machine disturbs all of them; the figures are medians over all turns. The models have random weights (time and
 memory do not depend on values) and LoRA of rank 8 on all linear layers. One JSON line a row.
+
+Settings are words, see :class:`bench.systems.Setting`. What is remembered is measured where the lowest blocks are dead:
+the first step fills a file in the folder of results, the timed ones read it. It is in the page cache by then, so a
+device whose data does not fit into memory reads slower.
 """
 
 from __future__ import annotations
@@ -18,14 +22,14 @@ from rich.console import Console
 from bench.alive import Alive, parse_alive
 from bench.amx import has_amx
 from bench.display import Display, results_table
-from bench.entries import Entry, Request, make_entry, reference_entry, settings_of, with_amx_off
+from bench.entries import Entry, Request, can_remember, make_entry, reference_entry, settings_of, with_amx_off
 from bench.errors import BenchError, RequestError, UnavailableError
 from bench.race import Race
 from bench.results import Line, append_line, latest, read_lines
 from bench.shapes import CASES, DEFAULT_CASES, MODELS
-from bench.systems import FLOOR, SYSTEM_NAMES, System
+from bench.systems import FLOOR, SYSTEM_NAMES, WORDS, System
 
-_WIDTH = 150  # of the table in a log file
+_WIDTH = 170  # of the table in a log file
 
 
 @click.command()
@@ -35,9 +39,9 @@ _WIDTH = 150  # of the table in a log file
 @click.option(
     "--setting",
     "words",
-    type=click.Choice(["keep", "recompute", "mapped", "packed", "exact", "fast"]),
+    type=click.Choice(WORDS),
     multiple=True,
-    help="Only settings with all of these words.",
+    help="Only settings with all of these words. tight: recompute, and give memory back after each block.",
 )
 @click.option(
     "--alive",
@@ -127,6 +131,10 @@ def _entries(request: Request, case: str, choices: Sequence[Alive], display: Dis
     for system in request.systems:
         for setting in settings_of(request, system):
             for choice in choices:
+                if not can_remember(setting, choice):
+                    if "remembered" in request.words:
+                        display.note(f"{system}: {setting}: {choice.pattern} alive leaves no dead block at the bottom")
+                    continue
                 display.doing(f"preparing {system}")
                 try:
                     yield from with_amx_off(make_entry(request, case, choice, system, setting))

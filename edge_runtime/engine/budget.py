@@ -32,14 +32,14 @@ class Allowance:
     activations: int
 
 
-def share_out(budget_mb: int | None, weight_bytes: int) -> Allowance:
+def share_out(budget_mb: float | None, weight_bytes: int) -> Allowance:
     """Spend a budget.
 
     Args:
-        budget_mb: MiB; None stands for :func:`default_budget_mb`.
+        budget_mb: MiB, whole or not; None stands for :func:`default_budget_mb`.
         weight_bytes: Size of the bundle's frozen weights.
     """
-    budget = (default_budget_mb() if budget_mb is None else budget_mb) << 20
+    budget = int((default_budget_mb() if budget_mb is None else budget_mb) * (1 << 20))
     if weight_bytes > budget:
         return Allowance(resident=False, activations=budget)
     return Allowance(resident=True, activations=budget - weight_bytes)

@@ -28,7 +28,8 @@ from edge_runtime.engine.runtime import choose_allocation
 from edge_runtime.engine.vocabulary import VocabularyHead
 from edge_runtime.wire import Products
 
-Tape = list[tuple[int, Variant, OrtValues]]  # what the backward pass of each block needs, from the lowest alive up
+# What the backward pass needs of each trained block, the lowest first: its number, its variant, and tensors by name.
+Tape = list[tuple[int, Variant, OrtValues]]
 
 
 class BlockEngine:
@@ -38,7 +39,7 @@ class BlockEngine:
         self,
         bundle: Bundle,
         *,
-        memory_budget_mb: int | None = None,
+        memory_budget_mb: float | None = None,
         products: Products = "exact",
         packed: bool = False,
     ) -> None:
@@ -47,7 +48,7 @@ class BlockEngine:
         Args:
             bundle: An opened bundle.
             memory_budget_mb: For resident weights and kept activations, in MiB (see :mod:`.budget`); None stands for
-                60 % of the free memory, 0 keeps nothing.
+                60 % of the free memory, 0 keeps nothing, and exactly the weights' size keeps the weights alone.
             products: How training multiplies with frozen weights.
             packed: Whether sessions may hold copies of float32 weights in the order their products want. It saves 5 to
                 7 % of a step here, and takes two copies and a session for each block and variant, so a change of plan
@@ -82,6 +83,7 @@ class BlockEngine:
         self._lowest = 0
         self._size_keys: list[tuple[str, Variant]] = []  # of the blocks from the lowest alive one up
         self._head_alive = False
+        self._kept_bytes = 0
 
     def _pack(self, bundle: Bundle, allowance: Allowance) -> tuple[dict[int, BlockVariants], int]:
         """Sessions of their own for as many blocks from the top as half the budget holds, and what they will take."""
@@ -146,6 +148,14 @@ class BlockEngine:
         """Number of the lowest block with an alive factor; the number of blocks when there is none."""
         return self._lowest
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that the last training step held between its forward and its backward pass; 0 before the first.
+
+        The trained blocks' inputs, the last block's output, and activations where they are kept.
+        """
+        return self._kept_bytes
+
     def gradients(self, batch: TokenBatch) -> Gradients:
         """Loss and the gradient of the mean loss for every alive tensor.
 
@@ -155,6 +165,7 @@ class BlockEngine:
         if not (self._head_alive or self._size_keys):
             raise EngineInputError("adapter: nothing is alive, so there is nothing to train")
         hidden, shared, tape = self._forward(batch, taped=True)
+        self._kept_bytes = _tape_bytes(tape)
         last = hidden.numpy()
         score, d_rows, found = self._head.gradients(
             select_rows(last, batch),
@@ -284,6 +295,12 @@ def _shape(hidden: ort.OrtValue) -> tuple[int, int]:
 
 def _bytes(values: OrtValues) -> int:
     return sum(value.tensor_size_in_bytes() for value in values.values())
+
+
+def _tape_bytes(tape: Tape) -> int:
+    """A block's output is the next one's input, and counts once."""
+    held = {id(value): value.tensor_size_in_bytes() for _, _, kept in tape for value in kept.values()}
+    return sum(held.values())
 
 
 def _fast_kinds(bundle: Bundle) -> dict[str, BlockVariants]:

@@ -21,7 +21,7 @@ _SAVED_SHARE = 0.2
 _SAVED_TOKENS = 128
 
 
-def default_micro_tokens(manifest: Manifest, memory_budget_mb: int | None) -> int:
+def default_micro_tokens(manifest: Manifest, memory_budget_mb: float | None) -> int:
     """Tokens, padding included, that go through the model at once when the user has not said.
 
     Whatever else is kept or recomputed, the input of every block of every token is held until its backward pass. It

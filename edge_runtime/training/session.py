@@ -26,7 +26,7 @@ class WorkingBundle:
         bundle: Bundle,
         *,
         threads: int | None = None,
-        memory_budget_mb: int | None = None,
+        memory_budget_mb: float | None = None,
         products: Products = "exact",
         packed: bool = False,
     ) -> None:

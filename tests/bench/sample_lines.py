@@ -63,4 +63,6 @@ def full_run() -> list[Line]:
             ("B", 0.5, 0.93),
         ):
             lines.append(sample(system, ms * share, pattern=pattern, alive=alive))
+    mark = {"setting": "keep, mapped, remembered", "pattern": "1/6", "alive": 0.167, "kept_mb": 1.5}
+    lines.append(sample("emberlora-fp32", 30, **mark))
     return lines

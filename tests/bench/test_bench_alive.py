@@ -34,6 +34,13 @@ def test_scattered_kills_half_and_always_the_same() -> None:
     assert blocks.count({"AB"}) + blocks.count({""}) < 3, "the kills are not scattered over the blocks"
 
 
+@pytest.mark.parametrize(("text", "dead"), [("1", False), ("B", False), ("6/7", False), ("5/6", True), ("1/6", True)])
+def test_there_is_a_block_below_the_lowest_alive_one_when_all_of_the_first_is_dead(text: str, dead: bool) -> None:
+    """Six of the seven modules of the first block are dead with 6/7 alive, and all with 5/6."""
+    (alive,) = parse_alive(text, SHAPE.modules)
+    assert alive.lowest_block_dead is dead
+
+
 @pytest.mark.parametrize("factor", ["A", "B"])
 def test_one_factor_of_every_module(factor: str) -> None:
     (alive,) = parse_alive(factor, SHAPE.modules)

@@ -32,6 +32,8 @@ def test_every_case_has_its_charts_and_the_sweep_one() -> None:
     ]
     assert "products: keep, mapped, 110 ms" in text
     assert "1/6 alive: keep, mapped (0.55 × all alive)" in text
+    assert "1/6 alive: keep, mapped, remembered (0.20 × all alive)" in text
+    assert "emberlora-fp32: keep, mapped, remembered" in text, "a single point, which has no row with all alive"
 
 
 def test_one_line_without_floor_is_enough() -> None:

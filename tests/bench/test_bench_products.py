@@ -26,12 +26,14 @@ def flops(products: Iterable[Product], *roles: str) -> int:
     return sum(product.flops for product in products if not roles or product.role in roles)
 
 
-def step_flops(name: str, alive: str, *, recompute: bool = False, tokens: int = 64) -> dict[str, int]:
+def step_flops(
+    name: str, alive: str, *, recompute: bool = False, remembered: bool = False, tokens: int = 64
+) -> dict[str, int]:
     shape = MODELS[name]
     (choice,) = parse_alive(alive, shape.modules)
     products = [
         product
-        for stage in step_stages(shape, BATCH, tokens, choice.factors, recompute=recompute)
+        for stage in step_stages(shape, BATCH, tokens, choice.factors, recompute=recompute, remembered=remembered)
         for product in stage.products
     ]
     return {role: flops(products, role) for role in ("frozen", "lora", "attention", "head")}
@@ -70,6 +72,17 @@ def test_below_the_lowest_alive_block_there_is_only_the_forward_pass() -> None:
     block = sum(inside * outside for inside, outside in map(shape.features, SLOTS))
     first = sum(i * o for i, o in map(shape.features, (QUERY, KEY, VALUE)))
     assert step_flops("llama-6", "1/6")["frozen"] == 2 * rows * (7 * block - first)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_is_remembered_is_not_multiplied(recompute: bool) -> None:
+    """The last sixth alive: the forward pass of five blocks is gone, and nothing else; all alive, nothing is."""
+    shape, rows = MODELS["llama-6"], BATCH * 64
+    block = sum(inside * outside for inside, outside in map(shape.features, SLOTS))
+    computed, remembered = (step_flops("llama-6", "1/6", recompute=recompute, remembered=way) for way in (False, True))
+    assert computed["frozen"] - remembered["frozen"] == 2 * rows * 5 * block
+    assert computed["head"] == remembered["head"]
+    assert step_flops("llama-6", "1", remembered=True) == step_flops("llama-6", "1")
 
 
 def test_a_dead_factor_costs_nothing_of_its_own() -> None:

@@ -15,6 +15,7 @@ from bench.alive import parse_alive
 from bench.display import Display
 from bench.entries import Entry, Request, way
 from bench.errors import UnavailableError
+from bench.inside import Inside
 from bench.race import STEPS, Race
 from bench.shapes import MODELS
 from bench.systems import VARIANTS, Setting, Setup, System
@@ -25,6 +26,7 @@ class FakeContestant:
 
     def __init__(self, setup: Setup, ms: float, log: list[str], dies_after: int | None) -> None:
         self.setup, self.alive, self.times = setup, True, []
+        self.inside: list[Inside] = []
         self.last = {"peak_private_mb": 1.23, "peak_total_mb": 4.56}
         self._ms, self._log, self._dies_after = ms, log, dies_after
 
@@ -42,7 +44,11 @@ class FakeContestant:
             self.alive = False
             raise UnavailableError(f"{self.setup.system}: ended: no reason")
         self._log.append(self.setup.system)
-        self.times += [self._ms] * steps
+        for _ in range(steps):  # of our own engine: half in the runtime in even steps, all but 1 ms in odd ones
+            runtime_ms = self._ms / 2 if len(self.times) % 2 == 0 else self._ms - 1
+            if self.setup.system.startswith("emberlora"):
+                self.inside.append(Inside(runtime_ms, 0.25, 3.456))
+            self.times.append(self._ms)
 
     @property
     def median_ms(self) -> float:
@@ -95,6 +101,19 @@ def test_turns_are_interleaved_and_begin_with_another_each_time(tmp_path: Path, 
     assert [line.steps for line in lines] == [2 * STEPS] * 3
     assert (lines[0].step_ms_median, lines[0].peak_private_mb, lines[0].when) == (5.0, 1.2, "2026-01-02T00:00:00+00:00")
     assert [line.setting for line in lines] == ["keep, mapped", "keep", "keep, mapped"]
+
+
+def test_the_inside_of_a_step_is_told_where_it_is_known(tmp_path: Path, console: Console) -> None:
+    """Medians over the same steps; what is left of each step is other, so that the three need not add up."""
+    measured = race(tmp_path, console, Stable(lambda setup: 10.0), tune=False, turns=1)
+    ours, theirs = measured.lines([entry(tmp_path, "emberlora-fp32"), entry(tmp_path, "torch-eager")])
+    assert (ours.runtime_ms_median, ours.optimizer_ms_median, ours.other_ms_median, ours.kept_mb) == (
+        7,
+        0.25,
+        2.75,
+        3.46,
+    )
+    assert (theirs.runtime_ms_median, theirs.optimizer_ms_median, theirs.other_ms_median, theirs.kept_mb) == (None,) * 4
 
 
 def test_what_cannot_be_run_is_said_once_and_the_others_go_on(tmp_path: Path, console: Console) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
-from bench.display import how, ratios, results_table, share_of_whole
+from bench.display import how, measured, ratios, results_table, share_of_whole
 from bench.errors import RequestError
 from bench.results import append_line, gradient_error, read_lines
 from tests.bench.sample_lines import full_run, sample
@@ -49,6 +50,14 @@ def test_a_case_that_is_no_longer_there_is_named(tmp_path: Path) -> None:
         read_lines(path)
 
 
+def test_a_setting_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    append_line(path, sample("torch-eager", 9.0))
+    path.write_text(path.read_text().replace('"keep"', '"sloppy"'))
+    with pytest.raises(RequestError, match=r"setting: expected words of .*, got 'sloppy'"):
+        read_lines(path)
+
+
 def test_no_file_says_that_nothing_was_measured(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="nothing was measured yet"):
         read_lines(tmp_path / "none.jsonl")
@@ -82,6 +91,17 @@ def test_the_floor_is_that_of_the_setting() -> None:
     kept = sample("torch-eager", 220.0)
     assert ratios(recomputed, lines)[2] == pytest.approx(2.0)  # 140 ms
     assert ratios(kept, lines)[2] == pytest.approx(2.0)  # 110 ms
+    tight = sample("emberlora-fp32", 280.0, setting="tight, mapped")
+    assert ratios(tight, lines)[2] == pytest.approx(2.0)  # those of recomputing
+
+
+def test_what_is_remembered_is_measured_against_its_own_products() -> None:
+    """Without them there is no ratio: the products of a whole forward pass are no floor for it."""
+    ours = sample("emberlora-fp32", 60.0, pattern="1/6", setting="recompute, mapped, remembered")
+    floor = sample("gemm-floor", 30.0, pattern="1/6", setting="keep, mapped, remembered")
+    stray = sample("gemm-floor", 50.0, pattern="1/6")
+    assert ratios(ours, [ours, floor, stray])[2] == pytest.approx(2.0)
+    assert ratios(ours, [ours, stray])[2] is None
 
 
 def test_with_amx_off_the_peer_is_the_one_with_amx_off() -> None:
@@ -96,6 +116,13 @@ def test_a_kill_is_compared_with_everything_alive() -> None:
     assert share_of_whole(part, [part]) is None
 
 
+def test_what_is_remembered_is_compared_with_computing_everything() -> None:
+    whole = sample("emberlora-int8", 200.0, setting="keep, mapped, fast")
+    part = sample("emberlora-int8", 40.0, pattern="1/6", setting="keep, mapped, fast, remembered")
+    exact = sample("emberlora-int8", 300.0)
+    assert share_of_whole(part, [exact, whole, part]) == pytest.approx(0.2)
+
+
 def test_the_setting_in_full_names_what_was_chosen() -> None:
     line = sample("torch-bf16", 1.0, variant="bf16 weights", threads=1, amx="off")
     assert how(line) == "keep, bf16 weights, 1 thread, AMX off"
@@ -105,4 +132,21 @@ def test_the_setting_in_full_names_what_was_chosen() -> None:
 def test_the_table_has_a_row_a_line() -> None:
     lines = full_run()
     assert results_table("2x64", "1", lines).row_count == 14
-    assert results_table("2x64", "1/6", lines).row_count == 2
+    assert results_table("2x64", "1/6", lines).row_count == 3
+
+
+def test_the_inside_of_a_step_is_shown_as_shares() -> None:
+    inside = {"runtime_ms_median": 140.0, "optimizer_ms_median": 3.0, "other_ms_median": 6.0}
+    ours = measured(sample("emberlora-fp32", 150.0, **inside, kept_mb=43.21))
+    assert (ours[2], ours[5]) == ("2.0 + 4.0 %", "43")
+    theirs = measured(sample("torch-eager", 150.0))
+    assert (theirs[2], theirs[5]) == ("–", "–")
+
+
+def test_lines_without_the_inside_of_a_step_are_read(tmp_path: Path) -> None:
+    """As they were written before it was measured."""
+    path = tmp_path / "results.jsonl"
+    line = sample("emberlora-fp32", 150.0)
+    fields = {name: value for name, value in msgspec.to_builtins(line).items() if not name.endswith("_ms_median")}
+    path.write_text(json.dumps({**fields, "step_ms_median": 150.0}) + "\n")
+    assert read_lines(path) == [line]

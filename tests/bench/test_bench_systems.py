@@ -15,12 +15,24 @@ import pytest
 
 from bench.alive import parse_alive
 from bench.contestant import MAKERS
-from bench.engine_step import engine_options
-from bench.entries import Entry, Request, fewer_threads, variants, way, with_amx_off
+from bench.entries import Entry, Request, can_remember, fewer_threads, variants, way, with_amx_off
 from bench.shapes import MODELS
-from bench.systems import SETTINGS, SYSTEM_NAMES, VARIANTS, Setting, Setup, System, chosen_settings
+from bench.systems import (
+    SETTINGS,
+    SYSTEM_NAMES,
+    VARIANTS,
+    Setting,
+    Setup,
+    System,
+    chosen_settings,
+    label,
+    parse_setting,
+)
 
 ROOT = Path(__file__).parents[2]
+WAYS = ("keep", "recompute", "tight")
+FP32 = [*(f"{way}, mapped" for way in WAYS), "keep, packed", "keep, mapped, remembered"]
+LOW_BIT_QUICK = [f"keep, mapped{fast}{more}" for fast in ("", ", fast") for more in ("", ", remembered")]
 
 
 def setup(system: System, setting: Setting | None = None, threads: int = 2) -> Setup:
@@ -50,11 +62,14 @@ def test_our_contestant_loads_nothing_of_torch() -> None:
 @pytest.mark.parametrize(
     ("system", "words", "quick", "expected"),
     [
-        ("emberlora-fp32", (), False, ["keep, mapped", "recompute, mapped", "keep, packed", "recompute, packed"]),
-        ("emberlora-fp32", (), True, ["keep, mapped", "recompute, mapped", "keep, packed"]),
-        ("emberlora-fp32", ("recompute", "mapped"), True, ["recompute, mapped"]),
-        ("emberlora-int8", ("fast",), False, ["keep, mapped, fast", "recompute, mapped, fast"]),
-        ("emberlora-int8", (), True, ["keep, mapped", "keep, mapped, fast"]),
+        ("emberlora-fp32", (), False, [*FP32, "recompute, mapped, remembered"]),
+        ("emberlora-fp32", (), True, [setting for setting in FP32 if setting != "tight, mapped"]),
+        ("emberlora-fp32", ("tight",), True, ["tight, mapped"]),
+        ("emberlora-fp32", ("recompute", "computed"), True, ["recompute, mapped"]),
+        ("emberlora-int8", ("fast", "computed"), False, [f"{way}, mapped, fast" for way in WAYS]),
+        ("emberlora-int8", ("fast", "remembered"), False, ["keep, mapped, fast, remembered"]),
+        ("emberlora-int8", ("exact",), True, [*(f"{way}, mapped" for way in WAYS), "keep, mapped, remembered"]),
+        ("emberlora-int8", (), True, LOW_BIT_QUICK),
         ("emberlora-int4", ("fast",), False, []),
         ("torch-eager", ("packed",), False, ["keep, mapped"]),
     ],
@@ -65,13 +80,36 @@ def test_settings_are_chosen_by_their_words(
     assert [str(setting) for setting in chosen_settings(system, words, quick=quick)] == expected
 
 
-def test_a_setting_becomes_the_engines_options() -> None:
-    assert engine_options(Setting()) == {"memory_budget_mb": None}
-    assert engine_options(Setting("recompute", "packed", "fast")) == {
-        "memory_budget_mb": 0,
-        "packed": True,
-        "products": "int8",
-    }
+@pytest.mark.parametrize("system", SYSTEM_NAMES)
+def test_what_a_line_says_is_read_back(system: System) -> None:
+    """Of a peer it says less, because it has no choice."""
+    for setting in SETTINGS[system]:
+        assert parse_setting(label(system, setting)) == setting
+
+
+def test_a_setting_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"setting: expected words of keep, .*, got 'sloppy'"):
+        parse_setting("keep, sloppy")
+
+
+@pytest.mark.parametrize(
+    ("setting", "needed"),
+    [
+        (Setting(products="fast"), Setting()),
+        (Setting("tight"), Setting("recompute")),
+        (Setting("tight", lower="remembered"), Setting("recompute", lower="remembered")),
+        (Setting("keep", "packed"), Setting("keep", "packed")),
+    ],
+)
+def test_the_products_that_a_setting_needs(setting: Setting, needed: Setting) -> None:
+    """Giving memory back multiplies nothing, and the floor has no int8."""
+    assert setting.needed == needed
+
+
+def test_nothing_is_remembered_where_every_block_is_trained() -> None:
+    whole, part = parse_alive("1,1/3", MODELS["tiny"].modules)
+    assert [can_remember(Setting(lower="remembered"), alive) for alive in (whole, part)] == [False, True]
+    assert can_remember(Setting(), whole)
 
 
 def test_peers_are_tried_in_every_way_and_we_in_one() -> None:

@@ -15,6 +15,7 @@ def test_weights_come_first() -> None:
     assert share_out(100, 30 * MB) == Allowance(resident=True, activations=70 * MB)
     assert share_out(20, 30 * MB) == Allowance(resident=False, activations=20 * MB)
     assert share_out(0, 1) == Allowance(resident=False, activations=0)
+    assert share_out((30 * MB + 1) / MB, 30 * MB + 1) == Allowance(resident=True, activations=0)
 
 
 def test_the_default_is_a_share_of_free_memory() -> None:
