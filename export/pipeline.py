@@ -177,7 +177,7 @@ def trace_model(model: Any, plan: Plan, progress: Progress) -> Traced:
         used = [name for name in shared if any(name in kind.entry.shared for kind in kinds)]
         embed, embed_model = embed_graph(model, used)
         head = head_graphs(model, plan.task, width)
-    graphs = {kind.entry.graph: kind.model for kind in kinds}
+    graphs = {name: graph for kind in kinds for name, graph in kind.models.items()}
     graphs |= {embed.graph: embed_model, **head.models}
     return Traced(sites, kinds, embed, head.entry, graphs)
 
@@ -296,10 +296,13 @@ def _lowered(traced: Traced, model: Any, base: Base) -> Traced:
         prefix = next(site.prefix for site in traced.sites if site.kind == number)
         fast = None
         if base != "int4":  # its product would need the restored weight quantised again
-            name = kind.entry.graph.replace(".onnx", ".fast.onnx")
-            graphs[name], quantised = fast_form(kind.model, kind.entry.weights)
-            fast = FastForm(name, quantised)
-        names = lowered(kind.model, kind.entry.weights, f"{prefix}.")
+            fast_names = {}
+            for name, graph in kind.models.items():
+                fast_names[name] = name.replace(kind.entry.name, f"{kind.entry.name}.fast")
+                graphs[fast_names[name]], quantised = fast_form(graph, kind.entry.weights)
+            fast = FastForm(fast_names[kind.entry.graph], quantised, fast_names.get(kind.entry.long))
+        for graph in kind.models.values():
+            names = lowered(graph, kind.entry.weights, f"{prefix}.")
         kinds.append(replace(kind, entry=structs.replace(kind.entry, weights=names, fast=fast)))
     embed, head = traced.embed, traced.head
     vocabulary = head.vocabulary

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 
 from edge_runtime.bundle import Array, Bundle
-from edge_runtime.engine.block import BlockVariants, OrtValues, Session, Variant
+from edge_runtime.engine.block import BlockForms, BlockVariants, OrtValues, Session, Variant
 from edge_runtime.engine.budget import COPIES, Allowance, KeptSizes, packed_from, share_out
 from edge_runtime.engine.errors import EngineInputError
 from edge_runtime.engine.frozen import FrozenWeights, bind
@@ -63,7 +63,7 @@ class BlockEngine:
         choose_allocation(tight=not allowance.resident)
         self._frozen = FrozenWeights(manifest, weights, resident=allowance.resident)
         self._kinds = {
-            kind.name: BlockVariants(kind, JointGraph.load(bundle.path(kind.graph))) for kind in manifest.kinds
+            kind.name: BlockForms.load(bundle, kind, kind) for kind in manifest.kinds
         }
         self._embed = Session(JointGraph.load(bundle.path(manifest.embed.graph)), ("hidden", *manifest.embed.shared))
         self._packed, taken = self._pack(bundle, allowance) if packed and products == "exact" else ({}, 0)
@@ -79,7 +79,7 @@ class BlockEngine:
         self._alive: list[frozenset[tuple[str, str]]] = []
         self._head_alive = False
 
-    def _pack(self, bundle: Bundle, allowance: Allowance) -> tuple[dict[int, BlockVariants], int]:
+    def _pack(self, bundle: Bundle, allowance: Allowance) -> tuple[dict[int, BlockForms], int]:
         """Sessions of their own for as many blocks from the top as half the budget holds, and what they will take."""
         sizes = [self._frozen.block_bytes(index) for index in range(len(self._manifest.blocks))]
         first = packed_from(allowance.activations // 2, sizes)
@@ -88,8 +88,7 @@ class BlockEngine:
             weights = self._frozen.packed(index, bundle.folder)
             if weights is None:
                 raise EngineInputError(f"packed weights: a bundle of base {self._manifest.base} has none, only fp32")
-            shared = self._kinds[self._manifest.blocks[index].kind]
-            found[index] = BlockVariants(shared.kind, shared.graph, weights)
+            found[index] = self._kinds[self._manifest.blocks[index].kind].packed(weights)
         return found, COPIES * sum(sizes[first:])
 
     def use(self, parameters: AdapterParameters, remembered: RememberedHidden | None = None) -> None:
@@ -180,7 +179,7 @@ class BlockEngine:
             hidden = self._through(frozen, hidden, made, taped=taped)
         for index in range(frozen, len(self._alive)):
             given = {"hidden": hidden}
-            block, inputs = self._trained(index)
+            block, inputs = self._trained(index, hidden)
             variant = self._variant(index, keep=self._may_keep(index, hidden))
             forward = block.forward_keeping(variant) if variant.keep else block.forward()
             kept = forward.run(given, made, *inputs)
@@ -210,7 +209,7 @@ class BlockEngine:
     def _through(self, count: int, hidden: ort.OrtValue, shared: OrtValues, *, taped: bool) -> ort.OrtValue:
         """What the lowest ``count`` blocks make of a hidden state; nothing is kept."""
         for index in range(count):
-            block, inputs = self._trained(index) if taped else self._exact(index)
+            block, inputs = self._trained(index, hidden) if taped else self._exact(index, hidden)
             hidden = block.forward().run({"hidden": hidden}, shared, *inputs)["out"]
             self._frozen.used(index)
         return hidden
@@ -242,7 +241,7 @@ class BlockEngine:
         while tape:
             # Popping drops a block's activations as soon as its gradients exist.
             index, variant, kept = tape.pop()
-            block, inputs = self._trained(index)
+            block, inputs = self._trained(index, d_out)
             made = block.backward(variant).run(kept, {"d_out": d_out}, shared, *inputs)
             self._frozen.used(index)
             prefix = self._manifest.blocks[index].prefix
@@ -256,17 +255,17 @@ class BlockEngine:
     def _variant(self, index: int, *, keep: bool) -> Variant:
         return Variant(self._alive[index], input_gradient=index > self.lowest_alive, keep=keep)
 
-    def _exact(self, index: int) -> tuple[BlockVariants, tuple[OrtValues, ...]]:
-        """A block's sessions and what they read beside activations."""
-        variants = self._packed.get(index) or self._kinds[self._manifest.blocks[index].kind]
-        return variants, (self._lora[index], self._frozen.exact(index), self._scales)
+    def _exact(self, index: int, hidden: ort.OrtValue) -> tuple[BlockVariants, tuple[OrtValues, ...]]:
+        """A block's sessions for a hidden state of this length, and what they read beside activations."""
+        forms = self._packed.get(index) or self._kinds[self._manifest.blocks[index].kind]
+        return forms.of(hidden), (self._lora[index], self._frozen.exact(index), self._scales)
 
-    def _trained(self, index: int) -> tuple[BlockVariants, tuple[OrtValues, ...]]:
+    def _trained(self, index: int, hidden: ort.OrtValue) -> tuple[BlockVariants, tuple[OrtValues, ...]]:
         """The same for a training step."""
         if not self._fast_kinds:
-            return self._exact(index)
-        variants = self._fast_kinds[self._manifest.blocks[index].kind]
-        return variants, (self._lora[index], self._frozen.int8(index), self._scales)
+            return self._exact(index, hidden)
+        forms = self._fast_kinds[self._manifest.blocks[index].kind]
+        return forms.of(hidden), (self._lora[index], self._frozen.int8(index), self._scales)
 
 
 def _shape(hidden: ort.OrtValue) -> tuple[int, int]:
@@ -278,12 +277,12 @@ def _bytes(values: OrtValues) -> int:
     return sum(value.tensor_size_in_bytes() for value in values.values())
 
 
-def _fast_kinds(bundle: Bundle) -> dict[str, BlockVariants]:
+def _fast_kinds(bundle: Bundle) -> dict[str, BlockForms]:
     found = {}
     for kind in bundle.manifest.kinds:
         if kind.fast is None:
             raise EngineInputError(f"int8 products: a bundle of base {bundle.manifest.base} has none: export it again")
-        found[kind.name] = BlockVariants(kind, JointGraph.load(bundle.path(kind.fast.graph)))
+        found[kind.name] = BlockForms.load(bundle, kind, kind.fast)
     return found
 
 
