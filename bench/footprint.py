@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import TypeVar
@@ -21,11 +22,12 @@ from bench.exporting import Stages
 from bench.figures import Figure, append_figure
 from bench.idle import measure_idle
 from bench.install import measure_installs
-from bench.random_llama import write_llama
+from bench.models import write_model
 from bench.replan import Change, Changes
+from bench.shapes import MODELS
 
 PARTS = ("install", "idle", "export", "plan-change")
-_DEPTHS = (6, 30)  # of bench.step's model, and of SmolLM2-135M
+_DEPTHS = (6, 30)  # of llama-6 and of SmolLM2-135M
 _EXPORT_GOAL_S = 60.0
 _CHANGE_GOAL_S = 0.3
 T = TypeVar("T")
@@ -65,9 +67,10 @@ def change_figure(case: str, changes: tuple[Change, ...], engine_ms: tuple[float
 
 
 def _model(folder: Path, layers: int) -> Path:
+    """SmolLM2-135M at another depth."""
     model = folder / f"model-{layers}"
     if not (model / "tokenizer.json").exists():  # written last
-        write_llama(model, layers=layers)
+        write_model(model, replace(MODELS["smollm2-135m"], layers=layers))
     return model
 
 

@@ -19,13 +19,15 @@ from statistics import median
 import click
 
 from bench.figures import Figure
-from bench.random_llama import write_llama
+from bench.models import write_model
+from bench.shapes import Shape
 
 GOAL_MIB = 50.0
 _COMMAND = (sys.executable, "-m", "edge_runtime.cli")
 _PATIENCE_S = 120.0
 _SETTLE_S = 3.0  # after the update was sent: garbage collected, the long poll open
 _SAMPLES = 10
+_SHAPE = Shape("llama", 1, 36, 96, 9, 3, 64)
 # One device of the two that a round waits for: its update is sent, and the round stays open.
 _CONFIG = {"rounds": 2, "devices_per_round": 2, "min_devices": 2, "port": 0, "max_tokens": 16}
 _BASE_KB = re.compile(r"^(Rss\w+):\s+(\d+) kB$", re.MULTILINE)
@@ -44,7 +46,7 @@ def measure_idle(folder: Path) -> Iterator[Figure]:
     """
     if not Path("/proc/self/status").exists():
         raise click.ClickException("idle: needs /proc, which this system does not have")
-    write_llama(folder / "model", layers=1, width=36, vocabulary=64)
+    write_model(folder / "model", _SHAPE)
     _run("export", "--model", folder / "model", "--task", "lm", "--rank", 2, "--out", folder / "bundle")
     (folder / "mine.jsonl").write_text('{"text": "word1 word2 word3 word4"}\n' * 4, encoding="utf-8")
     server = folder / "server"

@@ -75,7 +75,6 @@ class Workshop:
     def reference(self, case: str, pattern: str) -> Path:
         """Where the gradients are kept that the others are compared with."""
         folder = self._folder / "reference"
-        folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{case}-{pattern.replace('/', '_')}.npz"
 
 
@@ -83,9 +82,10 @@ def write_model(folder: Path, shape: Shape) -> None:
     """Write configuration, weights and a small tokenizer; no more than a piece of a tensor is in memory.
 
     Args:
-        folder: An existing folder.
+        folder: Where to; made when it is not there.
         shape: The model. Its vocabulary is larger than the tokenizer's, which nothing minds.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(_config(shape), indent=1), encoding="utf-8")
     _write_weights(folder / "model.safetensors", dict(shape.tensors()))
     _write_tokenizer(folder)

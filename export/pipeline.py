@@ -300,7 +300,7 @@ def _lowered(traced: Traced, model: Any, base: Base) -> Traced:
             for name, graph in kind.models.items():
                 fast_names[name] = name.replace(kind.entry.name, f"{kind.entry.name}.fast")
                 graphs[fast_names[name]], quantised = fast_form(graph, kind.entry.weights)
-            fast = FastForm(fast_names[kind.entry.graph], quantised, fast_names.get(kind.entry.long))
+            fast = FastForm(fast_names[kind.entry.graph], quantised, fast_names.get(kind.entry.long or ""))
         for graph in kind.models.values():
             names = lowered(graph, kind.entry.weights, f"{prefix}.")
         kinds.append(replace(kind, entry=structs.replace(kind.entry, weights=names, fast=fast)))

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from edge_runtime.bundle import SCALE_SUFFIX, Array, Base, int8_products
+from edge_runtime.bundle import SCALE_SUFFIX, Array, Base, int8_rows
 
 GROUP = 32  # columns that share a scale in int4
 _SMALLEST = 512  # elements: below that nothing is gained
@@ -42,8 +42,8 @@ def stored(name: str, values: Array, base: Base) -> dict[str, Array]:
     if storage == "fp16":
         return {name: values.astype(np.float16)}
     if storage == "int8":
-        form = int8_products(name, {name: values})
-        return {name: form["q"], name + SCALE_SUFFIX: form["qs"]}
+        rows, scale = int8_rows(values)
+        return {name: rows, name + SCALE_SUFFIX: scale}
     if storage == "int4":
         return _int4(name, values)
     return {name: values}

@@ -9,7 +9,7 @@ from edge_runtime.bundle.errors import (
     TensorFileError,
 )
 from edge_runtime.bundle.folder import Bundle, file_entry, open_bundle, verify_file
-from edge_runtime.bundle.int8 import SCALE_SUFFIX, int8_products
+from edge_runtime.bundle.int8 import SCALE_SUFFIX, int8_products, int8_rows
 from edge_runtime.bundle.manifest import (
     CHECKPOINT,
     EVALUATION_MODEL,
@@ -97,6 +97,7 @@ __all__ = [
     "file_entry",
     "file_offset",
     "int8_products",
+    "int8_rows",
     "map_tensors",
     "open_bundle",
     "parse_manifest",

@@ -31,11 +31,12 @@ def int8_products(name: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
     if weight.dtype == np.int8:
         rows, scale = weight, tensors[name + SCALE_SUFFIX]
     else:
-        rows, scale = _quantised(weight)
+        rows, scale = int8_rows(weight)
     return {"q": rows, "qt": np.ascontiguousarray(rows.T), "qs": scale}
 
 
-def _quantised(weight: Array) -> tuple[Array, Array]:
+def int8_rows(weight: Array) -> tuple[Array, Array]:
+    """A weight (out, in) in int8, from -127 to 127, and its scales (out,), float32: weight ≈ scale · rows."""
     values = weight.astype(np.float32, copy=False)
     scale = np.maximum(np.abs(values).max(axis=1) / np.float32(127), np.finfo(np.float32).tiny)
     return np.rint(values / scale[:, None]).astype(np.int8), scale

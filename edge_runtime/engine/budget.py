@@ -57,10 +57,16 @@ class KeptSizes:
         self._budget = budget
         self._example_bytes: dict[tuple[Hashable, int], float] = {}
 
-    def learn(self, variant: Hashable, shape: tuple[int, int], size: int) -> None:
-        """Note that a block kept ``size`` bytes for a batch of (examples, tokens)."""
+    def learn(self, variant: Hashable, shape: tuple[int, int], size: int) -> bool:
+        """Note that a block kept ``size`` bytes for a batch of (examples, tokens).
+
+        Returns:
+            Whether that is news: if not, every decision stays as it was.
+        """
         examples, tokens = shape
+        before = self._example_bytes.get((variant, tokens))
         self._example_bytes[variant, tokens] = size / examples
+        return before != size / examples
 
     def first_kept(self, variants: Sequence[Hashable], shape: tuple[int, int]) -> int:
         """Number of the lowest block that keeps its activations, of ``variants`` from the lowest up.

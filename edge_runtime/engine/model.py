@@ -28,6 +28,8 @@ from edge_runtime.engine.runtime import choose_allocation
 from edge_runtime.engine.vocabulary import VocabularyHead
 from edge_runtime.wire import Products
 
+Tape = list[tuple[int, Variant, OrtValues]]  # what the backward pass of each block needs, from the lowest alive up
+
 
 class BlockEngine:
     """Implements :class:`edge_runtime.engine.interface.Engine` on stock ONNX Runtime."""
@@ -62,9 +64,7 @@ class BlockEngine:
         allowance = share_out(memory_budget_mb, sum(array.nbytes for array in weights.values()))
         choose_allocation(tight=not allowance.resident)
         self._frozen = FrozenWeights(manifest, weights, resident=allowance.resident)
-        self._kinds = {
-            kind.name: BlockForms.load(bundle, kind, kind) for kind in manifest.kinds
-        }
+        self._kinds = {kind.name: BlockForms.load(bundle, kind, kind) for kind in manifest.kinds}
         self._embed = Session(JointGraph.load(bundle.path(manifest.embed.graph)), ("hidden", *manifest.embed.shared))
         self._packed, taken = self._pack(bundle, allowance) if packed and products == "exact" else ({}, 0)
         self._sizes = KeptSizes(allowance.activations - taken)
@@ -76,7 +76,9 @@ class BlockEngine:
         self._parameters: AdapterParameters | None = None
         self._remembered: RememberedHidden | None = None
         self._lora: list[OrtValues] = []
-        self._alive: list[frozenset[tuple[str, str]]] = []
+        self._variants: list[Variant] = []  # a block's own, its activations kept
+        self._lowest = 0
+        self._size_keys: list[tuple[str, Variant]] = []  # of the blocks from the lowest alive one up
         self._head_alive = False
 
     def _pack(self, bundle: Bundle, allowance: Allowance) -> tuple[dict[int, BlockForms], int]:
@@ -123,7 +125,14 @@ class BlockEngine:
             )
         self._head_alive = bool(alive)
         self._head.use(tensors)
-        self._lora, self._alive = lora, [frozenset(slots) for slots in alive_slots]
+        self._lora = lora
+        self._lowest = next((i for i, slots in enumerate(alive_slots) if slots), len(alive_slots))
+        self._variants = [
+            Variant(frozenset(slots), input_gradient=index > self._lowest, keep=True)
+            for index, slots in enumerate(alive_slots)
+        ]
+        kinds = (block.kind for block in self._manifest.blocks)
+        self._size_keys = list(zip(kinds, self._variants, strict=True))[self._lowest :]
         self._parameters = parameters
         if self._remembered is not None:
             self._remembered.close()  # even when it is given again: it holds what another adapter made
@@ -132,7 +141,7 @@ class BlockEngine:
     @property
     def lowest_alive(self) -> int:
         """Number of the lowest block with an alive factor; the number of blocks when there is none."""
-        return next((i for i, slots in enumerate(self._alive) if slots), len(self._alive))
+        return self._lowest
 
     def gradients(self, batch: TokenBatch) -> Gradients:
         """Loss and the gradient of the mean loss for every alive tensor.
@@ -140,7 +149,7 @@ class BlockEngine:
         Raises:
             EngineInputError: no adapter is in use, or nothing in it is alive.
         """
-        if not (self._head_alive or self.lowest_alive < len(self._alive)):
+        if not (self._head_alive or self._size_keys):
             raise EngineInputError("adapter: nothing is alive, so there is nothing to train")
         hidden, shared, tape = self._forward(batch, taped=True)
         last = hidden.numpy()
@@ -164,40 +173,42 @@ class BlockEngine:
         hidden, _, _ = self._forward(batch, taped=False)
         return self._head.logits(select_rows(hidden.numpy(), batch))
 
-    def _forward(
-        self, batch: TokenBatch, *, taped: bool
-    ) -> tuple[ort.OrtValue, OrtValues, list[tuple[int, Variant, OrtValues]]]:
-        """Returns the last hidden state, the shared tensors, and the tape: what each alive block's backward needs."""
+    def _forward(self, batch: TokenBatch, *, taped: bool) -> tuple[ort.OrtValue, OrtValues, Tape]:
+        """Returns the last hidden state, the shared tensors, and the tape."""
         if self._parameters is None:
             raise EngineInputError("adapter: none in use")
         hidden, made = self._embedded(batch.input_ids, batch.attention_mask)
-        tape: list[tuple[int, Variant, OrtValues]] = []
-        frozen = self.lowest_alive if taped else len(self._alive)
+        frozen = self._lowest if taped else len(self._variants)
         if taped and frozen and self._remembered is not None:
             hidden = self._recalled(self._remembered, batch, hidden, made)
         else:
             hidden = self._through(frozen, hidden, made, taped=taped)
-        for index in range(frozen, len(self._alive)):
+        hidden, tape = self._recorded(hidden, made) if taped else (hidden, [])
+        return hidden, made, tape
+
+    def _recorded(self, hidden: ort.OrtValue, shared: OrtValues) -> tuple[ort.OrtValue, Tape]:
+        """What the blocks from the lowest alive one up make of its input, and the tape."""
+        tape: Tape = []
+        shape = _shape(hidden)
+        first = self._first_kept(shape)
+        for index in range(self._lowest, len(self._variants)):
             given = {"hidden": hidden}
             block, inputs = self._trained(index, hidden)
-            variant = self._variant(index, keep=self._may_keep(index, hidden))
-            forward = block.forward_keeping(variant) if variant.keep else block.forward()
-            kept = forward.run(given, made, *inputs)
-            if variant.keep:
-                self._sizes.learn(self._size_key(index), _shape(hidden), _bytes(kept))
-                if not self._may_keep(index, hidden):  # only now its size is known
-                    variant, kept = replace(variant, keep=False), {"out": kept["out"]}
+            variant = self._variants[index]
+            forward = block.forward_keeping(variant) if index >= first else block.forward()
+            kept = forward.run(given, shared, *inputs)
+            if index >= first and self._sizes.learn(self._size_keys[index - self._lowest], shape, _bytes(kept)):
+                first = self._first_kept(shape)  # which may leave out this very block
+            if index < first:
+                variant, kept = replace(variant, keep=False), {"out": kept["out"]}
             hidden = kept["out"]
             tape.append((index, variant, {**kept, **given}))
             self._frozen.used(index)
-        return hidden, made, tape
+        return hidden, tape
 
-    def _may_keep(self, index: int, hidden: ort.OrtValue) -> bool:
-        keys = [self._size_key(number) for number in range(self.lowest_alive, len(self._alive))]
-        return index >= self.lowest_alive + self._sizes.first_kept(keys, _shape(hidden))
-
-    def _size_key(self, index: int) -> tuple[str, Variant]:
-        return self._manifest.blocks[index].kind, self._variant(index, keep=True)
+    def _first_kept(self, shape: tuple[int, int]) -> int:
+        """Number of the lowest block that keeps its activations for a batch of (examples, tokens)."""
+        return self._lowest + self._sizes.first_kept(self._size_keys, shape)
 
     def _embedded(self, input_ids: Array, attention_mask: Array) -> tuple[ort.OrtValue, OrtValues]:
         """The first hidden state (b, s, width) and the shared tensors."""
@@ -218,9 +229,9 @@ class BlockEngine:
         self, remembered: RememberedHidden, batch: TokenBatch, hidden: ort.OrtValue, shared: OrtValues
     ) -> ort.OrtValue:
         """What enters the lowest alive block, or the head when no block is alive."""
-        frozen = self.lowest_alive
+        frozen = self._lowest
         wanted = batch.attention_mask == 1
-        if frozen == len(self._alive):  # the head reads these rows and no others
+        if frozen == len(self._variants):  # the head reads these rows and no others
             wanted = np.zeros(wanted.shape, dtype=np.bool_)
             wanted.reshape(-1)[batch.rows] = True
 
@@ -233,9 +244,7 @@ class BlockEngine:
 
         return ort.OrtValue.ortvalue_from_numpy(remembered.recall(batch.examples, wanted, compute))
 
-    def _backward(
-        self, d_hidden: Array, shared: OrtValues, tape: list[tuple[int, Variant, OrtValues]]
-    ) -> dict[str, Array]:
+    def _backward(self, d_hidden: Array, shared: OrtValues, tape: Tape) -> dict[str, Array]:
         found: dict[str, Array] = {}
         d_out = ort.OrtValue.ortvalue_from_numpy(d_hidden)
         while tape:
@@ -251,9 +260,6 @@ class BlockEngine:
             if variant.input_gradient:
                 d_out = made["d_hidden"]
         return found
-
-    def _variant(self, index: int, *, keep: bool) -> Variant:
-        return Variant(self._alive[index], input_gradient=index > self.lowest_alive, keep=keep)
 
     def _exact(self, index: int, hidden: ort.OrtValue) -> tuple[BlockVariants, tuple[OrtValues, ...]]:
         """A block's sessions for a hidden state of this length, and what they read beside activations."""

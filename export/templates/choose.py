@@ -82,9 +82,12 @@ def _mask(name: Any, shared: Mapping[str, Shared]) -> _Mask | None:
     found = [square for square, dims in forms.items() if item.dims == dims]
     if not found or item.example.dim() != 4 or fixed != {1}:
         return None
-    size = int(item.example.shape[-1])
-    later = item.example[..., *torch.triu_indices(size, size, 1)] if found[0] else None
-    return _Mask(name, found[0], causal=later is not None and bool((later == torch.finfo(later.dtype).min).all()))
+    return _Mask(name, found[0], causal=found[0] and _is_causal(item.example))
+
+
+def _is_causal(mask: Any) -> bool:
+    later = torch.ones(mask.shape[-2:], dtype=torch.bool).triu(1)
+    return bool((mask[..., later] == torch.finfo(mask.dtype).min).all())
 
 
 def _rotary(names: Any, shared: Mapping[str, Shared], dim: int) -> Rotary | None:

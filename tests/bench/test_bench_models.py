@@ -17,6 +17,8 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_transformers_loads_every_tensor(tmp_path: Path, family: str) -> None:
+    """From a folder that is made on the way."""
+    tmp_path /= "made/model"
     shape = Shape(family, 2, 64, 96, 4, 2, 200)
     write_model(tmp_path, shape)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(

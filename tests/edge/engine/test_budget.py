@@ -36,6 +36,16 @@ def test_sizes_are_learned_and_scale_with_examples() -> None:
     assert sizes.first_kept(["a", "b", "b"], (1, 8)) == 1
 
 
+def test_only_another_size_is_news() -> None:
+    """The same again is none, nor is it for twice the examples; another length is."""
+    sizes = KeptSizes(100)
+    assert sizes.learn("a", (1, 8), 30)
+    assert not sizes.learn("a", (1, 8), 30)
+    assert not sizes.learn("a", (2, 8), 60)
+    assert sizes.learn("a", (1, 16), 30)
+    assert sizes.learn("a", (2, 8), 50)
+
+
 @given(budget=st.integers(0, 200), size=st.integers(0, 60), blocks=st.integers(0, 8), examples=st.integers(1, 4))
 def test_kept_blocks_fit_and_no_more_would(budget: int, size: int, blocks: int, examples: int) -> None:
     """Of equal blocks as many as fit are kept; with no budget none."""
