@@ -286,9 +286,9 @@ def _lowered(traced: Traced, model: Any, base: Base) -> Traced:
     """Graphs and entries that read the weights as they are stored; the graphs are edited in place."""
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
 
-    def lowered(graph: Any, names: tuple[str, ...], prefix: str = "") -> tuple[str, ...]:
+    def lowered(graph: Any, names: tuple[str, ...], prefix: str = "", *, once: bool = False) -> tuple[str, ...]:
         storages = {f"w:{name}": storage_of(tuple(tensors[prefix + name].shape), base) for name in names}
-        lower(graph, storages)
+        lower(graph, storages, once=once)
         return with_scales(names, storages)
 
     kinds, graphs = [], dict(traced.graphs)
@@ -307,7 +307,8 @@ def _lowered(traced: Traced, model: Any, base: Base) -> Traced:
     embed, head = traced.embed, traced.head
     vocabulary = head.vocabulary
     if vocabulary is not None:
-        vocabulary = structs.replace(vocabulary, weights=lowered(graphs[vocabulary.graph], vocabulary.weights))
+        names = lowered(graphs[vocabulary.graph], vocabulary.weights, once=True)
+        vocabulary = structs.replace(vocabulary, weights=names)
     head = structs.replace(head, weights=lowered(graphs[head.graph], head.weights), vocabulary=vocabulary)
     embed = structs.replace(embed, weights=lowered(graphs[embed.graph], embed.weights))
     return replace(traced, kinds=tuple(kinds), embed=embed, head=head, graphs=graphs)
