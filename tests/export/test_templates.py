@@ -16,10 +16,12 @@ from export_sessions import LABELS, Exported
 from msgspec import structs
 from transformers import AutoConfig
 
+from edge_runtime.bundle import BlockKind
 from edge_runtime.engine.graph import JointGraph
 from export import ExportOptions, graphs, pipeline
 from export.attention import traceable_attention
 from export.blocks import Shared, Site, study
+from export.fast import fast_form
 from export.quiet import quiet
 from export.runner import open_session
 from export.sources import find_source, load
@@ -41,6 +43,7 @@ class Pair:
     written: JointGraph
     traced: JointGraph
     long: JointGraph | None
+    entry: BlockKind
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -55,7 +58,7 @@ def pair(request: pytest.FixtureRequest, workshop: Path) -> Pair:
     assert structs.replace(made[0].entry, long=None) == made[1].entry
     cut = (JointGraph(graph.model.SerializeToString(), name="block") for graph in made)
     long = JointGraph(made[0].long.SerializeToString(), name="block.long") if made[0].long else None
-    return Pair(request.param, sites[-1], made[0].model, *cut, long)
+    return Pair(request.param, sites[-1], made[0].model, *cut, long, made[0].entry)
 
 
 class blocks:  # noqa: N801 - reads as a function
@@ -181,6 +184,14 @@ def test_a_mask_that_shows_the_future_has_no_long_form(workshop: Path) -> None:
     assert causal.long is not None
     assert open_ is not None
     assert open_.long is None
+
+
+def test_fast_form_scales_rows_of_decoders_one_by_one(pair: Pair) -> None:
+    """A token with massive activations must not set the scale of the others; a layer norm's rows need no scaling."""
+    fast, _ = fast_form(pair.model, pair.entry.weights)
+    makers = {name: node.op_type for node in fast.graph.node for name in node.output}
+    read = {makers[node.input[0]] for node in fast.graph.node if node.op_type == "DynamicQuantizeMatMul"}
+    assert read == ({"Div", "LayerNormalization"} if pair.family == "bert" else {"Div"})
 
 
 def test_an_example_of_padding_only_gives_numbers(pair: Pair) -> None:
