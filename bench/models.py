@@ -75,6 +75,7 @@ class Workshop:
     def reference(self, case: str, pattern: str) -> Path:
         """Where the gradients are kept that the others are compared with."""
         folder = self._folder / "reference"
+        folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{case}-{pattern.replace('/', '_')}.npz"
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from msgspec import structs
 
 from edge_runtime.bundle import BlockKind, Embed
 from export.blocks import Shared, Site, frozen_names, record_calls, shared_tensors
@@ -21,11 +22,20 @@ _FACTORS = {LORA_A: {0: "rank"}, LORA_B: {1: "rank"}, SCALE: {}}
 
 @dataclass(frozen=True)
 class BlockGraph:
-    """One kind's entry in the manifest, its ONNX model, and who made it: "llama template", "tracer"."""
+    """One kind's entry in the manifest, its ONNX model, and who made it: "llama template", "tracer".
+
+    ``long`` is its model for long sequences, where it has one.
+    """
 
     entry: BlockKind
     model: Any
     maker: str
+    long: Any = None
+
+    @property
+    def models(self) -> dict[str, Any]:
+        """Its models by file name."""
+        return {self.entry.graph: self.model} | ({self.entry.long: self.long} if self.entry.long else {})
 
 
 def block_graph(site: Site, shared: dict[str, Shared], width: int, name: str) -> BlockGraph:
@@ -51,7 +61,11 @@ def block_graph(site: Site, shared: dict[str, Shared], width: int, name: str) ->
         model, maker = clean(trace(_joint(block, site, list(tensors)), inputs, outputs)), "tracer"
     if D_OUT in ancestors(model.graph, [OUT]):
         raise TraceError(f"block {site.prefix}: the forward pass depends on {D_OUT}")
-    return BlockGraph(_entry(name, site, list(tensors), model), model, maker)
+    entry = _entry(name, site, list(tensors), model)
+    if template is None or template.long is None:
+        return BlockGraph(entry, model, maker)
+    long = replace(template, body=template.long).build(inputs, outputs)
+    return BlockGraph(structs.replace(entry, long=f"graphs/{name}.long.onnx"), model, maker, long)
 
 
 def forward_graph(site: Site, shared: dict[str, Shared], width: int, name: str) -> BlockGraph:

@@ -1,7 +1,8 @@
 """How graphs read frozen weights that are stored in fewer bits (see :mod:`export.storage`).
 
 A matrix is turned back to float32 right before each use and dropped after it, so that at no time more than one of them
-exists in full precision, and the gradient sees the very weights the forward pass saw.
+exists in full precision, and the gradient sees the very weights the forward pass saw. Where all uses follow each other,
+as in the vocabulary's graph, it is turned back once for all of them.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from export.storage import GROUP
 _STORED_TYPE = {"fp16": TensorProto.FLOAT16, "int8": TensorProto.INT8, "int4": TensorProto.UINT8}
 
 
-def lower(model: Any, storages: Mapping[str, Base]) -> None:
+def lower(model: Any, storages: Mapping[str, Base], *, once: bool = False) -> None:
     """Make a graph read its ``w:`` inputs as they are stored, each with its scale as another input; edits ``model``.
 
     Args:
         model: A finished graph, an ``onnx.ModelProto``.
         storages: How each weight is stored, by the name of its graph input.
+        once: Restore a matrix once for all of its products, for graphs that hold no other.
     """
     graph = model.graph
     for value in list(graph.input):
@@ -34,7 +36,7 @@ def lower(model: Any, storages: Mapping[str, Base]) -> None:
         if storage != "fp16":
             graph.input.append(_scale_input(value, storage))
         columns = value.type.tensor_type.shape.dim[1].dim_value
-        _Reader(graph, value.name, storage, columns=columns).rewrite()
+        _Reader(graph, value.name, storage, columns=columns).rewrite(once=once)
         if storage == "int4":
             value.type.tensor_type.shape.dim[1].dim_value = columns // 2
 
@@ -61,8 +63,9 @@ class _Reader:
         self._new: list[Any] = []
         self._made = 0
 
-    def rewrite(self) -> None:
+    def rewrite(self, *, once: bool) -> None:
         nodes = []
+        read = None
         for node in self._graph.node:
             if self._name in node.input:
                 self._new = []
@@ -70,7 +73,8 @@ class _Reader:
                     self._gathered(node)
                     nodes += self._new
                     continue
-                read = self._restore(self._name, self._name + SCALE_SUFFIX)
+                if read is None or not once:
+                    read = self._restore(self._name, self._name + SCALE_SUFFIX)
                 node.input[:] = [read if name == self._name else name for name in node.input]
                 nodes += self._new
             nodes.append(node)

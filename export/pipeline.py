@@ -177,7 +177,7 @@ def trace_model(model: Any, plan: Plan, progress: Progress) -> Traced:
         used = [name for name in shared if any(name in kind.entry.shared for kind in kinds)]
         embed, embed_model = embed_graph(model, used)
         head = head_graphs(model, plan.task, width)
-    graphs = {kind.entry.graph: kind.model for kind in kinds}
+    graphs = {name: graph for kind in kinds for name, graph in kind.models.items()}
     graphs |= {embed.graph: embed_model, **head.models}
     return Traced(sites, kinds, embed, head.entry, graphs)
 
@@ -286,9 +286,9 @@ def _lowered(traced: Traced, model: Any, base: Base) -> Traced:
     """Graphs and entries that read the weights as they are stored; the graphs are edited in place."""
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
 
-    def lowered(graph: Any, names: tuple[str, ...], prefix: str = "") -> tuple[str, ...]:
+    def lowered(graph: Any, names: tuple[str, ...], prefix: str = "", *, once: bool = False) -> tuple[str, ...]:
         storages = {f"w:{name}": storage_of(tuple(tensors[prefix + name].shape), base) for name in names}
-        lower(graph, storages)
+        lower(graph, storages, once=once)
         return with_scales(names, storages)
 
     kinds, graphs = [], dict(traced.graphs)
@@ -296,15 +296,19 @@ def _lowered(traced: Traced, model: Any, base: Base) -> Traced:
         prefix = next(site.prefix for site in traced.sites if site.kind == number)
         fast = None
         if base != "int4":  # its product would need the restored weight quantised again
-            name = kind.entry.graph.replace(".onnx", ".fast.onnx")
-            graphs[name], quantised = fast_form(kind.model, kind.entry.weights)
-            fast = FastForm(name, quantised)
-        names = lowered(kind.model, kind.entry.weights, f"{prefix}.")
+            fast_names = {}
+            for name, graph in kind.models.items():
+                fast_names[name] = name.replace(kind.entry.name, f"{kind.entry.name}.fast")
+                graphs[fast_names[name]], quantised = fast_form(graph, kind.entry.weights)
+            fast = FastForm(fast_names[kind.entry.graph], quantised, fast_names.get(kind.entry.long or ""))
+        for graph in kind.models.values():
+            names = lowered(graph, kind.entry.weights, f"{prefix}.")
         kinds.append(replace(kind, entry=structs.replace(kind.entry, weights=names, fast=fast)))
     embed, head = traced.embed, traced.head
     vocabulary = head.vocabulary
     if vocabulary is not None:
-        vocabulary = structs.replace(vocabulary, weights=lowered(graphs[vocabulary.graph], vocabulary.weights))
+        names = lowered(graphs[vocabulary.graph], vocabulary.weights, once=True)
+        vocabulary = structs.replace(vocabulary, weights=names)
     head = structs.replace(head, weights=lowered(graphs[head.graph], head.weights), vocabulary=vocabulary)
     embed = structs.replace(embed, weights=lowered(graphs[embed.graph], embed.weights))
     return replace(traced, kinds=tuple(kinds), embed=embed, head=head, graphs=graphs)

@@ -34,9 +34,9 @@ class Batch:
 class Runner:
     """A bundle's graphs as onnxruntime sessions."""
 
-    def __init__(self, bundle: Bundle, *, fast: bool = False) -> None:
-        """``fast`` runs the blocks with int8 products."""
-        self._fast = fast
+    def __init__(self, bundle: Bundle, *, fast: bool = False, long: bool = False) -> None:
+        """``fast`` runs the blocks with int8 products, ``long`` those for long sequences where there are some."""
+        self._fast, self._long = fast, long
         self.manifest, self.weights = bundle.manifest, bundle.weights()
         self.sessions = {name: open_session(str(bundle.path(name))) for name in self.manifest.graphs}
 
@@ -117,7 +117,8 @@ class Runner:
 
     def _graph(self, block: int) -> str:
         kind = self.manifest.kind_of(block)
-        return kind.fast.graph if self._fast and kind.fast else kind.graph
+        form = kind.fast if self._fast and kind.fast else kind
+        return form.long if self._long and form.long else form.graph
 
     def _weights(self, names: tuple[str, ...], prefix: str = "") -> dict[str, Array]:
         return {f"w:{name}": self.weights[prefix + name] for name in names}

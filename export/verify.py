@@ -6,8 +6,9 @@ exporter's own LoRA code.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ class Case:
 
 
 def verify(bundle: Bundle, model: Any, *, seed: int) -> tuple[VerifiedCase, ...]:
-    """Compare the bundle on two shapes and two rank assignments.
+    """Compare the bundle on two shapes and two rank assignments, its graphs for long sequences too.
 
     Args:
         bundle: The bundle on disk.
@@ -50,15 +51,19 @@ def verify(bundle: Bundle, model: Any, *, seed: int) -> tuple[VerifiedCase, ...]
     Raises:
         VerificationError: a relative error above :data:`TOLERANCE`, or a result that is not finite.
     """
-    runner = _runner(bundle)
+    runners = {"": _runner(bundle)}
+    if any(kind.long for kind in bundle.manifest.kinds):
+        runners[", long form"] = _runner(bundle, long=True)
     cases = []
     for case in make_cases(bundle.manifest, np.random.default_rng(seed)):
         with quiet():
             loss, expected = autograd(model, bundle.manifest, case)
-        found_loss, found = _run(runner, case)
-        errors = relative_errors(found, expected)
-        errors["loss"] = abs(found_loss - loss) / abs(loss)
-        cases.append(verified(case, errors))
+        for word, runner in runners.items():
+            named = replace(case, name=case.name + word)
+            found_loss, found = _run(runner, named)
+            errors = relative_errors(found, expected)
+            errors["loss"] = abs(found_loss - loss) / abs(loss)
+            cases.append(verified(named, errors))
     return tuple(cases)
 
 
@@ -93,12 +98,12 @@ def verify_fast(bundle: Bundle, *, seed: int) -> float | None:
     if not any(kind.fast for kind in manifest.kinds):
         return None
     case = next(make_cases(manifest, np.random.default_rng(seed)))
-    exact, fast = _runner(bundle), _runner(bundle, fast=True)
+    exact, fast, long = _runner(bundle), _runner(bundle, fast=True), _runner(bundle, fast=True, long=True)
     embedded = exact.embedded(case.batch)
     worst = 0.0
-    for kind in manifest.kinds:
+    for kind, runner in itertools.product(manifest.kinds, (fast, long)):
         index = next(index for index, block in enumerate(manifest.blocks) if block.kind == kind.name)
-        wanted, found = (side.whole_block(index, embedded, case.adapter, case.scales) for side in (exact, fast))
+        wanted, found = (side.whole_block(index, embedded, case.adapter, case.scales) for side in (exact, runner))
         errors = [np.linalg.norm(found[name] - wanted[name]) / np.linalg.norm(wanted[name]) for name in wanted]
         error = float(np.sqrt(np.mean(np.square(errors))))
         if not error <= FAST_TOLERANCE:
@@ -110,9 +115,9 @@ def verify_fast(bundle: Bundle, *, seed: int) -> float | None:
     return worst
 
 
-def _runner(bundle: Bundle, *, fast: bool = False) -> Runner:
+def _runner(bundle: Bundle, **forms: bool) -> Runner:
     try:
-        return Runner(bundle, fast=fast)
+        return Runner(bundle, **forms)
     except Exception as error:
         raise VerificationError(f"verification: onnxruntime cannot load a graph: {error!r:.300}") from error
 

@@ -72,6 +72,7 @@ class FastForm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     graph: str
     weights: tuple[str, ...]
+    long: str | None = None  # as the kind's; there is one exactly when the kind has one
 
 
 class BlockKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,6 +82,8 @@ class BlockKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     per slot ``lora_a:{slot}`` (r, in), ``lora_b:{slot}`` (out, r), ``scale:{slot}`` ().
     Outputs: ``out`` · ``d_hidden`` · per slot ``d_lora_a:{slot}``, ``d_lora_b:{slot}``.
     Batch, sequence and every slot's rank are symbolic.
+    ``long`` is a second graph of the same contract and results, which does less work on long sequences; it takes eight
+    tokens or more.
     """
 
     name: str
@@ -89,6 +92,7 @@ class BlockKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slots: tuple[Slot, ...]
     shared: tuple[str, ...]  # outputs of the embed graph that the block reads
     fast: FastForm | None = None
+    long: str | None = None
 
 
 class Block(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -232,7 +236,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     def graphs(self) -> frozenset[str]:
         """Every graph file of the bundle."""
         vocabulary = {self.head.vocabulary.graph} if self.head.vocabulary else set()
-        blocks = {kind.graph for kind in self.kinds} | {kind.fast.graph for kind in self.kinds if kind.fast}
+        forms = [form for kind in self.kinds for form in (kind, kind.fast) if form is not None]
+        blocks = {form.graph for form in forms} | {form.long for form in forms if form.long is not None}
         return frozenset({self.embed.graph, self.head.graph} | vocabulary | blocks)
 
     @property

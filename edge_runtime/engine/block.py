@@ -8,10 +8,12 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from edge_runtime.bundle import BlockKind
+from edge_runtime.bundle import BlockKind, Bundle, FastForm
 from edge_runtime.engine.errors import EngineInputError
 from edge_runtime.engine.graph import InFile, JointGraph
 from edge_runtime.engine.runtime import open_session
+
+LONG_TOKENS = 256  # from here on a kind's graph for long sequences is the faster one
 
 OrtValues = dict[str, ort.OrtValue]
 
@@ -74,7 +76,7 @@ class Session:
 
 
 class BlockVariants:
-    """All sessions of one block kind, or of a single block whose weights are packed."""
+    """All sessions of one graph of a block kind, or of a single block whose weights are packed."""
 
     def __init__(self, kind: BlockKind, graph: JointGraph, packed: Packed | None = None) -> None:
         """Nothing is derived yet."""
@@ -114,3 +116,32 @@ class BlockVariants:
         if key not in self._sessions:
             self._sessions[key] = make()
         return self._sessions[key]
+
+
+@dataclass(frozen=True)
+class BlockForms:
+    """The variants of a block kind for short sequences and for long ones; the same where it has one graph for both."""
+
+    short: BlockVariants
+    long: BlockVariants
+
+    @classmethod
+    def load(cls, bundle: Bundle, kind: BlockKind, form: BlockKind | FastForm) -> BlockForms:
+        """Read the graphs of a kind or of its fast form.
+
+        Raises:
+            GraphError: one is unreadable.
+        """
+        short = BlockVariants(kind, JointGraph.load(bundle.path(form.graph)))
+        return cls(short, BlockVariants(kind, JointGraph.load(bundle.path(form.long))) if form.long else short)
+
+    def packed(self, weights: Packed) -> BlockForms:
+        """The same for a single block, its weights packed."""
+        short = BlockVariants(self.short.kind, self.short.graph, weights)
+        return BlockForms(
+            short, short if self.long is self.short else BlockVariants(self.long.kind, self.long.graph, weights)
+        )
+
+    def of(self, hidden: ort.OrtValue) -> BlockVariants:
+        """For a hidden state (batch, seq, width)."""
+        return self.long if hidden.shape()[1] >= LONG_TOKENS else self.short

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 
 from edge_runtime.bundle import Array, Bundle
-from edge_runtime.engine.block import BlockVariants, OrtValues, Session, Variant
+from edge_runtime.engine.block import BlockForms, BlockVariants, OrtValues, Session, Variant
 from edge_runtime.engine.budget import COPIES, Allowance, KeptSizes, packed_from, share_out
 from edge_runtime.engine.errors import EngineInputError
 from edge_runtime.engine.frozen import FrozenWeights, bind
@@ -65,9 +65,7 @@ class BlockEngine:
         allowance = share_out(memory_budget_mb, sum(array.nbytes for array in weights.values()))
         choose_allocation(tight=not allowance.resident)
         self._frozen = FrozenWeights(manifest, weights, resident=allowance.resident)
-        self._kinds = {
-            kind.name: BlockVariants(kind, JointGraph.load(bundle.path(kind.graph))) for kind in manifest.kinds
-        }
+        self._kinds = {kind.name: BlockForms.load(bundle, kind, kind) for kind in manifest.kinds}
         self._embed = Session(JointGraph.load(bundle.path(manifest.embed.graph)), ("hidden", *manifest.embed.shared))
         self._packed, taken = self._pack(bundle, allowance) if packed and products == "exact" else ({}, 0)
         self._sizes = KeptSizes(allowance.activations - taken)
@@ -85,7 +83,7 @@ class BlockEngine:
         self._head_alive = False
         self._kept_bytes = 0
 
-    def _pack(self, bundle: Bundle, allowance: Allowance) -> tuple[dict[int, BlockVariants], int]:
+    def _pack(self, bundle: Bundle, allowance: Allowance) -> tuple[dict[int, BlockForms], int]:
         """Sessions of their own for as many blocks from the top as half the budget holds, and what they will take."""
         sizes = [self._frozen.block_bytes(index) for index in range(len(self._manifest.blocks))]
         first = packed_from(allowance.activations // 2, sizes)
@@ -94,8 +92,7 @@ class BlockEngine:
             weights = self._frozen.packed(index, bundle.folder)
             if weights is None:
                 raise EngineInputError(f"packed weights: a bundle of base {self._manifest.base} has none, only fp32")
-            shared = self._kinds[self._manifest.blocks[index].kind]
-            found[index] = BlockVariants(shared.kind, shared.graph, weights)
+            found[index] = self._kinds[self._manifest.blocks[index].kind].packed(weights)
         return found, COPIES * sum(sizes[first:])
 
     def use(self, parameters: AdapterParameters, remembered: RememberedHidden | None = None) -> None:
@@ -207,7 +204,7 @@ class BlockEngine:
         first = self._first_kept(shape)
         for index in range(self._lowest, len(self._variants)):
             given = {"hidden": hidden}
-            block, inputs = self._trained(index)
+            block, inputs = self._trained(index, hidden)
             variant = self._variants[index]
             forward = block.forward_keeping(variant) if index >= first else block.forward()
             kept = forward.run(given, shared, *inputs)
@@ -234,7 +231,7 @@ class BlockEngine:
     def _through(self, count: int, hidden: ort.OrtValue, shared: OrtValues, *, taped: bool) -> ort.OrtValue:
         """What the lowest ``count`` blocks make of a hidden state; nothing is kept."""
         for index in range(count):
-            block, inputs = self._trained(index) if taped else self._exact(index)
+            block, inputs = self._trained(index, hidden) if taped else self._exact(index, hidden)
             hidden = block.forward().run({"hidden": hidden}, shared, *inputs)["out"]
             self._frozen.used(index)
         return hidden
@@ -264,7 +261,7 @@ class BlockEngine:
         while tape:
             # Popping drops a block's activations as soon as its gradients exist.
             index, variant, kept = tape.pop()
-            block, inputs = self._trained(index)
+            block, inputs = self._trained(index, d_out)
             made = block.backward(variant).run(kept, {"d_out": d_out}, shared, *inputs)
             self._frozen.used(index)
             prefix = self._manifest.blocks[index].prefix
@@ -275,17 +272,17 @@ class BlockEngine:
                 d_out = made["d_hidden"]
         return found
 
-    def _exact(self, index: int) -> tuple[BlockVariants, tuple[OrtValues, ...]]:
-        """A block's sessions and what they read beside activations."""
-        variants = self._packed.get(index) or self._kinds[self._manifest.blocks[index].kind]
-        return variants, (self._lora[index], self._frozen.exact(index), self._scales)
+    def _exact(self, index: int, hidden: ort.OrtValue) -> tuple[BlockVariants, tuple[OrtValues, ...]]:
+        """A block's sessions for a hidden state of this length, and what they read beside activations."""
+        forms = self._packed.get(index) or self._kinds[self._manifest.blocks[index].kind]
+        return forms.of(hidden), (self._lora[index], self._frozen.exact(index), self._scales)
 
-    def _trained(self, index: int) -> tuple[BlockVariants, tuple[OrtValues, ...]]:
+    def _trained(self, index: int, hidden: ort.OrtValue) -> tuple[BlockVariants, tuple[OrtValues, ...]]:
         """The same for a training step."""
         if not self._fast_kinds:
-            return self._exact(index)
-        variants = self._fast_kinds[self._manifest.blocks[index].kind]
-        return variants, (self._lora[index], self._frozen.int8(index), self._scales)
+            return self._exact(index, hidden)
+        forms = self._fast_kinds[self._manifest.blocks[index].kind]
+        return forms.of(hidden), (self._lora[index], self._frozen.int8(index), self._scales)
 
 
 def _shape(hidden: ort.OrtValue) -> tuple[int, int]:
@@ -303,12 +300,12 @@ def _tape_bytes(tape: Tape) -> int:
     return sum(held.values())
 
 
-def _fast_kinds(bundle: Bundle) -> dict[str, BlockVariants]:
+def _fast_kinds(bundle: Bundle) -> dict[str, BlockForms]:
     found = {}
     for kind in bundle.manifest.kinds:
         if kind.fast is None:
             raise EngineInputError(f"int8 products: a bundle of base {bundle.manifest.base} has none: export it again")
-        found[kind.name] = BlockVariants(kind, JointGraph.load(bundle.path(kind.fast.graph)))
+        found[kind.name] = BlockForms.load(bundle, kind, kind.fast)
     return found
 
 

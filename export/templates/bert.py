@@ -46,12 +46,11 @@ class BertBlock:
     def _attend(self, g: GraphBuilder, x: str) -> tuple[str, Callable[[str], str]]:
         *inner, outer = self.projections
         (q, h_q), (k, h_k), (v, h_v) = (layer.forward(g, x) for layer in inner)
-        attended = self.attention.forward(g, q, k, v)
-        summed, h_outer = outer.forward(g, attended.mixed, plus=x)
+        mixed, attention_backward = self.attention.forward(g, q, k, v)
+        summed, h_outer = outer.forward(g, mixed, plus=x)
 
         def backward(d_summed: str) -> str:
-            d_mixed = outer.backward(g, d_summed, (attended.mixed, h_outer))
-            gradients = self.attention.backward(g, d_mixed, attended)
+            gradients = attention_backward(outer.backward(g, d_summed, (mixed, h_outer)))
             return g.op("Add", backward_of_all(g, inner, gradients, x, (h_q, h_k, h_v)), d_summed)
 
         return summed, backward

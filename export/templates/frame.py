@@ -22,11 +22,13 @@ class Template:
         family: For reports, "llama" or "bert".
         weights: Every parameter the template reads; a block with others is not of this family.
         body: The block itself.
+        long: The same with less work on long sequences, where that is known.
     """
 
     family: str
     weights: frozenset[str]
     body: Body
+    long: Body | None = None
 
     def build(self, inputs: Sequence[Input], outputs: Sequence[str]) -> Any:
         """The block's joint graph, an ``onnx.ModelProto``.

@@ -36,13 +36,12 @@ class LlamaBlock:
         norm, (*inner, outer) = self.norms[0], self.projections
         normed = norm.forward(g, x)
         (q, h_q), (k, h_k), (v, h_v) = (layer.forward(g, normed.y) for layer in inner)
-        attended = self.attention.forward(g, q, k, v)
-        out, h_o = outer.forward(g, attended.mixed, plus=x)
+        mixed, attention_backward = self.attention.forward(g, q, k, v)
+        out, h_o = outer.forward(g, mixed, plus=x)
 
         def backward(d_out: str) -> str:
             rows = norm.rows(g, normed)
-            d_mixed = outer.backward(g, d_out, (attended.mixed, h_o))
-            gradients = self.attention.backward(g, d_mixed, attended)
+            gradients = attention_backward(outer.backward(g, d_out, (mixed, h_o)))
             d_normed = backward_of_all(g, inner, gradients, norm.again(g, rows), (h_q, h_k, h_v))
             return g.op("Add", norm.backward(g, d_normed, rows, normed), d_out)
 

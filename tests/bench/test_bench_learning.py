@@ -17,6 +17,7 @@ from bench.learning.lines import SYSTEMS, Key, Line, append_line, base_of, produ
 from bench.learning.picture import page
 from bench.learning.tasks import RECIPES, Recipe, draw_adapter, ensure_start, write_examples
 from edge_runtime.bundle import open_bundle
+from edge_runtime.engine.runtime import start_runtime
 
 LABELS = ("asyncio", "email", "tkinter", "xml")
 
@@ -237,7 +238,7 @@ def test_both_sides_learn_the_same(kind: str, request: pytest.FixtureRequest, tm
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     start = ensure_start(bundle, tmp_path / "start", 0)
     files = (str(model), str(bundle), str(start), str(data), str(data))
-    peft, ours = (run(Setup(recipe, system, 0, 12, 1, *files)) for system in ("peft", "emberlora-fp32"))
+    peft, ours = (run(Setup(recipe, system, 0, 12, start_runtime(), *files)) for system in ("peft", "emberlora-fp32"))
     assert [step for step, _ in ours.curve] == [0, 6, 12]
     for (_, found), (_, wanted) in zip(ours.curve, peft.curve, strict=True):
         assert found == pytest.approx(wanted, abs=1 / 64 if recipe.metric == "accuracy" else 1e-3)

@@ -11,13 +11,17 @@ import export_models
 import numpy as np
 import onnx
 import pytest
+import torch
 from export_sessions import LABELS, Exported
+from msgspec import structs
 from transformers import AutoConfig
 
+from edge_runtime.bundle import BlockKind
 from edge_runtime.engine.graph import JointGraph
 from export import ExportOptions, graphs, pipeline
 from export.attention import traceable_attention
 from export.blocks import Shared, Site, study
+from export.fast import fast_form
 from export.quiet import quiet
 from export.runner import open_session
 from export.sources import find_source, load
@@ -38,6 +42,8 @@ class Pair:
     model: onnx.ModelProto  # by template
     written: JointGraph
     traced: JointGraph
+    long: JointGraph | None
+    entry: BlockKind
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -49,9 +55,10 @@ def pair(request: pytest.FixtureRequest, workshop: Path) -> Pair:
             patch.setattr(graphs, "find_template", lambda *_: None)
             made.append(graphs.block_graph(sites[-1], shared, width, "block"))
     assert [graph.maker.split()[-1] for graph in made] == ["template", "tracer"]
-    assert made[0].entry == made[1].entry
+    assert structs.replace(made[0].entry, long=None) == made[1].entry
     cut = (JointGraph(graph.model.SerializeToString(), name="block") for graph in made)
-    return Pair(request.param, sites[-1], made[0].model, *cut)
+    long = JointGraph(made[0].long.SerializeToString(), name="block.long") if made[0].long else None
+    return Pair(request.param, sites[-1], made[0].model, *cut, long, made[0].entry)
 
 
 class blocks:  # noqa: N801 - reads as a function
@@ -133,6 +140,58 @@ def test_template_equals_trace(pair: Pair, batch: int, seq: int, padded: int) ->
     if seq == 1:  # a softmax over one position has no gradient: both sides hold only rounding
         outputs = [name for name in outputs if not any(word in name for word in ("query", "key", "q_proj", "k_proj"))]
     assert_close({name: found[name] for name in outputs}, run(pair.traced, outputs, given))
+
+
+@pytest.mark.parametrize(("batch", "seq", "padded"), [(1, 8, 0), (2, 13, 4), (3, 23, 22)])
+def test_long_form_equals_trace(pair: Pair, batch: int, seq: int, padded: int) -> None:
+    """Queries in chunks, of lengths that four does and does not divide; only a causal mask allows them."""
+    if pair.long is None:
+        assert pair.family == "bert"
+        return
+    given, outputs = feeds(pair, batch, seq, padded=padded), list(pair.written.outputs)
+    assert pair.long.outputs.keys() == pair.written.outputs.keys()
+    assert_close(run(pair.long, outputs, given), run(pair.traced, outputs, given))
+    gradients = [name for name in outputs if name != "out"]
+    kept = pair.long.boundary(["out"], gradients)
+    forward = run(pair.long, list(dict.fromkeys(["out", *kept])), given)
+    assert_close(run(pair.long, gradients, {**given, **forward}, kept), run(pair.long, gradients, given))
+
+
+def test_long_form_keeps_fewer_probabilities(pair: Pair) -> None:
+    """Of four chunks' 5/8 are left, and nothing else of what is kept is more."""
+    if pair.long is None:
+        assert pair.family == "bert"
+        return
+    given = feeds(pair, 1, 64)
+    found = []
+    for graph in (pair.written, pair.long):
+        kept = graph.boundary(["out"], [name for name in graph.outputs if name != "out"])
+        made = run(graph, list(dict.fromkeys(["out", *kept])), given).values()
+        squares = [value.size for value in made if value.ndim == 4 and value.shape[-1] % 16 == 0 < value.shape[-1] > 8]
+        found.append((sum(squares), sum(value.nbytes for value in made)))
+    (whole, bytes_whole), (cut, bytes_cut) = found
+    assert cut == whole * 5 // 8
+    assert bytes_whole - bytes_cut == 4 * (whole - cut)
+
+
+def test_a_mask_that_shows_the_future_has_no_long_form(workshop: Path) -> None:
+    """Otherwise chunks would leave out what queries may see."""
+    with blocks(workshop / "llama", "lm") as (sites, shared, _):
+        name = next(name for name in shared if name.startswith("mask"))
+        wide = {**shared, name: replace(shared[name], example=torch.zeros_like(shared[name].example))}
+        causal, open_ = find_template(sites[0], shared), find_template(sites[0], wide)
+    assert causal is not None
+    assert causal.long is not None
+    assert open_ is not None
+    assert open_.long is None
+
+
+def test_fast_form_scales_rows_of_decoders_one_by_one(pair: Pair) -> None:
+    """A token with massive activations must not set the scale of the others; a layer norm's rows need no scaling."""
+    fast, _ = fast_form(pair.model, pair.entry.weights)
+    makers = {name: node.op_type for node in fast.graph.node for name in node.output}
+    read = {makers[node.input[0]] for node in fast.graph.node if node.op_type == "DynamicQuantizeMatMul"}
+    assert read == ({"Div", "LayerNormalization"} if pair.family == "bert" else {"Div"})
 
 
 def test_an_example_of_padding_only_gives_numbers(pair: Pair) -> None:

@@ -193,9 +193,22 @@ def test_backward_stops_at_the_lowest_alive_block(case: Case) -> None:
     assert [(index, variant.input_gradient) for index, variant, _ in tape] == [(2, False)]
 
 
+def test_long_sequences_take_the_long_graph(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder's has its queries in chunks; the gradients are autograd's, kept or recomputed. An encoder has none."""
+    monkeypatch.setattr("edge_runtime.engine.block.LONG_TOKENS", 8)
+    for budget in (None, 0):
+        engine = BlockEngine(case.bundle, memory_budget_mb=budget)
+        made = step(case, list(case.adapter), engine)
+        assert max(error(made.tensors[name], wanted) for name, wanted in case.gradients.items()) < TOLERANCE
+        forms = next(iter(engine._kinds.values()))
+        assert (forms.long is forms.short) == (case.bundle.manifest.task == "classify")
+        assert forms.long._sessions
+        assert forms.long is forms.short or not forms.short._sessions
+
+
 def test_killed_factor_leaves_the_graph(case: Case) -> None:
     """A dead factor's gradient is no output of the block's graph, and its products are not in it."""
-    variants = next(iter(case.engine._kinds.values()))
+    variants = next(iter(case.engine._kinds.values())).short
     slot = variants.kind.slots[0].name
     everything = [f"d_lora_{f}:{s.name}" for s in variants.kind.slots for f in "ab"]
     without_a = [name for name in everything if name != f"d_lora_a:{slot}"]
