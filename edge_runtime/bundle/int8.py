@@ -12,7 +12,7 @@ from edge_runtime.bundle.tensors import Array
 SCALE_SUFFIX = ":scale"  # of a quantised weight's scale in the file of weights
 
 
-def int8_products(name: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
+def int8_products(name: str, tensors: Mapping[str, Array], *, narrow: bool = False) -> dict[str, Array]:
     """What a fast graph reads for one weight: ``q`` int8 (out, in), ``qt`` its transpose, ``qs`` float32 (out,).
 
     weight = qs · q, one scale a row. A weight stored as int8 is taken as it is; only its transpose is a copy.
@@ -20,6 +20,7 @@ def int8_products(name: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
     Args:
         name: Of the weight.
         tensors: A bundle's weights by name.
+        narrow: Use 7 of the 8 bits, -63 to 63, for processors whose products would saturate; q is always a copy then.
 
     Raises:
         TensorFileError: the weight is stored in four bits, or missing.
@@ -32,6 +33,8 @@ def int8_products(name: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
         rows, scale = weight, tensors[name + SCALE_SUFFIX]
     else:
         rows, scale = int8_rows(weight)
+    if narrow:
+        rows, scale = np.rint(rows * np.float32(63 / 127)).astype(np.int8), scale * np.float32(127 / 63)
     return {"q": rows, "qt": np.ascontiguousarray(rows.T), "qs": scale}
 
 

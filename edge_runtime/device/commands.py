@@ -135,6 +135,12 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
 @click.option("--threads", type=click.IntRange(min=1), help="Threads for training.  [default: all cores]")
 @click.option("--memory-mb", type=click.IntRange(min=1), help="Memory the training may plan with, in MB.")
 @click.option(
+    "--packed-weights",
+    is_flag=True,
+    help="Copy the frozen weights into the order that products want, as far as the memory budget goes: a step is 5 to 7 % "
+    "faster, the copies take twice the weights' size. For bundles of base fp32.",
+)
+@click.option(
     "--micro-tokens",
     type=click.IntRange(min=1),
     help="Tokens that go through the model at once; a larger batch is divided, its gradient stays the same.  "
@@ -156,6 +162,7 @@ def run(  # noqa: PLR0913  # click passes each option as an argument
     evaluation: tuple[Path, ...],
     threads: int | None,
     memory_mb: int | None,
+    packed_weights: bool,
     micro_tokens: int | None,
     remember_mb: int | None,
     skip_bad_lines: bool,
@@ -195,6 +202,7 @@ def run(  # noqa: PLR0913  # click passes each option as an argument
                 threads=threads,
                 skip_bad=skip_bad_lines,
                 memory_budget_mb=memory_mb,
+                packed_weights=packed_weights,
                 micro_tokens=micro_tokens,
                 remember_mb=remember_mb,
                 once=once,

@@ -60,6 +60,7 @@ class RunOptions:
     threads: int | None = None  # None: all cores
     skip_bad: bool = False
     memory_budget_mb: int | None = None
+    packed_weights: bool = False
     micro_tokens: int | None = None  # None: what suits model and budget
     remember_mb: int | None = None  # None: what suits the disk
     once: bool = False  # stop after one round
@@ -198,6 +199,7 @@ class Device:
             skip_bad=self._options.skip_bad,
             threads=self._options.threads,
             memory_budget_mb=self._options.memory_budget_mb,
+            packed_weights=self._options.packed_weights,
             micro_tokens=self._options.micro_tokens,
             remember_mb=self._options.remember_mb,
         )

@@ -20,6 +20,7 @@ from edge_runtime.bundle import (
 from edge_runtime.engine.block import OrtValues, Packed
 from edge_runtime.engine.errors import EngineInputError
 from edge_runtime.engine.graph import InFile
+from edge_runtime.engine.saturation import saturates
 
 
 class FrozenWeights:
@@ -50,7 +51,8 @@ class FrozenWeights:
     def int8(self, block: int) -> OrtValues:
         """Inputs ``q:``, ``qt:`` and ``qs:{weight}`` for int8 products, and the exact ones.
 
-        Made at the first use and kept: one copy of the weights in int8, two where the bundle does not store int8.
+        Made at the first use and kept: one copy of the weights in int8, two where the bundle does not store int8 or
+        the processor wants them narrower.
 
         Raises:
             EngineInputError: a weight is stored in a form that has no int8 products.
@@ -61,7 +63,7 @@ class FrozenWeights:
             made = dict(self._mapped[block])
             for name in kind.fast.weights:
                 try:
-                    parts = int8_products(f"{prefix}.{name}", self._weights)
+                    parts = int8_products(f"{prefix}.{name}", self._weights, narrow=saturates())
                 except BundleError as error:
                     raise EngineInputError(f"int8 products: {error}") from error
                 made |= {f"{part}:{name}": ort.OrtValue.ortvalue_from_numpy(array) for part, array in parts.items()}

@@ -41,6 +41,7 @@ class AloneOptions(msgspec.Struct, frozen=True):
     seed: int
     threads: int | None
     memory_budget_mb: int | None
+    packed_weights: bool
     products: Products
     micro_tokens: int | None
     skip_bad_lines: bool
@@ -98,6 +99,7 @@ def train_alone(options: AloneOptions, terminal: Terminal) -> AloneResult:
         threads=options.threads,
         memory_budget_mb=options.memory_budget_mb,
         products=options.products,
+        packed=options.packed_weights,
     )
     micro_tokens = work.micro_tokens(options.micro_tokens)
     settings = options.training(work.bundle.manifest.text.max_tokens)

@@ -97,6 +97,12 @@ def _one_clear_line() -> Iterator[None]:
     "[default: 60 % of free memory]",
 )
 @click.option(
+    "--packed-weights",
+    is_flag=True,
+    help="Copy the frozen weights into the order that products want, as far as the memory budget goes: a step is 5 to 7 % "
+    "faster, the copies take twice the weights' size. For bundles of base fp32.",
+)
+@click.option(
     "--products",
     type=click.Choice(get_args(Products)),
     default="exact",

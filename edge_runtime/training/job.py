@@ -28,6 +28,7 @@ class TrainingJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     skip_bad: bool = False
     threads: int | None = None  # None: all cores
     memory_budget_mb: int | None = None
+    packed_weights: bool = False  # where the bundle's base is fp32
     micro_tokens: int | None = None  # None: what suits model and budget
     remember_mb: int | None = (
         None  # for what the frozen blocks make of the examples, on disk; None: what suits the disk

@@ -45,6 +45,7 @@ def run_round(job: TrainingJob, emit: Callable[[Event], None]) -> tuple[bytes, D
             threads=job.threads,
             memory_budget_mb=job.memory_budget_mb,
             products=plan.training.products_wanted,
+            packed=job.packed_weights and bundle.manifest.base == "fp32",  # the operator chose the base, not the user
         )
         adapter = map_tensors(Path(job.adapter))
         check_tensors(adapter, adapter_shapes(bundle.manifest, plan.ranks), what="adapter")

@@ -8,7 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_runtime.bundle import Array, Bundle, int8_products, map_tensors, open_bundle, release_pages, write_tensors
+from edge_runtime.bundle import (
+    Array,
+    Bundle,
+    int8_products,
+    int8_rows,
+    map_tensors,
+    open_bundle,
+    release_pages,
+    write_tensors,
+)
 from edge_runtime.bundle.errors import TensorFileError
 from edge_runtime.data import Batch
 from edge_runtime.engine.errors import EngineInputError
@@ -111,6 +120,28 @@ def test_int8_form_is_the_weight() -> None:
     again = int8_products("w", {"w": form["q"], "w:scale": form["qs"]})
     assert again["q"] is form["q"]
     np.testing.assert_array_equal(again["qs"], form["qs"])
+
+
+def test_narrow_form_is_the_weight_in_seven_bits() -> None:
+    """Two products of the largest activation, 255, fit 16 bits; the scale makes up for it."""
+    weight = np.random.default_rng(1).normal(size=(6, 10)).astype(np.float32)
+    rows, scale = int8_rows(weight)
+    for tensors in ({"w": weight}, {"w": rows, "w:scale": scale}):
+        form = int8_products("w", tensors, narrow=True)
+        assert 2 * 255 * int(np.abs(form["q"].astype(int)).max()) < 2**15
+        np.testing.assert_allclose(form["q"] * form["qs"][:, None], weight, atol=np.abs(weight).max() / 63 * 0.8)
+        np.testing.assert_array_equal(form["qt"], form["q"].T)
+
+
+def test_a_processor_that_saturates_gets_narrow_weights(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradients are near the exact ones too."""
+    wanted = whole(gradients(BlockEngine(bundle), bundle))
+    monkeypatch.setattr("edge_runtime.engine.frozen.saturates", lambda: True)
+    engine = BlockEngine(bundle, products="int8")
+    found = whole(gradients(engine, bundle))
+    assert 1e-4 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 0.15
+    read = [value.numpy() for name, value in engine._frozen.int8(0).items() if name.startswith("q:")]
+    assert max(int(np.abs(rows.astype(int)).max()) for rows in read) == 63
 
 
 @pytest.mark.parametrize("tensors", [{}, {"w": np.zeros((4, 4), np.uint8)}, {"w": np.zeros(4, np.float32)}])

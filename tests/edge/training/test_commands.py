@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edge_runtime.cli import main
+from edge_runtime.engine.model import BlockEngine
 
 DATA = Path(os.environ.get("EMBERLORA_DATA", Path(__file__).parents[4] / "shared" / "data"))
 LABELS = ("asyncio", "email", "tkinter", "xml")
@@ -89,6 +90,25 @@ def test_less_memory_same_result(bert_bundle: Path, data: Path, tmp_path: Path) 
     kept = json.loads(emberlora(*common, "--out", tmp_path / "a").stdout)
     recomputed = json.loads(emberlora(*common, "--out", tmp_path / "b", "--memory-budget-mb", 0).stdout)
     assert recomputed["loss_end"] == pytest.approx(kept["loss_end"], rel=1e-4)
+
+
+def test_packed_weights_learn_the_same(
+    bert_bundle: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The option reaches the engine, which packs every block."""
+    made: list[BlockEngine] = []
+
+    class Noted(BlockEngine):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+    monkeypatch.setattr("edge_runtime.training.session.BlockEngine", Noted)
+    common = ("edge", "train", "--bundle", bert_bundle, "--data", data, "--json", "--steps", 6)
+    mapped = json.loads(emberlora(*common, "--out", tmp_path / "a").stdout)
+    packed = json.loads(emberlora(*common, "--out", tmp_path / "b", "--packed-weights").stdout)
+    assert packed["loss_end"] == pytest.approx(mapped["loss_end"], rel=1e-4)
+    assert [len(engine._packed) > 0 for engine in made] == [False, True]
 
 
 def test_pieces_of_a_batch_learn_the_same(bert_bundle: Path, data: Path, tmp_path: Path) -> None:
