@@ -10,8 +10,8 @@ from typing import Any
 from onnxruntime.capi import onnxruntime_pybind11_state as compiled
 
 # One class under all sessions, so that the engine needs no hook for the benchmark. The method of the same name on
-# ``onnxruntime.InferenceSession`` would count its checks of every input, in Python and as dear as all our own Python.
-_CLASS, _METHOD = compiled.InferenceSession, "run_with_ort_values"
+# ``onnxruntime.InferenceSession`` would count its Python.
+_CLASS, _METHOD = compiled.InferenceSession, "run_with_ortvaluevector"
 
 
 class RuntimeClock:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
 
 from edge_runtime.bundle import BlockKind, Bundle, FastForm
 from edge_runtime.engine.errors import EngineInputError
@@ -16,6 +17,7 @@ from edge_runtime.engine.runtime import open_session
 LONG_TOKENS = 256  # from here on a kind's graph for long sequences is the faster one
 
 OrtValues = dict[str, ort.OrtValue]
+_OPTIONS = ort.RunOptions()
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ class Session:
         model = graph.derive(outputs, given, packed.constants if packed else None)
         self._session = open_session(model.SerializeToString(), packed.folder if packed else None)
         self.inputs = tuple(value.name for value in self._session.get_inputs())
+        # Strings and devices as the compiled run wants them, made once.
+        self._names = list(self.inputs), list(self.outputs)
+        self._devices = [ort.OrtDevice.make("cpu", 0)._get_c_device()] * len(self.outputs)
 
     def run(self, *sources: Mapping[str, ort.OrtValue]) -> OrtValues:
         """Run with each input taken from the first source that has it.
@@ -64,15 +69,20 @@ class Session:
         Raises:
             EngineInputError: no source has an input.
         """
-        feeds = {}
+        feeds = OrtValueVector()
+        feeds.reserve(len(self.inputs))
         for name in self.inputs:
             for source in sources:
                 if name in source:
-                    feeds[name] = source[name]
+                    feeds.push_back(source[name]._ortvalue)  # what the vector holds; the runtime offers no other way
                     break
             else:
                 raise EngineInputError(f"block graph: nothing given for input {name!r}")
-        return dict(zip(self.outputs, self._session.run_with_ort_values(self.outputs, feeds), strict=True))
+        made = OrtValueVector()
+        inputs, outputs = self._names
+        # run_with_ort_values checks every name against a list of all, and costs 2 to 3 % of a step on short batches.
+        self._session.run_with_ortvaluevector(_OPTIONS, inputs, feeds, outputs, made, self._devices)
+        return {name: ort.OrtValue(made[place]) for place, name in enumerate(outputs)}
 
 
 class BlockVariants:

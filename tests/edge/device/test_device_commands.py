@@ -134,7 +134,18 @@ def test_a_task_for_a_machine(enrolled: User, data: Path) -> None:
 def test_what_the_user_decides_about_training_reaches_it(enrolled: User, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs: list[TrainingJob] = []
     monkeypatch.setattr(trainer, "ChildTrainer", lambda: FakeTrainer(before=jobs.append))
-    options = ("--threads", 2, "--memory-mb", 300, "--micro-tokens", 512, "--remember-mb", 0, "--skip-bad-lines", "--packed-weights")
+    options = (
+        "--threads",
+        2,
+        "--memory-mb",
+        300,
+        "--micro-tokens",
+        512,
+        "--remember-mb",
+        0,
+        "--skip-bad-lines",
+        "--packed-weights",
+    )
     assert enrolled.types(run, *options).exit_code == 0
     (job,) = jobs
     assert job.packed_weights
