@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,14 +12,15 @@ from edge_runtime.bundle import Array
 from edge_runtime.engine.parameters import AdapterParameters, Flat
 from edge_runtime.wire import Training
 
-# Elements worked on at a time: temporaries stay in the cache and memory does not grow with the adapter.
+# Elements worked on at a time: temporaries stay in the cache, memory does not grow with the adapter, and an adapter of
+# many small tensors takes few calls.
 _CHUNK = 1 << 16
 
 
 class AdamW:
     """State for the alive parameters only; a dead factor has none.
 
-    Gradients are read where they are, tensor by tensor: no copy of all of them is made.
+    Gradients are read where they are, a piece at a time: no copy of all of them is made.
 
     Attributes:
         first: Running mean of the gradients, shape (layout.count,).
@@ -34,7 +36,7 @@ class AdamW:
         self.first: Flat = np.zeros(count, dtype=np.float32)
         self.second: Flat = np.zeros(count, dtype=np.float32)
         self.steps = 0
-        self._parts = list(_parts(parameters, training))
+        self._pieces = list(_pieces(parameters, training))
 
     def step(self, gradients: Mapping[str, Array], *, share: float = 1.0) -> float:
         """Move the parameters by one step.
@@ -54,43 +56,81 @@ class AdamW:
             shrink = settings.clip_norm / norm
         self.steps += 1
         correction = math.sqrt(1 - settings.beta2**self.steps) / (1 - settings.beta1**self.steps)
-        for name, where, inside, rate in self._parts:
-            gradient = flat[name][inside]
-            if shrink != 1.0:
-                gradient = gradient * np.float32(shrink)
-            if settings.mu:
-                away = self._parameters.flat[where] - self._parameters.origin[name].reshape(-1)[inside]
-                gradient = gradient + np.float32(settings.mu) * away
-            self._move(where, gradient, rate * share, correction)
+        for piece in self._pieces:
+            self._move(piece, self._gathered(piece, flat, shrink), share, correction)
         return norm
 
-    def _move(self, where: slice, gradient: Flat, rate: float, correction: float) -> None:
+    def _gathered(self, piece: _Piece, gradients: Mapping[str, Flat], shrink: float) -> Flat:
+        """The piece's gradient with what clipping and the proximal term make of it, shape (count,)."""
         settings = self._training
-        value, first, second = self._parameters.flat[where], self.first[where], self.second[where]
+        gathered: Flat = np.empty(piece.where.stop - piece.where.start, dtype=np.float32)
+        for span in piece.spans:
+            gathered[span.at] = gradients[span.name][span.inside]
+        if shrink != 1.0:
+            gathered *= np.float32(shrink)
+        if settings.mu:
+            gathered += np.float32(settings.mu) * self._parameters.flat[piece.where]
+            for span in piece.spans:
+                origin = self._parameters.origin[span.name].reshape(-1)[span.inside]
+                gathered[span.at] -= np.float32(settings.mu) * origin
+        return gathered
+
+    def _move(self, piece: _Piece, gradient: Flat, share: float, correction: float) -> None:
+        settings = self._training
+        value, first, second = self._parameters.flat[piece.where], self.first[piece.where], self.second[piece.where]
         first += np.float32(1 - settings.beta1) * (gradient - first)
         second += np.float32(1 - settings.beta2) * (gradient * gradient - second)
-        if settings.weight_decay:
-            value *= np.float32(1 - rate * settings.weight_decay)
         # eps is scaled like the second moment, so that the step equals the textbook m̂ / (√v̂ + eps).
         eps = settings.eps * math.sqrt(1 - settings.beta2**self.steps)
         denominator = np.sqrt(second)
         denominator += np.float32(eps)
         np.divide(first, denominator, out=denominator)
-        denominator *= np.float32(rate * correction)
+        for span in piece.spans:
+            rate = span.rate * share
+            if settings.weight_decay:
+                value[span.at] *= np.float32(1 - rate * settings.weight_decay)
+            denominator[span.at] *= np.float32(rate * correction)
         value -= denominator
 
 
-def _parts(parameters: AdapterParameters, training: Training) -> Iterator[tuple[str, slice, slice, float]]:
-    """Pieces of at most _CHUNK elements: tensor, where in the flat array, where in the tensor, learning rate."""
-    start = 0
+@dataclass(frozen=True)
+class _Span:
+    """A tensor's share of a piece: where in the tensor, where in the piece, and its learning rate."""
+
+    name: str
+    inside: slice
+    at: slice
+    rate: float
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Elements that are worked on together, many small tensors or a part of a large one: where in the flat array."""
+
+    where: slice
+    spans: tuple[_Span, ...]
+
+
+def _pieces(parameters: AdapterParameters, training: Training) -> Iterator[_Piece]:
+    """The flat array in pieces of _CHUNK elements, the last one smaller."""
+    start, spans = 0, list[_Span]()
+    filled = 0
     for name, shape in parameters.layout.blocks:
-        rate = training.lr_head
-        if name.endswith(".lora_a"):
-            rate = training.lr_a
-        elif name.endswith(".lora_b"):
-            rate = training.lr_b
-        count = math.prod(shape)
-        for low in range(0, count, _CHUNK):
-            high = min(low + _CHUNK, count)
-            yield name, slice(start + low, start + high), slice(low, high), rate
-        start += count
+        rate, count, done = _rate(name, training), math.prod(shape), 0
+        while done < count:
+            size = min(count - done, _CHUNK - filled)
+            spans.append(_Span(name, slice(done, done + size), slice(filled, filled + size), rate))
+            done, filled = done + size, filled + size
+            if filled == _CHUNK:
+                yield _Piece(slice(start, start + filled), tuple(spans))
+                start, filled, spans = start + filled, 0, []
+    if spans:
+        yield _Piece(slice(start, start + filled), tuple(spans))
+
+
+def _rate(name: str, training: Training) -> float:
+    if name.endswith(".lora_a"):
+        return training.lr_a
+    if name.endswith(".lora_b"):
+        return training.lr_b
+    return training.lr_head

@@ -81,6 +81,14 @@ def test_ten_steps_equal_torch(changes: dict[str, float], oracle: dict[str, np.n
         np.testing.assert_allclose(parameters.tensors[name], wanted, rtol=2e-5, atol=2e-6)
 
 
+def test_pieces_of_any_size_take_the_same_steps(
+    changes: dict[str, float], oracle: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A piece may hold several tensors, and a tensor several pieces."""
+    monkeypatch.setattr("edge_runtime.engine.adamw._CHUNK", 8)
+    test_ten_steps_equal_torch(changes, oracle)
+
+
 def test_proximal_term_pulls_towards_the_start() -> None:
     """With gradient zero, FedProx's term alone moves a displaced parameter back to where the round began."""
     parameters = AdapterParameters({"m.lora_a": np.zeros((1, 4), np.float32)}, Layout((("m.lora_a", (1, 4)),)))
