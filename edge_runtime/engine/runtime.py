@@ -21,6 +21,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _LARGEST_HEAP_BLOCK = 32 << 20  # the most that glibc takes for this threshold
 _TIGHT_BYTES = 512 << 10
 _pool_threads: int | None = None
+_tight = True  # until an engine says that there is memory
 
 
 def check_runtime() -> None:
@@ -67,11 +68,18 @@ def choose_allocation(*, tight: bool) -> None:
 
     Blocks come from the heap and stay there for the next step, or with ``tight`` large ones come from the system and go
     back at once: the peak is what is in use (147 instead of 258 MiB on SmolLM2-135M with everything recomputed), but
-    every page is faulted in anew. Holds for the whole process; other C libraries are left as they are.
+    every page is faulted in anew. Holds for the whole process and the sessions opened from now on; other C libraries are
+    left as they are.
+
+    ONNX Runtime plans all temporaries of a run as one block. That is larger than any heap takes, so it comes from the
+    system and goes back at every run: with ``tight`` better than many blocks that do, else worse than many that do not
+    (350 against 300 ms for a recomputed step of 512 tokens in float32, 280 against 200 with int8 products).
 
     Args:
         tight: Whether memory matters more than time.
     """
+    global _tight  # the C library's settings are global to the process; this goes with them
+    _tight = tight
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt") or not hasattr(library, "gnu_get_libc_version"):
         return
@@ -96,6 +104,7 @@ def open_session(model: bytes, constants: Path | None = None) -> ort.InferenceSe
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = _tight
     options.log_severity_level = 3
     if constants is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(constants))

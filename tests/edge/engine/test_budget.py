@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_runtime.engine import runtime
 from edge_runtime.engine.budget import Allowance, KeptSizes, default_budget_mb, share_out
 
 MB = 1 << 20
@@ -58,3 +62,21 @@ def test_kept_blocks_fit_and_no_more_would(budget: int, size: int, blocks: int, 
         return
     assert kept * size * examples <= budget
     assert kept == blocks or (kept + 1) * size * examples > budget
+
+
+@pytest.mark.parametrize("tight", [False, True])
+def test_temporaries_are_one_block_only_when_memory_is_tight(monkeypatch: pytest.MonkeyPatch, tight: bool) -> None:
+    """One block of all temporaries is larger than a heap takes, and would come from the system at every run."""
+    opened: list[bool] = []
+
+    class Session:
+        def __init__(self, model: bytes, options: Any, **_: Any) -> None:
+            opened.append(options.enable_mem_pattern)
+
+    monkeypatch.setattr(runtime.ort, "InferenceSession", Session)
+    try:
+        runtime.choose_allocation(tight=tight)
+        runtime.open_session(b"")
+    finally:
+        runtime.choose_allocation(tight=False)
+    assert opened == [tight]
