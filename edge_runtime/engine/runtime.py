@@ -68,7 +68,7 @@ def choose_allocation(*, tight: bool) -> None:
 
     Blocks come from the heap and stay there for the next step, or with ``tight`` large ones come from the system and go
     back at once: the peak is what is in use (147 instead of 258 MiB on SmolLM2-135M with everything recomputed), but
-    every page is faulted in anew. Holds for the whole process and the sessions opened from now on; other C libraries are
+    every page is faulted in anew. Holds for the process and the sessions opened from now on; other C libraries are
     left as they are.
 
     ONNX Runtime plans all temporaries of a run as one block. That is larger than any heap takes, so it comes from the
