@@ -203,6 +203,44 @@ def stop(config_path: Path, as_json: bool) -> None:
 
 @cloud.command()
 @config_option
+@json_option
+@_one_line_errors
+def replay(config_path: Path, as_json: bool) -> None:
+    """Make every plan of the task again from what was kept, and compare it with the one that was signed.
+
+    A plan follows from the config, the bundle, the rounds before it and what was known of the adapter. Ends with 1
+    when a plan differs, for example because the config was changed meanwhile. The server may run.
+
+    \b
+    Example:
+      emberlora cloud replay --config server
+    """
+    from cloud.replay import replay as replay_plans
+
+    rounds = asyncio.run(replay_plans(_load(config_path)))
+    for found in rounds:
+        if as_json:
+            _echo_json(found)
+            continue
+        ranks = f"rank {found.lowest_rank}" + (
+            f" to {found.highest_rank}" if found.highest_rank > found.lowest_rank else ""
+        )
+        click.echo(
+            f"round {found.round}: {found.parameters:,} parameters alive, {ranks}: " + _verdict(found.differences)
+        )
+    if any(found.differences for found in rounds):
+        sys.exit(1)
+
+
+def _verdict(differences: tuple[str, ...]) -> str:
+    if not differences:
+        return "as signed"
+    more = f", and {len(differences) - 1} more" if len(differences) > 1 else ""
+    return f"differs: {differences[0]}{more}"
+
+
+@cloud.command()
+@config_option
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; new or empty.")
 @_one_line_errors
 def adapter(config_path: Path, out: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from cloud.errors import ConfigError
-from cloud.planner import AGGREGATIONS, POLICIES
+from cloud.planner import AGGREGATIONS, POLICIES, Annealing, annealing_problems
 from edge_runtime import wire
 
 CONFIG_NAME = "emberlora.toml"
@@ -24,7 +24,7 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     bundle: str  # folder, relative to the config file
-    policy: str = "fixed"  # which modules live; "fixed": all of them, always
+    policy: str = "fixed"  # what is trained; "fixed": everything, always; "anneal": ranks fall, see [annealing]
     aggregation: str = "alternate"  # exact and linear, half the bytes of sending both factors (RoLoRA)
     rounds: int = 12  # six of each factor; MiniLM-sized tasks have settled by then
     rank: int | None = None  # None: the bundle's r_max
@@ -69,6 +69,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     task: TaskConfig
     training: TrainingConfig = TrainingConfig()
+    annealing: Annealing = Annealing()  # read by the policies that anneal
     server: ServerConfig = ServerConfig()
     folder: str = "."
 
@@ -134,7 +135,12 @@ def config_problems(config: Config) -> list[str]:
         wire.check_name(config.task.name, what="task.name")
     except wire.RequestFormatError as error:
         return [str(error)]
-    return [*_task_problems(config.task), *_training_problems(config.training), *_server_problems(config.server)]
+    return [
+        *_task_problems(config.task),
+        *_training_problems(config.training),
+        *(annealing_problems(config.annealing, config.task.rounds) if config.task.policy == "anneal" else []),
+        *_server_problems(config.server),
+    ]
 
 
 def _task_problems(task: TaskConfig) -> list[str]:
@@ -223,7 +229,7 @@ SAMPLE = """\
 [task]
 name = "{task}"
 bundle = "{bundle}"            # made by `emberlora export`
-policy = "fixed"               # every module alive in every round
+policy = "fixed"               # every module alive at full rank in every round; or "anneal"
 aggregation = "alternate"      # even rounds train and send B, odd rounds A: exact, and half the bytes
 rounds = 12
 rank = {rank}                  # at most the bundle's r_max
@@ -246,6 +252,14 @@ weight_decay = 0.0
 mu = 0.0                       # FedProx pull towards the round's start
 # clip_norm = 1.0              # bound on the global gradient norm; left out: no clipping
 products = "exact"             # with frozen weights; "int8" is faster, its gradients are a few per cent off
+
+[annealing]                    # read by policy "anneal"; budgets are shares of the adapter at the task's rank
+budget_start = 1.0
+budget_end = 0.25
+curve = "cubic"                # or "cosine", "linear"
+initiating_rounds = 2          # at the full budget
+final_rounds = 2               # at the end's budget
+initiating_mu = 0.0            # FedProx pull in the initiating rounds; 0: that of [training]
 
 [server]
 host = "127.0.0.1"

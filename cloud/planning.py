@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 from msgspec import UNSET
 
+from cloud.aggregate import module_energies, with_ranks
 from cloud.config import Config
 from cloud.errors import ConfigError
 from cloud.planner import Choice, Situation, choose
 from cloud.rounds import RoundRules, TaskState
 from edge_runtime import wire
-from edge_runtime.bundle import Array, Bundle, cut_ranks
+from edge_runtime.bundle import Array, Bundle, adapter_ranks
 from edge_runtime.wire.plan import SCHEMA
 
 
@@ -21,6 +23,23 @@ class Adapter:
 
     digest: str
     bytes: int
+
+
+class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a plan was made from besides config, bundle and history; kept with the plan, so that it can be made again.
+
+    Attributes:
+        ranks: Of the adapter before the plan, by module.
+        energies: Singular values of what every module adds to its layer, falling.
+    """
+
+    ranks: dict[str, int]
+    energies: dict[str, tuple[float, ...]]
+
+
+def gather_evidence(bundle: Bundle, tensors: dict[str, Array]) -> Evidence:
+    """What a policy may know of an adapter."""
+    return Evidence(adapter_ranks(bundle.manifest, tensors), module_energies(bundle.manifest, tensors))
 
 
 def check_fit(config: Config, bundle: Bundle) -> None:
@@ -52,15 +71,24 @@ def update_rules(config: Config) -> wire.UpdateRules:
 
 
 def first_adapter(config: Config, bundle: Bundle) -> dict[str, Array]:
-    """The bundle's adapter cut to the config's rank."""
-    rank = config.task.rank or bundle.manifest.r_max
-    return cut_ranks(bundle.manifest, bundle.initial_adapter(), dict.fromkeys(bundle.manifest.module_names, rank))
+    """The bundle's adapter at the config's rank."""
+    ranks = dict.fromkeys(bundle.manifest.module_names, config.task.rank or bundle.manifest.r_max)
+    return with_ranks(bundle.manifest, bundle.initial_adapter(), ranks, seed=(config.task.seed, 0))
+
+
+def planned_adapter(
+    config: Config, bundle: Bundle, state: TaskState, choice: Choice, tensors: dict[str, Array]
+) -> dict[str, Array]:
+    """The adapter at the ranks that were chosen."""
+    ranks = {module.name: module.rank for module in choice.modules}
+    return with_ranks(bundle.manifest, tensors, ranks, seed=(config.task.seed, state.round))
 
 
 def choose_modules(
-    config: Config, bundle: Bundle, state: TaskState, ranks: dict[str, int], history: tuple[wire.RoundStatus, ...]
+    config: Config, bundle: Bundle, state: TaskState, evidence: Evidence, history: tuple[wire.RoundStatus, ...]
 ) -> Choice:
-    """What the configured policy wants trained in the state's round, given the adapter's ranks; nothing at the end."""
+    """What the configured policy wants trained in the state's round, given the adapter; nothing at the end."""
+    ranks = evidence.ranks
     if state.phase == "finished":
         names = bundle.manifest.module_names
         return Choice(tuple(wire.ModulePlan(name=name, rank=ranks[name], alive="") for name in names), head_alive=False)
@@ -71,6 +99,9 @@ def choose_modules(
         round=state.round,
         rounds=config.task.rounds,
         seed=config.task.seed,
+        annealing=config.annealing,
+        full_rank=config.task.rank,
+        energies=evidence.energies,
         history=history,
     )
     return choose(config.task.policy, situation)
@@ -92,7 +123,7 @@ def make_plan(
         adapter_bytes=adapter.bytes,
         modules=choice.modules,
         head_alive=choice.head_alive,
-        training=_training(config, bundle, state.round),
+        training=training_of(config, bundle, state.round, choice),
         update=update_rules(config),
         seed=task.seed,
         deadline=state.deadline,
@@ -101,7 +132,8 @@ def make_plan(
     )
 
 
-def _training(config: Config, bundle: Bundle, round_: int) -> wire.Training:
+def training_of(config: Config, bundle: Bundle, round_: int, choice: Choice) -> wire.Training:
+    """How devices train in a round."""
     training = config.training
     share = wire.rate_share(training.lr_schedule, round_ / max(config.task.rounds - 1, 1))
     return wire.Training(
@@ -113,7 +145,7 @@ def _training(config: Config, bundle: Bundle, round_: int) -> wire.Training:
         steps=training.steps,
         epochs=training.epochs or (1 if training.steps is None else None),
         weight_decay=training.weight_decay,
-        mu=training.mu,
+        mu=training.mu if choice.mu is None else choice.mu,
         clip_norm=training.clip_norm,
         products="int8" if training.products == "int8" else UNSET,
     )

@@ -35,7 +35,7 @@ from cloud.rounds import (
 from cloud.store import OBJECTS, UPDATES, Blobs, Database, Identity, RoundRecord, UpdateRecord
 from cloud.work import RoundWork, next_adapter, open_update, read_adapter, start_work
 from edge_runtime import wire
-from edge_runtime.bundle import MANIFEST_NAME, Array, Bundle, adapter_ranks, cut_ranks, encode_tensors
+from edge_runtime.bundle import MANIFEST_NAME, Array, Bundle, encode_tensors
 
 _TICK_S = 0.5
 
@@ -379,10 +379,10 @@ class Aggregator:
     async def _prepare(
         self, state: TaskState, tensors: dict[str, Array], history: tuple[wire.RoundStatus, ...]
     ) -> _Prepared:
-        """Store the adapter, cut to the plan's ranks, and make the record of what starts from it."""
-        manifest = self._bundle.manifest
-        choice = planning.choose_modules(self.config, self._bundle, state, adapter_ranks(manifest, tensors), history)
-        cut = cut_ranks(manifest, tensors, {module.name: module.rank for module in choice.modules})
+        """Store the adapter, at the plan's ranks, and make the record of what starts from it."""
+        evidence = await asyncio.to_thread(planning.gather_evidence, self._bundle, tensors)
+        choice = planning.choose_modules(self.config, self._bundle, state, evidence, history)
+        cut = await asyncio.to_thread(planning.planned_adapter, self.config, self._bundle, state, choice, tensors)
         data = await asyncio.to_thread(encode_tensors, cut)
         digest = await asyncio.to_thread(self._blobs.put, OBJECTS, data)
         finished = state.phase == "finished"
@@ -403,6 +403,7 @@ class Aggregator:
             plan=signed.data,
             opened=self._clock(),
             deadline=state.deadline,
+            evidence=msgspec.json.encode(evidence).decode(),
             round_key=None if key is None else key.private_bytes_raw(),
         )
         return _Prepared(record, digest, cut)

@@ -1,10 +1,12 @@
 """Policies that choose what the next round trains: pure, by name, replayable from config, bundle and history."""
 
 from cloud.planner.aggregation import AGGREGATIONS
+from cloud.planner.anneal import anneal
+from cloud.planner.annealing import Annealing, annealing_problems
 from cloud.planner.choice import Choice, Policy, Situation
 from cloud.planner.fixed import fixed
 
-POLICIES: dict[str, Policy] = {"fixed": fixed}
+POLICIES: dict[str, Policy] = {"fixed": fixed, "anneal": anneal}
 
 
 def choose(policy: str, situation: Situation) -> Choice:
@@ -12,4 +14,13 @@ def choose(policy: str, situation: Situation) -> Choice:
     return POLICIES[policy](situation)
 
 
-__all__ = ["AGGREGATIONS", "POLICIES", "Choice", "Policy", "Situation", "choose"]
+__all__ = [
+    "AGGREGATIONS",
+    "POLICIES",
+    "Annealing",
+    "Choice",
+    "Policy",
+    "Situation",
+    "annealing_problems",
+    "choose",
+]

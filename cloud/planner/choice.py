@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
+from cloud.planner.annealing import Annealing
 from edge_runtime.bundle import Manifest
 from edge_runtime.wire import ModulePlan, RoundStatus
 
@@ -19,15 +20,37 @@ class Situation:
     round: int
     rounds: int
     seed: int
+    annealing: Annealing = field(default_factory=Annealing)
+    full_rank: int | None = None  # of the task; None: the bundle's r_max
+    energies: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # singular values of s·B·A, by module
     history: tuple[RoundStatus, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The modules in plan order."""
+        return self.manifest.module_names
+
+    @property
+    def component_sizes(self) -> dict[str, int]:
+        """Parameters of one component of every module: a row of A and a column of B."""
+        return {name: sum(features) for name, features in self.manifest.features.items()}
+
+    @property
+    def full_parameters(self) -> int:
+        """Parameters of all modules at the task's rank."""
+        return (self.full_rank or self.manifest.r_max) * sum(self.component_sizes.values())
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Rank and alive factors of every module, in the manifest's order, and whether the head is trained."""
+    """Rank and alive factors of every module, in the manifest's order, and whether the head is trained.
+
+    ``mu`` replaces the config's pull towards the round's start where the policy wants another one.
+    """
 
     modules: tuple[ModulePlan, ...]
     head_alive: bool
+    mu: float | None = None
 
 
 Policy = Callable[[Situation], Choice]

@@ -89,9 +89,12 @@ class Database:
         query = sa.select(t.rounds).order_by(t.rounds.c.round.desc()).limit(1)
         with self._engine.begin() as connection:
             row = connection.execute(query).one_or_none()
-        if row is None:
-            return None
-        return RoundRecord(row.round, row.state, row.plan, row.opened, row.deadline, row.round_key)
+        return None if row is None else _round(row)
+
+    def rounds(self) -> list[RoundRecord]:
+        """Every round that was opened, in order, and the finished state."""
+        with self._engine.begin() as connection:
+            return [_round(row) for row in connection.execute(sa.select(t.rounds).order_by(t.rounds.c.round))]
 
     def open_round(self, new: RoundRecord) -> None:
         """Store the first round."""
@@ -225,6 +228,10 @@ class Database:
             for device, seen, sent in traffic:
                 values = {"last_seen": seen, "bytes_down": t.devices.c.bytes_down + sent}
                 connection.execute(t.devices.update().where(t.devices.c.name == device).values(values))
+
+
+def _round(row: sa.Row[Any]) -> RoundRecord:
+    return RoundRecord(row.round, row.state, row.plan, row.opened, row.deadline, row.evidence, row.round_key)
 
 
 def _insert_round(connection: sa.Connection, new: RoundRecord) -> None:

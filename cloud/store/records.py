@@ -38,6 +38,7 @@ class RoundRecord:
     plan: bytes
     opened: float
     deadline: float
+    evidence: str  # what the plan was made from, as JSON
     round_key: bytes | None = field(default=None, repr=False)
 
 

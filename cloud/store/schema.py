@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import REAL, Column, ForeignKey, Integer, LargeBinary, MetaData, Table, Text
 
-SCHEMA = 1
+SCHEMA = 2
 metadata = MetaData()
 
 identity = Table(
@@ -45,6 +45,7 @@ rounds = Table(
     Column("round_key", LargeBinary),  # X25519 private key; NULL once the round is final
     Column("opened", REAL, nullable=False),
     Column("deadline", REAL, nullable=False),
+    Column("evidence", Text, nullable=False),  # what the plan was made from, as JSON; see cloud.planning.Evidence
     Column("summary", Text),  # RoundStatus as JSON, of applied rounds
     sqlite_strict=True,
 )

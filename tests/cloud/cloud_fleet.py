@@ -132,13 +132,18 @@ class Site:
     server: Server | None = None
 
     @classmethod
-    def make(cls, folder: Path, *, bundle: Bundle | None = None, **task: object) -> Site:
+    def make(
+        cls, folder: Path, *, bundle: Bundle | None = None, annealing: dict[str, object] | None = None, **task: object
+    ) -> Site:
         """A task of three rounds and two devices a round, if nothing else is asked."""
         bundle = bundle or make_bundle(folder / "bundle")
         init_folder(folder / "site", bundle=bundle.folder, task="tiny", force=False)
         table = {"name": "tiny", "bundle": "../bundle", "rounds": 3, "devices_per_round": 2, "min_devices": 1, **task}
-        lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
-        text = f"[task]\n{lines}[server]\nport = 0\nrequest_timeout_s = 5\n"
+        tables = {"task": table, "annealing": annealing or {}, "server": {"port": 0, "request_timeout_s": 5}}
+        text = "".join(
+            f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+            for name, values in tables.items()
+        )
         path = folder / "site" / "emberlora.toml"
         path.write_text(text)
         return cls(folder / "site", bundle, parse_config(text.encode(), path=path))

@@ -1,0 +1,59 @@
+"""Policy ``anneal``: every module lives, and ranks fall with the budget, the components with least energy first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cloud.planner.aggregation import AGGREGATIONS
+from cloud.planner.annealing import budget_share
+from cloud.planner.choice import Choice, Situation
+from edge_runtime.wire import ModulePlan
+
+
+def anneal(situation: Situation) -> Choice:
+    """All modules at ranks that fit the round's budget, and the head if the bundle trains one.
+
+    Ranks change in even rounds only, so that a pair of rounds that trains B and then A sees one rank. They never rise.
+    """
+    settings, round_ = situation.annealing, situation.round
+    share = budget_share(settings, round_, situation.rounds)
+    ranks = situation.ranks
+    if round_ % 2 == 0 and situation.energies:
+        ranks = fit_ranks(situation.energies, situation.component_sizes, share * situation.full_parameters)
+    factor = AGGREGATIONS[situation.aggregation](round_)
+    modules = tuple(ModulePlan(name, min(ranks[name], situation.ranks[name]), factor) for name in situation.names)
+    initiating = round_ < settings.initiating_rounds and settings.initiating_mu > 0
+    return Choice(
+        modules,
+        head_alive=situation.manifest.head.module is not None,
+        mu=settings.initiating_mu if initiating else None,
+    )
+
+
+def fit_ranks(energies: Mapping[str, tuple[float, ...]], sizes: Mapping[str, int], parameters: float) -> dict[str, int]:
+    """Ranks that keep the most energy in a number of parameters; one component of every module is always kept.
+
+    Args:
+        energies: Singular values of every module's change, falling.
+        sizes: Parameters of one component of every module.
+        parameters: How many there may be.
+
+    Returns:
+        The rank of every module. Where energies are equal, as all are before anything has moved, modules take turns.
+    """
+    ranks = dict.fromkeys(energies, 1)
+    left = parameters - sum(sizes[name] for name in ranks)
+    offers = [
+        (-(value**2) / sizes[name], place, number, name)
+        for number, (name, values) in enumerate(energies.items())
+        for place, value in enumerate(values)
+        if place > 0
+    ]
+    closed: set[str] = set()
+    for _, _, _, name in sorted(offers):
+        if name in closed or sizes[name] > left:
+            closed.add(name)  # a later component of the same module has less energy than this one
+            continue
+        ranks[name] += 1
+        left -= sizes[name]
+    return ranks

@@ -1,0 +1,66 @@
+"""The annealing schedule: how far a task has cooled, and what may be trained then. Pure functions of the round.
+
+After SA-FedLoRA (arXiv 2405.09394): initiating rounds at the full budget, then a budget that falls to its end, and
+final rounds that stay there. The curve is ours to choose; ``cubic`` is AdaLoRA's (arXiv 2303.10512).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import msgspec
+
+# From how far the task has cooled, 0 to 1, to what is left of the way from the start's budget to the end's.
+CURVES: dict[str, Callable[[float], float]] = {
+    "cubic": lambda x: (1 - x) ** 3,
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+    "linear": lambda x: 1 - x,
+}
+
+
+class Annealing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The operator's settings; budgets are shares of the adapter at the task's rank."""
+
+    budget_start: float = 1.0  # of the parameters at the task's rank; the first rounds find out what matters
+    budget_end: float = 0.25  # a quarter of the rank serves most modules as well
+    curve: str = "cubic"  # falls early: most of the bytes are sent while the budget is large
+    initiating_rounds: int = 2  # one of each factor at the full budget
+    final_rounds: int = 2  # what is left settles
+    initiating_mu: float = 0.0  # FedProx pull in the initiating rounds, against client drift; 0: training.mu
+
+
+def cooled(settings: Annealing, round_: int, rounds: int) -> float:
+    """How far the task has cooled in a round, from 0 to 1."""
+    span = rounds - settings.final_rounds - settings.initiating_rounds
+    if span <= 0:
+        return 0.0 if round_ < settings.initiating_rounds else 1.0
+    return min(max((round_ - settings.initiating_rounds) / span, 0.0), 1.0)
+
+
+def budget_share(settings: Annealing, round_: int, rounds: int) -> float:
+    """Share of the adapter at the task's rank that may be alive in a round."""
+    left = CURVES[settings.curve](cooled(settings, round_, rounds))
+    return settings.budget_end + (settings.budget_start - settings.budget_end) * left
+
+
+def annealing_problems(settings: Annealing, rounds: int) -> list[str]:
+    """Every way in which the settings are wrong."""
+    rules = {
+        f"annealing.curve: expected one of {', '.join(CURVES)}, got {settings.curve!r}": settings.curve not in CURVES,
+        f"annealing.budget_start: expected more than 0 and at most 1, got {settings.budget_start}": not (
+            0 < settings.budget_start <= 1
+        ),
+        f"annealing.budget_end ({settings.budget_end}) must be more than 0 and at most annealing.budget_start "
+        f"({settings.budget_start})": not 0 < settings.budget_end <= settings.budget_start,
+        f"annealing.initiating_rounds and annealing.final_rounds: expected 0 or more and together at most task.rounds "
+        f"({rounds}), got {settings.initiating_rounds} and {settings.final_rounds}": not (
+            settings.initiating_rounds >= 0
+            and settings.final_rounds >= 0
+            and settings.initiating_rounds + settings.final_rounds <= rounds
+        ),
+        f"annealing.initiating_mu: expected 0 or more, got {settings.initiating_mu}": not (
+            math.isfinite(settings.initiating_mu) and settings.initiating_mu >= 0
+        ),
+    }
+    return [message for message, broken in rules.items() if broken]

@@ -1,0 +1,109 @@
+"""Plans made again from what was kept of a task, and compared with those that were signed.
+
+A policy is a pure function of config, bundle, history and the evidence kept with each plan. So anyone with the data
+folder can check that the plans devices obeyed are those the config asks for, and a change of a policy shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from cloud import planning
+from cloud.config import Config
+from cloud.errors import DataMissingError
+from cloud.keys import KEYS_FOLDER, load_keys
+from cloud.planner import Choice
+from cloud.rounds import TaskState
+from cloud.store import Database, Identity, RoundRecord
+from edge_runtime import wire
+from edge_runtime.bundle import Bundle, open_bundle
+
+
+class ReplayedRound(msgspec.Struct, frozen=True):
+    """One plan beside what the config asks for.
+
+    Attributes:
+        round: From 0.
+        parameters: Alive ones of the signed plan's modules, without the head.
+        lowest_rank: Of the signed plan.
+        highest_rank: The same.
+        differences: What the replayed plan has otherwise, in words; empty when they agree.
+    """
+
+    round: int
+    parameters: int
+    lowest_rank: int
+    highest_rank: int
+    differences: tuple[str, ...]
+
+
+async def replay(config: Config) -> list[ReplayedRound]:
+    """Every plan of a task made again; the server may run meanwhile.
+
+    Raises:
+        DataError: the data folder holds no task, or one of another version or bundle.
+        BundleError: the bundle cannot be opened.
+    """
+    folder = config.data_path
+    path = folder / "emberlora.sqlite3"
+    if not path.exists():
+        raise DataMissingError(f"{folder}: holds no rounds: start the task with `emberlora cloud serve` first")
+    bundle = open_bundle(config.bundle_path, verify=False)
+    key = load_keys(folder / KEYS_FOLDER).plan.public_key()
+    records, history = await _read(path, Identity(config.task.name, bundle.digest))
+    plans = [wire.open_plan(record.plan, key).plan for record in records]
+    return list(_replayed(config, bundle, list(zip(records, plans, strict=True)), history))
+
+
+async def _read(path: Path, identity: Identity) -> tuple[list[RoundRecord], tuple[wire.RoundStatus, ...]]:
+    database = Database(path)
+    try:
+        await database.call(database.open, identity)
+        return await database.call(database.rounds), await database.call(database.history)
+    finally:
+        await database.close()
+
+
+def _replayed(
+    config: Config,
+    bundle: Bundle,
+    rounds: Sequence[tuple[RoundRecord, wire.Plan]],
+    history: Sequence[wire.RoundStatus],
+) -> Iterator[ReplayedRound]:
+    features = bundle.manifest.features
+    for record, plan in rounds:
+        if plan.state == "finished":
+            continue
+        state = TaskState(planning.round_rules(config), plan.round, "open", plan.deadline)
+        evidence = msgspec.json.decode(record.evidence, type=planning.Evidence)
+        before = tuple(status for status in history if status.round < plan.round)
+        choice = planning.choose_modules(config, bundle, state, evidence, before)
+        mu = planning.training_of(config, bundle, plan.round, choice).mu
+        sides = [(module.alive, module.rank, features[module.name]) for module in plan.modules]
+        yield ReplayedRound(
+            round=plan.round,
+            parameters=sum(rank * (("A" in alive) * size[0] + ("B" in alive) * size[1]) for alive, rank, size in sides),
+            lowest_rank=min(module.rank for module in plan.modules),
+            highest_rank=max(module.rank for module in plan.modules),
+            differences=tuple(_differences(plan, choice, mu)),
+        )
+
+
+def _differences(plan: wire.Plan, choice: Choice, mu: float) -> Iterator[str]:
+    if plan.head_alive != choice.head_alive:
+        yield f"head: signed {_alive(plan.head_alive)}, replayed {_alive(choice.head_alive)}"
+    if plan.training.mu != mu:
+        yield f"mu: signed {plan.training.mu:g}, replayed {mu:g}"
+    for signed, wanted in zip(plan.modules, choice.modules, strict=True):
+        if signed != wanted:
+            yield (
+                f"{signed.name}: signed rank {signed.rank} alive {signed.alive or 'none'}, "
+                f"replayed rank {wanted.rank} alive {wanted.alive or 'none'}"
+            )
+
+
+def _alive(alive: bool) -> str:
+    return "alive" if alive else "dead"

@@ -1,0 +1,122 @@
+"""Policies: what they may do at most, and that the same situation gives the same plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from cloud_fleet import make_bundle
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cloud.aggregate import module_energies
+from cloud.planner import POLICIES, Annealing, Situation, annealing_problems, choose
+from cloud.planner.anneal import fit_ranks
+from cloud.planner.annealing import CURVES, budget_share, cooled
+from edge_runtime.bundle import Bundle
+
+SETTINGS = Annealing(budget_start=1.0, budget_end=0.5, initiating_rounds=2, final_rounds=2, initiating_mu=0.1)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return make_bundle(tmp_path_factory.mktemp("planner") / "bundle", r_max=3)
+
+
+def situation(bundle: Bundle, round_: int, *, ranks: dict[str, int] | None = None, seed: int = 0) -> Situation:
+    """Of ten rounds, with an adapter of random B."""
+    rng = np.random.default_rng(seed)
+    start = bundle.initial_adapter()
+    adapter = {k: rng.normal(size=v.shape).astype(np.float32) if k.endswith("_b") else v for k, v in start.items()}
+    return Situation(
+        manifest=bundle.manifest,
+        ranks=ranks or dict.fromkeys(bundle.manifest.module_names, 3),
+        aggregation="alternate",
+        round=round_,
+        rounds=10,
+        seed=0,
+        annealing=SETTINGS,
+        energies=module_energies(bundle.manifest, adapter),
+    )
+
+
+@pytest.mark.parametrize("curve", CURVES)
+def test_the_budget_falls_from_start_to_end(curve: str) -> None:
+    """It stays at either end as long as it was told to, and never rises."""
+    settings = Annealing(curve=curve, budget_start=0.9, budget_end=0.2, initiating_rounds=3, final_rounds=4)
+    shares = [budget_share(settings, round_, 20) for round_ in range(20)]
+    assert shares[:4] == pytest.approx([0.9] * 4)
+    assert shares[16:] == pytest.approx([0.2] * 4)
+    assert all(later <= earlier for earlier, later in pairwise(shares))
+    assert [cooled(settings, round_, 20) for round_ in (3, 16)] == [0.0, 1.0]
+
+
+def test_no_room_to_cool_is_a_step() -> None:
+    settings = Annealing(initiating_rounds=4, final_rounds=6)
+    assert [cooled(settings, round_, 10) for round_ in (3, 4)] == [0.0, 1.0]
+
+
+def test_every_wrong_setting_is_named() -> None:
+    settings = Annealing(0.0, 0.5, "steep", -1, 20, float("nan"))
+    assert len(annealing_problems(settings, 10)) == 5
+    assert annealing_problems(Annealing(), 10) == []
+
+
+Energies = st.dictionaries(
+    st.sampled_from("abcdef"),
+    st.lists(st.floats(0, 10), min_size=1, max_size=5).map(lambda values: tuple(sorted(values, reverse=True))),
+    min_size=1,
+)
+
+
+@given(Energies, st.integers(0, 200), st.data())
+def test_ranks_fit_the_budget(energies: dict[str, tuple[float, ...]], parameters: int, data: st.DataObject) -> None:
+    """One component of every module always; beyond that no more than the budget, and no rank that is not there."""
+    sizes = {name: data.draw(st.integers(1, 20)) for name in energies}
+    ranks = fit_ranks(energies, sizes, parameters)
+    assert all(1 <= ranks[name] <= len(values) for name, values in energies.items())
+    used = sum(ranks[name] * sizes[name] for name in ranks)
+    assert used <= max(parameters, sum(sizes.values()))
+
+
+def test_energy_by_parameter_decides() -> None:
+    """A cheap component with a little less energy goes first."""
+    energies = {"large": (5.0, 2.0, 1.0), "small": (5.0, 1.9, 0.1)}
+    assert fit_ranks(energies, {"large": 10, "small": 1}, 12) == {"large": 1, "small": 2}
+    assert fit_ranks(energies, {"large": 10, "small": 1}, 22) == {"large": 2, "small": 2}
+
+
+def test_equal_energies_take_turns() -> None:
+    """As before the first round, when all are zero."""
+    energies = dict.fromkeys("abc", (0.0,) * 4)
+    assert fit_ranks(energies, dict.fromkeys("abc", 2), 18) == {"a": 3, "b": 3, "c": 3}
+
+
+def test_anneal_cools_in_pairs_of_rounds(bundle: Bundle) -> None:
+    """Ranks fall in even rounds only, fit the budget, and never rise again; the pull is of the first rounds."""
+    ranks = dict.fromkeys(bundle.manifest.module_names, 3)
+    alive = []
+    for round_ in range(10):
+        now = situation(bundle, round_, ranks=ranks)
+        now = replace(now, energies={name: values[: ranks[name]] for name, values in now.energies.items()})
+        choice = choose("anneal", now)
+        chosen = {module.name: module.rank for module in choice.modules}
+        assert all(chosen[name] <= ranks[name] for name in ranks)
+        assert round_ % 2 == 0 or chosen == ranks
+        assert {module.alive for module in choice.modules} == {"A" if round_ % 2 else "B"}
+        assert choice.mu == (0.1 if round_ < 2 else None)
+        assert choice.head_alive
+        ranks = chosen
+        alive.append(sum(now.component_sizes[name] * rank for name, rank in ranks.items()) / now.full_parameters)
+    assert alive[:2] == [1.0, 1.0]
+    assert 0.3 < alive[-1] <= 0.5
+    assert len({rank for rank in ranks.values()}) > 1, "energies differ, so ranks do"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_equal_situations_give_equal_choices(bundle: Bundle, policy: str) -> None:
+    assert all(
+        choose(policy, situation(bundle, round_)) == choose(policy, situation(bundle, round_)) for round_ in range(10)
+    )
