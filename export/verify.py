@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,9 @@ from export.quiet import quiet
 from export.runner import Batch, Runner
 
 TOLERANCE = 1e-4  # of ‖g − g*‖ / ‖g*‖; float32 on both sides gives about 1e-6 a block
+# Some gradients of a deep decoder are more sensitive: one of SmolLM2's is 4.7e-4 off in PyTorch's own float32, 1.6e-4
+# here. So a gradient may be as far off as PyTorch's, but never farther than this; what is wrong is near 1.
+_ROUNDING_CAP = 1e-2
 # Standard deviation of B times the root of the rank: an adapter as training makes it. Five times as much makes a deep
 # decoder so sensitive that the rounding of float32 shows in single gradients (4e-4 on SmolLM2 in int4).
 _B_SIZE = 0.02
@@ -58,27 +62,36 @@ def verify(bundle: Bundle, model: Any, *, seed: int) -> tuple[VerifiedCase, ...]
     for case in make_cases(bundle.manifest, np.random.default_rng(seed)):
         with quiet():
             loss, expected = autograd(model, bundle.manifest, case)
+        rounding: dict[str, float] = {}
         for word, runner in runners.items():
             named = replace(case, name=case.name + word)
             found_loss, found = _run(runner, named)
             errors = relative_errors(found, expected)
             errors["loss"] = abs(found_loss - loss) / abs(loss)
-            cases.append(verified(named, errors))
+            if max(errors.values()) > TOLERANCE and not rounding:
+                rounding = rounding_errors(model, bundle.manifest, case, expected)
+            cases.append(verified(named, errors, rounding))
     return tuple(cases)
 
 
-def verified(case: Case, errors: Mapping[str, float]) -> VerifiedCase:
-    """The worst of one comparison's relative errors, which are given by the name of what was compared.
+def verified(case: Case, errors: Mapping[str, float], rounding: Mapping[str, float] | None = None) -> VerifiedCase:
+    """The worst of one comparison's relative errors.
+
+    Args:
+        case: What was compared.
+        errors: By the name of a gradient, or "loss".
+        rounding: How far PyTorch's own float32 is off, where that may excuse an error.
 
     Raises:
-        VerificationError: it is above :data:`TOLERANCE`, or not a number.
+        VerificationError: an error is above :data:`TOLERANCE` and above what rounding explains, or not a number.
     """
-    worst = max(errors, key=lambda name: np.inf if np.isnan(errors[name]) else errors[name])
-    if not errors[worst] <= TOLERANCE:
-        raise VerificationError(
-            f"verification {case.name}: {worst}: relative error: expected at most {TOLERANCE:g}, "
-            f"got {errors[worst]:.2e}"
-        )
+    for name, error in errors.items():
+        allowed = max(TOLERANCE, min((rounding or {}).get(name, 0.0), _ROUNDING_CAP))
+        if not error <= allowed:
+            raise VerificationError(
+                f"verification {case.name}: {name}: relative error: expected at most {allowed:.2g}, got {error:.2e}"
+            )
+    worst = max(errors, key=lambda name: errors[name])
     return VerifiedCase(case.name, errors[worst], worst)
 
 
@@ -177,7 +190,26 @@ def _grad_scale(case: Case) -> float:
 
 
 def autograd(model: Any, manifest: Manifest, case: Case) -> tuple[float, dict[str, Array]]:
-    """Summed loss and gradients of its mean by torch and peft, for the same adapter tensors."""
+    """Summed loss and gradients of its mean by torch and peft, for the same adapter tensors, computed in float64."""
+    with _peft_model(model, manifest, case) as wrapped:
+        # With 30 blocks, the rounding of float32 products alone moves single gradients by 1e-4. Where a mask closes a
+        # whole row, as a window does to padding, its float64 form overflows the float32 softmax.
+        loss, grads = _differentiated(wrapped.double(), manifest, case)
+        if not all(np.isfinite(grad).all() for grad in grads.values()):
+            loss, grads = _differentiated(wrapped.float(), manifest, case)
+    return loss, grads
+
+
+def rounding_errors(model: Any, manifest: Manifest, case: Case, expected: Mapping[str, Array]) -> dict[str, float]:
+    """How far the gradients are off that PyTorch computes in float32."""
+    with quiet(), _peft_model(model, manifest, case) as wrapped:
+        _, found = _differentiated(wrapped.float(), manifest, case)
+    return relative_errors(found, expected)
+
+
+@contextmanager
+def _peft_model(model: Any, manifest: Manifest, case: Case) -> Iterator[Any]:
+    """The model with the case's ranks and scales; it comes back without adapters, in float32."""
     ranks = {module.name: int(case.adapter[f"{module.name}.lora_a"].shape[0]) for module in manifest.modules}
     config = LoraConfig(
         task_type=manifest.peft.task_type,
@@ -189,15 +221,10 @@ def autograd(model: Any, manifest: Manifest, case: Case) -> tuple[float, dict[st
     )
     wrapped = get_peft_model(model, config).eval()
     try:
-        # In float64: with 30 blocks, the rounding of float32 products alone moves single gradients by 1e-4. Where a
-        # mask closes a whole row, as a window does to padding, its float64 form overflows the float32 softmax.
-        loss, grads = _differentiated(wrapped.double(), manifest, case)
-        if not all(np.isfinite(grad).all() for grad in grads.values()):
-            loss, grads = _differentiated(wrapped.float(), manifest, case)
+        yield wrapped
     finally:
         wrapped.unload()
         model.float()  # every float32 is a float64, so this brings back what was
-    return loss, grads
 
 
 def _differentiated(wrapped: Any, manifest: Manifest, case: Case) -> tuple[float, dict[str, Array]]:

@@ -16,9 +16,10 @@ from edge_runtime.bundle import ChatRole
 from export import errors
 from export.chat import find_chat
 from export.clean import CONTRIB, clean, state_values
-from export.errors import DataError, OutputError, TraceError
+from export.errors import DataError, OutputError, TraceError, VerificationError
 from export.records import read_labels, read_records
-from export.verify import relative_errors
+from export.runner import Batch
+from export.verify import Case, relative_errors, verified
 from export.writer import staged
 
 
@@ -166,3 +167,19 @@ def test_public_list() -> None:
     """The package's surface is what it says."""
     assert sorted(export.__all__) == export.__all__
     assert all(hasattr(export, name) for name in export.__all__)
+
+
+def test_rounding_excuses_what_it_explains() -> None:
+    """A gradient may be as far off as PyTorch's own float32, up to a cap; no other may."""
+    case = Case("2x12", Batch(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64)), {}, {})
+    assert verified(case, {"a": 2e-4, "b": 1e-6}, {"a": 3e-4}).max_rel_err == 2e-4
+    for errors, rounding in (
+        ({"a": 2e-4}, None),
+        ({"a": 2e-4}, {"a": 1.5e-4}),
+        ({"a": 2e-4}, {"b": 1.0}),
+        ({"a": 2e-2}, {"a": 1.0}),
+        ({"a": float("nan")}, {"a": 1.0}),
+        ({"a": float("inf")}, {"a": float("inf")}),
+    ):
+        with pytest.raises(VerificationError, match="2x12: a: relative error: expected at most"):
+            verified(case, errors, rounding)
