@@ -173,7 +173,7 @@ def test_rounding_excuses_what_it_explains() -> None:
     """A gradient may be as far off as PyTorch's own float32, up to a cap; no other may."""
     case = Case("2x12", Batch(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64)), {}, {})
     assert verified(case, {"a": 2e-4, "b": 1e-6}, {"a": 3e-4}).max_rel_err == 2e-4
-    for errors, rounding in (
+    for off, rounding in (
         ({"a": 2e-4}, None),
         ({"a": 2e-4}, {"a": 1.5e-4}),
         ({"a": 2e-4}, {"b": 1.0}),
@@ -182,4 +182,4 @@ def test_rounding_excuses_what_it_explains() -> None:
         ({"a": float("inf")}, {"a": float("inf")}),
     ):
         with pytest.raises(VerificationError, match="2x12: a: relative error: expected at most"):
-            verified(case, errors, rounding)
+            verified(case, off, rounding)
