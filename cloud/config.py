@@ -24,7 +24,7 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     bundle: str  # folder, relative to the config file
-    policy: str = "fixed"  # what is trained; "fixed": everything, always; "anneal": ranks fall, see [annealing]
+    policy: str = "fixed"  # what is trained; "fixed": everything, always; the others read [annealing]
     aggregation: str = "alternate"  # exact and linear, half the bytes of sending both factors (RoLoRA)
     rounds: int = 12  # six of each factor; MiniLM-sized tasks have settled by then
     rank: int | None = None  # None: the bundle's r_max
@@ -138,7 +138,7 @@ def config_problems(config: Config) -> list[str]:
     return [
         *_task_problems(config.task),
         *_training_problems(config.training),
-        *(annealing_problems(config.annealing, config.task.rounds) if config.task.policy == "anneal" else []),
+        *(annealing_problems(config.annealing, config.task.rounds) if config.task.policy != "fixed" else []),
         *_server_problems(config.server),
     ]
 
@@ -229,7 +229,7 @@ SAMPLE = """\
 [task]
 name = "{task}"
 bundle = "{bundle}"            # made by `emberlora export`
-policy = "fixed"               # every module alive at full rank in every round; or "anneal"
+policy = "fixed"               # everything in every round; or "anneal", "kill-revive", "annealed-kill-revive"
 aggregation = "alternate"      # even rounds train and send B, odd rounds A: exact, and half the bytes
 rounds = 12
 rank = {rank}                  # at most the bundle's r_max
@@ -253,13 +253,15 @@ mu = 0.0                       # FedProx pull towards the round's start
 # clip_norm = 1.0              # bound on the global gradient norm; left out: no clipping
 products = "exact"             # with frozen weights; "int8" is faster, its gradients are a few per cent off
 
-[annealing]                    # read by policy "anneal"; budgets are shares of the adapter at the task's rank
+[annealing]                    # read by the other policies; budgets are shares of the adapter at the task's rank
 budget_start = 1.0
 budget_end = 0.25
 curve = "cubic"                # or "cosine", "linear"
 initiating_rounds = 2          # at the full budget
 final_rounds = 2               # at the end's budget
 initiating_mu = 0.0            # FedProx pull in the initiating rounds; 0: that of [training]
+temperature_start = 0.5        # of reviving: how much weaker, in parts of the mean, a dead module may be
+temperature_end = 0.02
 
 [server]
 host = "127.0.0.1"

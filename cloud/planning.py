@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from msgspec import UNSET
 
-from cloud.aggregate import module_energies, with_ranks
+from cloud.aggregate import module_energies, module_movement, with_ranks
 from cloud.config import Config
 from cloud.errors import ConfigError
-from cloud.planner import Choice, Situation, choose
+from cloud.planner import Choice, PastRound, Situation, choose
 from cloud.rounds import RoundRules, TaskState
+from cloud.store import RoundRecord
 from edge_runtime import wire
 from edge_runtime.bundle import Array, Bundle, adapter_ranks
 from edge_runtime.wire.plan import SCHEMA
@@ -31,15 +34,39 @@ class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         ranks: Of the adapter before the plan, by module.
         energies: Singular values of what every module adds to its layer, falling.
+        moved: By how much the round before moved what every module adds, a Frobenius norm; empty in the first round.
     """
 
     ranks: dict[str, int]
     energies: dict[str, tuple[float, ...]]
+    moved: dict[str, float] = {}
 
 
-def gather_evidence(bundle: Bundle, tensors: dict[str, Array]) -> Evidence:
-    """What a policy may know of an adapter."""
-    return Evidence(adapter_ranks(bundle.manifest, tensors), module_energies(bundle.manifest, tensors))
+def gather_evidence(bundle: Bundle, tensors: dict[str, Array], before: dict[str, Array] | None) -> Evidence:
+    """What a policy may know of an adapter, and of what the round made of the adapter it started from."""
+    manifest = bundle.manifest
+    moved = {} if before is None else module_movement(manifest, before, tensors)
+    return Evidence(adapter_ranks(manifest, tensors), module_energies(manifest, tensors), moved)
+
+
+def past_rounds(records: Sequence[RoundRecord], key: Ed25519PublicKey, current: Evidence) -> tuple[PastRound, ...]:
+    """What a policy sees of the rounds before.
+
+    Args:
+        records: Every applied round, in order.
+        key: That signed their plans.
+        current: What the plan is to be made from now; it knows what the last round moved.
+    """
+    moved = [read_evidence(record).moved for record in records[1:]] + [current.moved]
+    return tuple(
+        PastRound(wire.open_plan(record.plan, key).plan.modules, made)
+        for record, made in zip(records, moved, strict=False)  # before the first round there is nothing to pair
+    )
+
+
+def read_evidence(record: RoundRecord) -> Evidence:
+    """What a stored plan was made from."""
+    return msgspec.json.decode(record.evidence, type=Evidence)
 
 
 def check_fit(config: Config, bundle: Bundle) -> None:
@@ -85,7 +112,7 @@ def planned_adapter(
 
 
 def choose_modules(
-    config: Config, bundle: Bundle, state: TaskState, evidence: Evidence, history: tuple[wire.RoundStatus, ...]
+    config: Config, bundle: Bundle, state: TaskState, evidence: Evidence, past: tuple[PastRound, ...]
 ) -> Choice:
     """What the configured policy wants trained in the state's round, given the adapter; nothing at the end."""
     ranks = evidence.ranks
@@ -102,7 +129,7 @@ def choose_modules(
         annealing=config.annealing,
         full_rank=config.task.rank,
         energies=evidence.energies,
-        history=history,
+        past=past,
     )
     return choose(config.task.policy, situation)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from cloud import planning
 from cloud.config import Config
@@ -53,34 +54,31 @@ async def replay(config: Config) -> list[ReplayedRound]:
         raise DataMissingError(f"{folder}: holds no rounds: start the task with `emberlora cloud serve` first")
     bundle = open_bundle(config.bundle_path, verify=False)
     key = load_keys(folder / KEYS_FOLDER).plan.public_key()
-    records, history = await _read(path, Identity(config.task.name, bundle.digest))
-    plans = [wire.open_plan(record.plan, key).plan for record in records]
-    return list(_replayed(config, bundle, list(zip(records, plans, strict=True)), history))
+    records = await _read(path, Identity(config.task.name, bundle.digest))
+    return list(_replayed(config, bundle, records, key))
 
 
-async def _read(path: Path, identity: Identity) -> tuple[list[RoundRecord], tuple[wire.RoundStatus, ...]]:
+async def _read(path: Path, identity: Identity) -> list[RoundRecord]:
     database = Database(path)
     try:
         await database.call(database.open, identity)
-        return await database.call(database.rounds), await database.call(database.history)
+        return await database.call(database.rounds)
     finally:
         await database.close()
 
 
 def _replayed(
-    config: Config,
-    bundle: Bundle,
-    rounds: Sequence[tuple[RoundRecord, wire.Plan]],
-    history: Sequence[wire.RoundStatus],
+    config: Config, bundle: Bundle, records: Sequence[RoundRecord], key: Ed25519PublicKey
 ) -> Iterator[ReplayedRound]:
     features = bundle.manifest.features
-    for record, plan in rounds:
+    for number, record in enumerate(records):
+        plan = wire.open_plan(record.plan, key).plan
         if plan.state == "finished":
             continue
         state = TaskState(planning.round_rules(config), plan.round, "open", plan.deadline)
-        evidence = msgspec.json.decode(record.evidence, type=planning.Evidence)
-        before = tuple(status for status in history if status.round < plan.round)
-        choice = planning.choose_modules(config, bundle, state, evidence, before)
+        evidence = planning.read_evidence(record)
+        past = planning.past_rounds(records[:number], key, evidence)
+        choice = planning.choose_modules(config, bundle, state, evidence, past)
         mu = planning.training_of(config, bundle, plan.round, choice).mu
         sides = [(module.alive, module.rank, features[module.name]) for module in plan.modules]
         yield ReplayedRound(

@@ -120,7 +120,7 @@ class Aggregator:
 
     async def _begin(self) -> None:
         state = first_state(planning.round_rules(self.config), now=self._clock())
-        new = await self._prepare(state, planning.first_adapter(self.config, self._bundle), ())
+        new = await self._prepare(state, planning.first_adapter(self.config, self._bundle), None)
         await self._database.call(self._database.open_round, new.record)
         self._enter(state, new.record)
 
@@ -281,7 +281,8 @@ class Aggregator:
                 await self._apply()
             elif not self.finished:
                 data = await asyncio.to_thread(self._blobs.get, OBJECTS, self._signed.plan.adapter)
-                await self._end(state, read_adapter(self._bundle, data), summary=None)
+                tensors = read_adapter(self._bundle, data)
+                await self._end(state, tensors, before=tensors, summary=None)
 
     async def status(self) -> wire.TaskStatus:
         """Everything the operator may want to see."""
@@ -351,13 +352,20 @@ class Aggregator:
             adapter="",  # known once the next plan has settled its ranks
         )
         state = advance(self._state, RoundApplied(now))
-        await self._end(replace(state, rules=planning.round_rules(self.config)), tensors, summary=summary)
+        state = replace(state, rules=planning.round_rules(self.config))
+        await self._end(state, tensors, before=read_adapter(self._bundle, data), summary=summary)
 
-    async def _end(self, state: TaskState, tensors: dict[str, Array], *, summary: wire.RoundStatus | None) -> None:
-        """Make the round final in the store, then enter ``state``, whose adapter is ``tensors``."""
+    async def _end(
+        self,
+        state: TaskState,
+        tensors: dict[str, Array],
+        *,
+        before: dict[str, Array],
+        summary: wire.RoundStatus | None,
+    ) -> None:
+        """Make the round final in the store, then enter ``state``, whose adapter is ``tensors``; ``before`` was it."""
         ended, received = self._signed.plan, len(self._state.counted)
-        history = self._history if summary is None else (*self._history, summary)
-        new = await self._prepare(state, tensors, history)
+        new = await self._prepare(state, tensors, before)
         if summary is not None:
             summary = msgspec.structs.replace(summary, adapter=new.digest)
         await self._database.call(self._database.end_round, ended.round, summary=summary, new=new.record)
@@ -376,12 +384,12 @@ class Aggregator:
             path = str(self._folder / PUBLISHED)
             self._report(events.TaskFinished(len(self._history), discarded, new.digest, path))
 
-    async def _prepare(
-        self, state: TaskState, tensors: dict[str, Array], history: tuple[wire.RoundStatus, ...]
-    ) -> _Prepared:
+    async def _prepare(self, state: TaskState, tensors: dict[str, Array], before: dict[str, Array] | None) -> _Prepared:
         """Store the adapter, at the plan's ranks, and make the record of what starts from it."""
-        evidence = await asyncio.to_thread(planning.gather_evidence, self._bundle, tensors)
-        choice = planning.choose_modules(self.config, self._bundle, state, evidence, history)
+        evidence = await asyncio.to_thread(planning.gather_evidence, self._bundle, tensors, before)
+        records = await self._database.call(self._database.rounds)  # the last of them is the round that ends here
+        past = planning.past_rounds(records, self._keys.plan.public_key(), evidence)
+        choice = planning.choose_modules(self.config, self._bundle, state, evidence, past)
         cut = await asyncio.to_thread(planning.planned_adapter, self.config, self._bundle, state, choice, tensors)
         data = await asyncio.to_thread(encode_tensors, cut)
         digest = await asyncio.to_thread(self._blobs.put, OBJECTS, data)

@@ -83,6 +83,19 @@ def module_energies(manifest: Manifest, tensors: Mapping[str, Array]) -> dict[st
     return found
 
 
+def module_movement(manifest: Manifest, before: Mapping[str, Array], after: Mapping[str, Array]) -> dict[str, float]:
+    """‖Δ(s·B·A)‖ (Frobenius) of every module between two adapters; the (out, in) matrices are never formed."""
+    found = {}
+    for name in manifest.module_names:
+        (old_a, old_b), (new_a, new_b) = _factors(before, name), _factors(after, name)
+        if np.array_equal(old_a, new_a) and np.array_equal(old_b, new_b):
+            found[name] = 0.0
+            continue
+        stacked = np.concatenate([new_a, -old_a]), np.concatenate([new_b, old_b], axis=1)
+        found[name] = float(manifest.scale * np.linalg.norm(components(*stacked).values))
+    return found
+
+
 def with_ranks(
     manifest: Manifest, tensors: Mapping[str, Array], ranks: Mapping[str, int], *, seed: Sequence[int]
 ) -> dict[str, Array]:

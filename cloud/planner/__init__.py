@@ -2,11 +2,19 @@
 
 from cloud.planner.aggregation import AGGREGATIONS
 from cloud.planner.anneal import anneal
+from cloud.planner.annealed_kill_revive import annealed_kill_revive
 from cloud.planner.annealing import Annealing, annealing_problems
 from cloud.planner.choice import Choice, Policy, Situation
 from cloud.planner.fixed import fixed
+from cloud.planner.kill_revive import kill_revive
+from cloud.planner.scores import PastRound
 
-POLICIES: dict[str, Policy] = {"fixed": fixed, "anneal": anneal}
+POLICIES: dict[str, Policy] = {
+    "fixed": fixed,
+    "anneal": anneal,
+    "kill-revive": kill_revive,
+    "annealed-kill-revive": annealed_kill_revive,
+}
 
 
 def choose(policy: str, situation: Situation) -> Choice:
@@ -19,6 +27,7 @@ __all__ = [
     "POLICIES",
     "Annealing",
     "Choice",
+    "PastRound",
     "Policy",
     "Situation",
     "annealing_problems",

@@ -28,6 +28,8 @@ class Annealing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     initiating_rounds: int = 2  # one of each factor at the full budget
     final_rounds: int = 2  # what is left settles
     initiating_mu: float = 0.0  # FedProx pull in the initiating rounds, against client drift; 0: training.mu
+    temperature_start: float = 0.5  # a dead module half the mean weaker than a living one wins with exp(-1)
+    temperature_end: float = 0.02  # nearly none comes back unless it is stronger
 
 
 def cooled(settings: Annealing, round_: int, rounds: int) -> float:
@@ -44,6 +46,12 @@ def budget_share(settings: Annealing, round_: int, rounds: int) -> float:
     return settings.budget_end + (settings.budget_start - settings.budget_end) * left
 
 
+def temperature(settings: Annealing, round_: int, rounds: int) -> float:
+    """The temperature of a round, falling geometrically from start to end."""
+    ratio = settings.temperature_end / settings.temperature_start
+    return settings.temperature_start * math.pow(ratio, cooled(settings, round_, rounds))
+
+
 def annealing_problems(settings: Annealing, rounds: int) -> list[str]:
     """Every way in which the settings are wrong."""
     rules = {
@@ -58,6 +66,10 @@ def annealing_problems(settings: Annealing, rounds: int) -> list[str]:
             settings.initiating_rounds >= 0
             and settings.final_rounds >= 0
             and settings.initiating_rounds + settings.final_rounds <= rounds
+        ),
+        f"annealing.temperature_end ({settings.temperature_end}) must be more than 0 and at most "
+        f"annealing.temperature_start ({settings.temperature_start})": not (
+            0 < settings.temperature_end <= settings.temperature_start < math.inf
         ),
         f"annealing.initiating_mu: expected 0 or more, got {settings.initiating_mu}": not (
             math.isfinite(settings.initiating_mu) and settings.initiating_mu >= 0

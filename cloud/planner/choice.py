@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from cloud.planner.annealing import Annealing
+from cloud.planner.scores import PastRound
 from edge_runtime.bundle import Manifest
-from edge_runtime.wire import ModulePlan, RoundStatus
+from edge_runtime.wire import ModulePlan
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Situation:
     annealing: Annealing = field(default_factory=Annealing)
     full_rank: int | None = None  # of the task; None: the bundle's r_max
     energies: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # singular values of s·B·A, by module
-    history: tuple[RoundStatus, ...] = ()
+    past: tuple[PastRound, ...] = ()  # every applied round
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -12,10 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloud.aggregate import module_energies
-from cloud.planner import POLICIES, Annealing, Situation, annealing_problems, choose
+from cloud.planner import POLICIES, Annealing, PastRound, Situation, annealing_problems, choose
 from cloud.planner.anneal import fit_ranks
-from cloud.planner.annealing import CURVES, budget_share, cooled
+from cloud.planner.annealing import CURVES, budget_share, cooled, temperature
+from cloud.planner.kill_revive import challenge, survive
+from cloud.planner.scores import scores
 from edge_runtime.bundle import Bundle
+from edge_runtime.wire import ModulePlan
 
 SETTINGS = Annealing(budget_start=1.0, budget_end=0.5, initiating_rounds=2, final_rounds=2, initiating_mu=0.1)
 
@@ -53,14 +56,23 @@ def test_the_budget_falls_from_start_to_end(curve: str) -> None:
     assert [cooled(settings, round_, 20) for round_ in (3, 16)] == [0.0, 1.0]
 
 
+def test_the_temperature_falls_geometrically() -> None:
+    settings = Annealing(initiating_rounds=2, final_rounds=2, temperature_start=0.8, temperature_end=0.05)
+    heats = [temperature(settings, round_, 9) for round_ in range(9)]
+    assert heats[:3] == pytest.approx([0.8] * 3)
+    assert heats[7:] == pytest.approx([0.05] * 2)
+    ratios = [later / earlier for earlier, later in pairwise(heats[2:8])]
+    assert ratios == pytest.approx([ratios[0]] * 5)
+
+
 def test_no_room_to_cool_is_a_step() -> None:
     settings = Annealing(initiating_rounds=4, final_rounds=6)
     assert [cooled(settings, round_, 10) for round_ in (3, 4)] == [0.0, 1.0]
 
 
 def test_every_wrong_setting_is_named() -> None:
-    settings = Annealing(0.0, 0.5, "steep", -1, 20, float("nan"))
-    assert len(annealing_problems(settings, 10)) == 5
+    settings = Annealing(0.0, 0.5, "steep", -1, 20, float("nan"), 0.1, 0.2)
+    assert len(annealing_problems(settings, 10)) == 6
     assert annealing_problems(Annealing(), 10) == []
 
 
@@ -113,6 +125,93 @@ def test_anneal_cools_in_pairs_of_rounds(bundle: Bundle) -> None:
     assert alive[:2] == [1.0, 1.0]
     assert 0.3 < alive[-1] <= 0.5
     assert len({rank for rank in ranks.values()}) > 1, "energies differ, so ranks do"
+
+
+Scores = st.dictionaries(st.sampled_from("abcdefgh"), st.floats(0, 5), min_size=2)
+
+
+@given(Scores, st.integers(0, 60), st.data())
+def test_survivors_fit_the_budget(found: dict[str, float], parameters: int, data: st.DataObject) -> None:
+    """The best module lives whatever it costs; a dead one would not have fitted beside the better ones that live."""
+    costs = {name: data.draw(st.integers(1, 20)) for name in found}
+    living = survive(found, costs, parameters)
+    best = max(found.values())
+    assert any(found[name] == best for name in living)
+    assert len(living) == 1 or sum(costs[name] for name in living) <= parameters
+    for name in set(found) - living:
+        better = sum(costs[other] for other in living if found[other] >= found[name])
+        assert better + costs[name] > parameters
+
+
+@given(Scores, st.floats(0, 10), st.integers(0, 2**32 - 1), st.data())
+def test_challenges_never_raise_the_cost(found: dict[str, float], heat: float, seed: int, data: st.DataObject) -> None:
+    """As many live as before, for no more parameters."""
+    costs = {name: data.draw(st.integers(1, 20)) for name in found}
+    living = set(data.draw(st.sets(st.sampled_from(sorted(found)), min_size=1)))
+    now = challenge(found, costs, living, heat=heat, rng=np.random.default_rng(seed))
+    assert len(now) == len(living)
+    assert sum(costs[name] for name in now) <= sum(costs[name] for name in living)
+
+
+def test_cold_revives_only_the_stronger() -> None:
+    found = {"weak": 1.0, "strong": 3.0, "weaker": 0.9, "better": 1.1}
+    costs = dict.fromkeys(found, 1)
+    living = {"weak", "strong"}
+    for heat in (0.0, 1e-6):
+        now = challenge(found, costs, living, heat=heat, rng=np.random.default_rng(0))
+        assert now == {"better", "strong"}
+
+
+def test_heat_revives_freely() -> None:
+    """Every challenger wins, until all places are held by new ones."""
+    found = {"a": 5.0, "b": 4.0, "c": 0.2, "d": 0.1, "e": 0.0}
+    now = challenge(found, dict.fromkeys(found, 1), {"a", "b"}, heat=1e12, rng=np.random.default_rng(0))
+    assert now == {"c", "d"}
+
+
+def test_the_chance_is_metropolis() -> None:
+    """exp(-gap / (heat · mean)), by frequency."""
+    found, costs = {"alive": 2.0, "dead": 1.0}, {"alive": 1, "dead": 1}
+    rng = np.random.default_rng(0)
+    wins = sum(challenge(found, costs, {"alive"}, heat=0.5, rng=rng) == {"dead"} for _ in range(4000))
+    assert wins / 4000 == pytest.approx(np.exp(-1.0), abs=0.03)
+
+
+def test_scores_compare_within_a_round_by_parameter_and_fade() -> None:
+    """Twice the size needs twice the movement; a dead module keeps its score, a tenth less every round."""
+    plan = {name: ModulePlan(name, 1, "B") for name in "abc"}
+    dead = ModulePlan("c", 1, "")
+    sizes = {"a": 1, "b": 2, "c": 1}
+    first = PastRound((plan["a"], plan["b"], plan["c"]), {"a": 1.0, "b": 2.0, "c": 1.0})
+    assert scores([first], sizes) == pytest.approx({"a": 1.0, "b": 1.0, "c": 1.0})
+    later = PastRound((plan["a"], plan["b"], dead), {"a": 0.03, "b": 0.02, "c": 0.0})
+    assert scores([first, later], sizes) == pytest.approx({"a": 1.25, "b": 0.75, "c": 0.9})
+    still = PastRound((plan["a"],), {"a": 0.0})
+    assert scores([still], sizes) == {"a": 1.0}
+    assert scores([], sizes) == {}
+
+
+@pytest.mark.parametrize("policy", ["kill-revive", "annealed-kill-revive"])
+def test_lives_last_for_pairs_and_fit_the_budget(bundle: Bundle, policy: str) -> None:
+    """Ten rounds in which some modules move more than others: who lives changes in even rounds only."""
+    rng = np.random.default_rng(5)
+    past: tuple[PastRound, ...] = ()
+    lives = []
+    for round_ in range(10):
+        now = replace(situation(bundle, round_), past=past)
+        choice = choose(policy, now)
+        living = {module.name for module in choice.modules if module.alive}
+        assert {module.alive for module in choice.modules} <= {"", "A" if round_ % 2 else "B"}
+        assert {module.rank for module in choice.modules} == {3}
+        if round_ % 2:
+            assert living == lives[-1]
+        lives.append(living)
+        moved = {name: float(rng.uniform(0.5, 1.5)) if name in living else 0.0 for name in now.names}
+        past = (*past, PastRound(choice.modules, moved))
+        used = sum(3 * now.component_sizes[name] for name in living) / now.full_parameters
+        assert used <= 1.0 if round_ < 4 else used < 1.0
+    assert lives[0] == set(bundle.manifest.module_names)
+    assert 0 < len(lives[-1]) < len(lives[0])
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from cloud_fleet import make_bundle
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloud.aggregate import refactor
+from cloud.aggregate import module_movement, refactor
 from cloud.aggregate.factors import components
+from edge_runtime.bundle import adapter_shapes
 
 Shapes = st.tuples(st.integers(1, 9), st.integers(1, 11), st.integers(1, 13))  # rank, out, in: mostly not square
 
@@ -73,3 +77,22 @@ def test_before_b_has_moved_the_rows_stay() -> None:
         np.testing.assert_array_equal(a[: min(wanted, 4)], lora_a[:wanted])
         assert not b.any()
         assert np.all(np.linalg.norm(a, axis=1) > 0)
+
+
+def test_movement_is_the_norm_of_the_change(tmp_path: Path) -> None:
+    """Of s·B·A, against whole matrices, with another rank and factors; what did not move is exactly zero."""
+    manifest = make_bundle(tmp_path / "bundle").manifest
+    generator = np.random.default_rng(0)
+
+    def adapter(rank: int) -> dict[str, np.ndarray]:
+        shapes = adapter_shapes(manifest, dict.fromkeys(manifest.module_names, rank))
+        return {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+    before, after = adapter(3), adapter(2)
+    still = manifest.module_names[0]
+    after |= {f"{still}.lora_a": before[f"{still}.lora_a"], f"{still}.lora_b": before[f"{still}.lora_b"]}
+    found = module_movement(manifest, before, after)
+    for name in manifest.module_names:
+        old, new = (side[f"{name}.lora_b"].astype(float) @ side[f"{name}.lora_a"] for side in (before, after))
+        assert found[name] == pytest.approx(manifest.scale * np.linalg.norm(new - old), rel=1e-9)
+    assert found[still] == 0.0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import aiohttp
 import numpy as np
+import pytest
 from click.testing import CliRunner, Result
 from cloud_fleet import Site, make_bundle, values_for
 
@@ -119,3 +120,29 @@ async def test_a_cut_keeps_the_function_best(tmp_path: Path, session: aiohttp.Cl
         least = np.sqrt(np.sum(np.linalg.svd(whole, compute_uv=False)[module.rank :] ** 2))
         assert np.linalg.norm(kept - whole) <= least + 1e-5 * np.linalg.norm(whole)
     await site.close()
+
+
+@pytest.mark.parametrize("policy", ["kill-revive", "annealed-kill-revive"])
+async def test_killing_and_reviving_is_replayed(tmp_path: Path, session: aiohttp.ClientSession, policy: str) -> None:
+    """Dead modules are not sent, what moved is kept with the plans, a restart changes nothing, and replay agrees."""
+    annealing = ANNEALING | {"budget_end": 0.6, "temperature_start": 5.0, "temperature_end": 1.0}
+    site = Site.make(tmp_path, bundle=make_bundle(tmp_path / "bundle"), policy=policy, rounds=9, annealing=annealing)
+    await site.start()
+    one = await site.device(session, "one")
+    two = await site.device(session, "two")
+    signed = await one.plan()
+    lives = []
+    while signed.plan.state == "train":
+        lives.append(frozenset(module.name for module in signed.plan.modules if module.alive))
+        for number, device in enumerate((one, two)):
+            sealed = device.seal(signed, device.frame(signed, values_for(site, signed, signed.plan.round + number)))
+            assert (await device.put(signed, sealed)).status == 201
+        signed = await one.plan(after=signed.plan.round)
+        if signed.plan.round == 4:
+            await site.restart()
+    await site.close()
+    assert len(lives[0]) == 4
+    assert all(0 < len(living) < 4 for living in lives[4:])
+    found = await replay(site)
+    assert found.exit_code == 0, found.output
+    assert found.stdout.count("as signed") == 9
