@@ -30,13 +30,10 @@ def made(request: pytest.FixtureRequest) -> Exported:
 
 
 def test_every_gradient_is_autograds(made: Exported) -> None:
-    """Two shapes and two rank assignments were compared, and the worst error is small."""
-    assert [case.name for case in made.report.cases] == [
-        "2x12 full ranks",
-        "2x12 mixed ranks",
-        "1x20 full ranks",
-        "1x20 mixed ranks",
-    ]
+    """Two shapes and two rank assignments were compared, of decoders in both forms, and the worst error is small."""
+    forms = ["", ", long form"] if made.bundle.manifest.task == "lm" else [""]
+    cases = ["2x12 full ranks", "2x12 mixed ranks", "1x20 full ranks", "1x20 mixed ranks"]
+    assert [case.name for case in made.report.cases] == [case + form for case in cases for form in forms]
     assert 0 < made.report.max_rel_err <= TOLERANCE
 
 
@@ -48,10 +45,12 @@ def test_graphs_have_the_names_of_the_contract(made: Exported) -> None:
         lora = {f"{part}:{slot}" for slot in slots for part in ("lora_a", "lora_b", "scale")}
         gradients = {f"d_lora_{factor}:{slot}" for slot in slots for factor in "ab"}
         weights = {f"w:{name}" for name in kind.weights}
-        assert _names(made, kind.graph) == (
-            {"hidden", "d_out", *kind.shared, *weights, *lora},
-            {"out", "d_hidden", *gradients},
-        )
+        assert (kind.long is not None) == (manifest.task == "lm")
+        for graph in (kind.graph, kind.long or kind.graph):
+            assert _names(made, graph) == (
+                {"hidden", "d_out", *kind.shared, *weights, *lora},
+                {"out", "d_hidden", *gradients},
+            )
     assert _names(made, manifest.embed.graph) == (
         {"input_ids", "attention_mask", *(f"w:{name}" for name in manifest.embed.weights)},
         {"hidden", *manifest.embed.shared},
