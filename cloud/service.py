@@ -388,7 +388,8 @@ class Aggregator:
         """Store the adapter, at the plan's ranks, and make the record of what starts from it."""
         evidence = await asyncio.to_thread(planning.gather_evidence, self._bundle, tensors, before)
         records = await self._database.call(self._database.rounds)  # the last of them is the round that ends here
-        past = planning.past_rounds(records, self._keys.plan.public_key(), evidence)
+        plan_key = self._keys.plan.public_key()
+        past = await asyncio.to_thread(planning.past_rounds, records, plan_key, evidence)
         choice = planning.choose_modules(self.config, self._bundle, state, evidence, past)
         cut = await asyncio.to_thread(planning.planned_adapter, self.config, self._bundle, state, choice, tensors)
         data = await asyncio.to_thread(encode_tensors, cut)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cloud.planner.aggregation import AGGREGATIONS
 from cloud.planner.annealing import budget_share
 from cloud.planner.choice import Choice, Situation
 from edge_runtime.wire import ModulePlan
@@ -15,19 +14,15 @@ def anneal(situation: Situation) -> Choice:
 
     Ranks change in even rounds only, so that a pair of rounds that trains B and then A sees one rank. They never rise.
     """
-    settings, round_ = situation.annealing, situation.round
-    share = budget_share(settings, round_, situation.rounds)
+    round_ = situation.round
+    share = budget_share(situation.annealing, round_, situation.rounds)
     ranks = situation.ranks
     if round_ % 2 == 0 and situation.energies:
         ranks = fit_ranks(situation.energies, situation.component_sizes, share * situation.full_parameters)
-    factor = AGGREGATIONS[situation.aggregation](round_)
-    modules = tuple(ModulePlan(name, min(ranks[name], situation.ranks[name]), factor) for name in situation.names)
-    initiating = round_ < settings.initiating_rounds and settings.initiating_mu > 0
-    return Choice(
-        modules,
-        head_alive=situation.manifest.head.module is not None,
-        mu=settings.initiating_mu if initiating else None,
+    modules = tuple(
+        ModulePlan(name, min(ranks[name], situation.ranks[name]), situation.factor) for name in situation.names
     )
+    return Choice(modules, head_alive=situation.trains_head, mu=situation.initiating_mu)
 
 
 def fit_ranks(energies: Mapping[str, tuple[float, ...]], sizes: Mapping[str, int], parameters: float) -> dict[str, int]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from cloud.planner.aggregation import AGGREGATIONS
 from cloud.planner.annealing import Annealing
 from cloud.planner.scores import PastRound
-from edge_runtime.bundle import Manifest
+from edge_runtime.bundle import Factor, Manifest
 from edge_runtime.wire import ModulePlan
 
 
@@ -25,6 +26,22 @@ class Situation:
     full_rank: int | None = None  # of the task; None: the bundle's r_max
     energies: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # singular values of s·B·A, by module
     past: tuple[PastRound, ...] = ()  # every applied round
+
+    @property
+    def factor(self) -> Factor:
+        """The factor that living modules train in this round."""
+        return AGGREGATIONS[self.aggregation](self.round)
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the bundle has a head to train."""
+        return self.manifest.head.module is not None
+
+    @property
+    def initiating_mu(self) -> float | None:
+        """The pull towards the round's start in the initiating rounds, where one is set for them."""
+        settings = self.annealing
+        return settings.initiating_mu or None if self.round < settings.initiating_rounds else None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cloud.planner.aggregation import AGGREGATIONS
 from cloud.planner.choice import Choice, Situation
 from cloud.planner.scores import scores
 from edge_runtime.wire import ModulePlan
@@ -43,16 +42,14 @@ def choose_lives(situation: Situation, share: float, heat: float) -> Choice:
     else:
         rng = np.random.default_rng([situation.seed, round_])
         costs = {name: situation.ranks[name] * size for name, size in situation.component_sizes.items()}
-        found = {name: scores(situation.past, situation.component_sizes).get(name, 0.0) for name in situation.names}
+        known = scores(situation.past, situation.component_sizes)
+        found = {name: known.get(name, 0.0) for name in situation.names}
         survivors = survive(found, costs, share * situation.full_parameters)
         living = challenge(found, costs, survivors, heat=heat, rng=rng)
-    factor = AGGREGATIONS[situation.aggregation](round_)
     modules = tuple(
-        ModulePlan(name, situation.ranks[name], factor if name in living else "") for name in situation.names
+        ModulePlan(name, situation.ranks[name], situation.factor if name in living else "") for name in situation.names
     )
-    initiating = round_ < settings.initiating_rounds and settings.initiating_mu > 0
-    head = situation.manifest.head.module is not None
-    return Choice(modules, head_alive=head, mu=settings.initiating_mu if initiating else None)
+    return Choice(modules, head_alive=situation.trains_head, mu=situation.initiating_mu)
 
 
 def survive(found: Mapping[str, float], costs: Mapping[str, int], parameters: float) -> set[str]:
