@@ -137,8 +137,8 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
 @click.option(
     "--packed-weights",
     is_flag=True,
-    help="Copy the frozen weights into the order that products want, as far as the memory budget goes: a step is "
-    "5 to 7 % faster, the copies take twice the weights' size. For bundles of base fp32.",
+    help="Copy the frozen weights into the order that products want, as far as the memory budget goes: a step "
+    "is up to a tenth faster, the copies take twice the weights' size. For bundles of base fp32.",
 )
 @click.option(
     "--micro-tokens",

@@ -50,8 +50,8 @@ class BlockEngine:
             memory_budget_mb: For resident weights and kept activations, in MiB (see :mod:`.budget`); None stands for
                 60 % of the free memory, 0 keeps nothing, and exactly the weights' size keeps the weights alone.
             products: How training multiplies with frozen weights.
-            packed: Whether sessions may hold copies of float32 weights in the order their products want. It saves 5 to
-                7 % of a step here, and takes two copies and a session for each block and variant, so a change of plan
+            packed: Whether sessions may hold copies of float32 weights in the order their products want. It saves up
+                to a tenth of a step here, and takes two copies and a session for each block and variant, so a change of plan
                 takes longer.
 
         Raises:

@@ -99,8 +99,8 @@ def _one_clear_line() -> Iterator[None]:
 @click.option(
     "--packed-weights",
     is_flag=True,
-    help="Copy the frozen weights into the order that products want, as far as the memory budget goes: a step is "
-    "5 to 7 % faster, the copies take twice the weights' size. For bundles of base fp32.",
+    help="Copy the frozen weights into the order that products want, as far as the memory budget goes: a step "
+    "is up to a tenth faster, the copies take twice the weights' size. For bundles of base fp32.",
 )
 @click.option(
     "--products",
