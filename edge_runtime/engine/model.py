@@ -51,8 +51,8 @@ class BlockEngine:
                 60 % of the free memory, 0 keeps nothing, and exactly the weights' size keeps the weights alone.
             products: How training multiplies with frozen weights.
             packed: Whether sessions may hold copies of float32 weights in the order their products want. It saves up
-                to a tenth of a step here, and takes two copies and a session for each block and variant, so a change of plan
-                takes longer.
+                to a tenth of a step here, and takes two copies and a session for each block and variant, so a change of
+                plan takes longer.
 
         Raises:
             GraphError: a graph is unreadable.
