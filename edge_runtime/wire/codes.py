@@ -43,7 +43,8 @@ def unpack_codes(data: bytes | memoryview, count: int, bits: Bits) -> Codes:
     """Read ``count`` codes, shape (count,), int8.
 
     Raises:
-        ValueError: (for the caller to name) another length than ``count`` codes have, a code that none is, or a spare half that is not zero.
+        ValueError: (for the caller to name) another length than ``count`` codes have, a code that none is, or a spare
+            half that is not zero.
     """
     import numpy as np
 
