@@ -24,6 +24,7 @@ from yarl import URL
 from edge_runtime.device.errors import RefusedError, TransportError
 from edge_runtime.device.host import Host
 from edge_runtime.device.records import Identity, Pending
+from edge_runtime.device.transport import BlobAnswer, PlanAnswer, Traffic
 from edge_runtime.wire import (
     Enrolled,
     Enrolment,
@@ -51,14 +52,6 @@ _RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(?:\d{1,18}|\*)")
 T = TypeVar("T", bound=msgspec.Struct)
 
 
-@dataclass
-class Traffic:
-    """Bytes of bodies that went over the network, repeats included."""
-
-    up: int = 0
-    down: int = 0
-
-
 @dataclass(frozen=True)
 class Signer:
     """Whose requests these are."""
@@ -73,22 +66,6 @@ class Signer:
 
 
 @dataclass(frozen=True)
-class PlanAnswer:
-    """Plan bytes, nothing checked; None when there is no new plan, with the server's hint when to ask again."""
-
-    data: bytes | None
-    retry_after_s: float | None = None
-
-
-@dataclass(frozen=True)
-class BlobAnswer:
-    """Bytes of a blob from ``start`` on; None when the answer's range is not the one asked for."""
-
-    start: int | None
-    pieces: AsyncIterator[bytes]
-
-
-@dataclass(frozen=True)
 class _Body:
     pieces: AsyncIterator[bytes]
     length: int
@@ -96,7 +73,7 @@ class _Body:
 
 
 class Client:
-    """Use as an async context manager; one per process.
+    """Implements :class:`edge_runtime.device.transport.Transport` over HTTP. An async context manager; one per process.
 
     Args:
         server: Origin, "https://host:port".

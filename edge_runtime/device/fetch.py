@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 
 from edge_runtime.device.artifacts import Request
-from edge_runtime.device.client import Client
 from edge_runtime.device.errors import (
     ArtifactDigestError,
     ArtifactError,
@@ -24,6 +23,7 @@ from edge_runtime.device.files import file_digest, make_folder, sync_folder
 from edge_runtime.device.home import Home
 from edge_runtime.device.inspector import Inspector, demand
 from edge_runtime.device.state import Floors
+from edge_runtime.device.transport import Transport
 from edge_runtime.wire import NotFoundError, Plan
 
 # Stated again because edge_runtime.bundle needs numpy, which the resident process does without; a test compares them.
@@ -31,7 +31,7 @@ MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 4 << 20
 
 
-async def fetch_blob(client: Client, digest: str, target: Path, *, max_bytes: int) -> None:
+async def fetch_blob(client: Transport, digest: str, target: Path, *, max_bytes: int) -> None:
     """Download a blob to ``target``, going on where an earlier attempt was cut.
 
     Bytes that turn out wrong are deleted and fetched once more.
@@ -53,7 +53,7 @@ async def fetch_blob(client: Client, digest: str, target: Path, *, max_bytes: in
     raise ArtifactDigestError(f"blob {digest[:12]}: the server sent other bytes than the plan names, twice")
 
 
-async def _fill(client: Client, digest: str, partial: Path, *, max_bytes: int) -> None:
+async def _fill(client: Transport, digest: str, partial: Path, *, max_bytes: int) -> None:
     """Append what is missing; stops past ``max_bytes``, which no digest survives."""
     partial.touch(mode=0o600)
     offset = partial.stat().st_size
@@ -86,7 +86,7 @@ def _sealed_digest(path: Path) -> str:
 class Store:
     """The home's bundles and adapters, filled from the network."""
 
-    def __init__(self, home: Home, client: Client, inspector: Inspector, floors: Floors) -> None:
+    def __init__(self, home: Home, client: Transport, inspector: Inspector, floors: Floors) -> None:
         self._home = home
         self._client = client
         self._inspector = inspector

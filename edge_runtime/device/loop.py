@@ -17,7 +17,6 @@ import msgspec
 
 from edge_runtime.device import events
 from edge_runtime.device.artifacts import Request
-from edge_runtime.device.client import Client
 from edge_runtime.device.errors import ArtifactError, CorruptFileError, RefusedError, TrainingError, TransportError
 from edge_runtime.device.fetch import Store
 from edge_runtime.device.files import sync_folder, write_record
@@ -29,6 +28,7 @@ from edge_runtime.device.records import DeviceState, Pending, Published, Setting
 from edge_runtime.device.state import Action, Discard, Floors, Poll, Publish, Stop, Train, Upload, accept, decide
 from edge_runtime.device.state import done_with as done
 from edge_runtime.device.trainer import Trainer
+from edge_runtime.device.transport import Transport
 from edge_runtime.training.job import FRAME_NAME, Done, Evaluated, Event, Notice, Stepped, TrainingJob
 from edge_runtime.wire import (
     EnvelopeContext,
@@ -83,7 +83,7 @@ class Tools:
 class Device:
     """One enrolled device; the caller holds the home's lock and an open client."""
 
-    def __init__(self, home: Home, client: Client, tools: Tools, options: RunOptions) -> None:
+    def __init__(self, home: Home, client: Transport, tools: Tools, options: RunOptions) -> None:
         self._home = home
         self._identity = home.identity()
         self._state = home.state()

@@ -8,11 +8,12 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.device.client import Client, Signer, Traffic
+from edge_runtime.device.client import Client, Signer
 from edge_runtime.device.errors import InputError
 from edge_runtime.device.home import Home
 from edge_runtime.device.loop import Device, RunOptions, Tools
 from edge_runtime.device.records import Settings
+from edge_runtime.device.transport import Traffic
 
 
 async def run_device(home: Home, tools: Tools, options: RunOptions) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from edge_runtime.bundle import Array, adapter_shapes, check_tensors, map_tensors, open_bundle
+from edge_runtime.bundle import Array, Bundle, adapter_shapes, check_tensors, map_tensors, open_bundle
 from edge_runtime.data import Dataset
 from edge_runtime.engine.interface import Score
 from edge_runtime.engine.parameters import AdapterParameters
@@ -20,13 +20,29 @@ from edge_runtime.training.memory import MemorySampler
 from edge_runtime.training.session import WorkingBundle
 from edge_runtime.wire import LocalMetrics, Plan, Update, check_values, encode_update, open_plan
 
+OpenWork = Callable[[Bundle, Plan, TrainingJob], WorkingBundle]
 
-def run_round(job: TrainingJob, emit: Callable[[Event], None]) -> tuple[bytes, Done]:
+
+def working_bundle(bundle: Bundle, plan: Plan, job: TrainingJob) -> WorkingBundle:
+    """A bundle opened as a plan and a job want it."""
+    return WorkingBundle(
+        bundle,
+        threads=job.threads,
+        memory_budget_mb=job.memory_budget_mb,
+        products=plan.training.products_wanted,
+        packed=job.packed_weights and bundle.manifest.base == "fp32",  # the operator chose the base, not the user
+    )
+
+
+def run_round(
+    job: TrainingJob, emit: Callable[[Event], None], open_work: OpenWork = working_bundle
+) -> tuple[bytes, Done]:
     """Evaluate the plan's adapter, train the alive parameters, and make the frame.
 
     Args:
         job: Files, all verified by the parent; the plan's signature is checked again because it costs nothing.
         emit: Receives every event but the last.
+        open_work: Opens the bundle; a process that trains many devices may give all of them the same one.
 
     Returns:
         The unsealed frame and the last event.
@@ -40,13 +56,7 @@ def run_round(job: TrainingJob, emit: Callable[[Event], None]) -> tuple[bytes, D
     plan = signed.plan
     bundle = open_bundle(Path(job.bundle), expected_digest=plan.bundle, verify=False)
     with MemorySampler() as memory:
-        work = WorkingBundle(
-            bundle,
-            threads=job.threads,
-            memory_budget_mb=job.memory_budget_mb,
-            products=plan.training.products_wanted,
-            packed=job.packed_weights and bundle.manifest.base == "fp32",  # the operator chose the base, not the user
-        )
+        work = open_work(bundle, plan, job)
         adapter = map_tensors(Path(job.adapter))
         check_tensors(adapter, adapter_shapes(bundle.manifest, plan.ranks), what="adapter")
         dataset = _load(work, job.data, plan, job, emit)

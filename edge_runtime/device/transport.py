@@ -1,0 +1,55 @@
+"""What an enrolled device needs from the way to its aggregator: plans and blobs come, updates go, bytes are counted.
+
+:class:`edge_runtime.device.client.Client` goes over HTTP. Anything else that keeps these rules, such as a call in the
+same process, gives the same device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from edge_runtime.device.records import Pending
+from edge_runtime.wire import UpdateReceipt
+
+
+@dataclass
+class Traffic:
+    """Bytes of bodies that went over the network, repeats included."""
+
+    up: int = 0
+    down: int = 0
+
+
+@dataclass(frozen=True)
+class PlanAnswer:
+    """Plan bytes, nothing checked; None when there is no new plan, with the server's hint when to ask again."""
+
+    data: bytes | None
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True)
+class BlobAnswer:
+    """Bytes of a blob from ``start`` on; None when the answer's range is not the one asked for."""
+
+    start: int | None
+    pieces: AsyncIterator[bytes]
+
+
+class Transport(Protocol):
+    """What the server refuses is raised as the wire's own error, whatever is no answer of it as ``TransportError``."""
+
+    traffic: Traffic
+
+    async def plan(self, task: str, *, after: int, wait_s: int) -> PlanAnswer:
+        """Wait, at most ``wait_s`` seconds, for the first plan of a round after ``after``."""
+
+    def blob(self, digest: str, *, offset: int) -> AbstractAsyncContextManager[BlobAnswer]:
+        """Open a blob from byte ``offset`` on."""
+
+    async def upload(self, pending: Pending, sealed: Path) -> UpdateReceipt:
+        """Send a sealed update from its file."""
