@@ -1,0 +1,274 @@
+"""One run in a process of its own: ``python -m bench.federation.experiment SETUP.json``, its line on stdout."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from bench.federation.compute import Texts, training_flop
+from bench.federation.data import Labelled, divide, read_corpus, write_records
+from bench.federation.drift import drift
+from bench.federation.fleet import Fleet, Result
+from bench.federation.lines import Key, Line, RoundLine
+from bench.federation.methods import METHODS, config_text
+from bench.host import commit, describe_host
+from cloud.config import CONFIG_NAME, Config, parse_config
+from cloud.keys import KEYS_FOLDER, load_keys, make_keys
+from cloud.planning import plan_layout
+from cloud.service import Aggregator, Surroundings
+from cloud.work import read_adapter
+from edge_runtime import wire
+from edge_runtime.bundle import Bundle, open_bundle
+from edge_runtime.data import Dataset
+from edge_runtime.engine.interface import Score
+from edge_runtime.training.local import evaluate
+from edge_runtime.training.session import WorkingBundle
+
+CURVE_TEXTS = 500  # test texts measured after every round; all of them at the end
+
+
+class Setup(msgspec.Struct, frozen=True):
+    """One run. Paths as text; ``folder`` is emptied by the caller; ``alpha`` of the key None: the data's own split."""
+
+    key: Key
+    data: str
+    bundle: str
+    folder: str
+    devices: int
+    cohort: int  # devices a round
+    rounds: int
+    examples: int  # of all devices together
+    threads: int
+    products: wire.Products
+    extra: dict[str, dict[str, object]] = {}  # config keys of a variant
+
+
+@dataclass
+class Site:
+    """An aggregator, its devices, and what is measured on."""
+
+    setup: Setup
+    config: Config
+    aggregator: Aggregator
+    work: WorkingBundle
+    fleet: Fleet
+    texts: dict[str, Texts]  # of the devices' data
+    test: Dataset
+    glimpse: Dataset  # the part of it that is measured after every round
+    say: Callable[[str], None]
+    fetched: set[str] = field(default_factory=set)  # devices that have taken part
+
+
+async def run(setup: Setup, say: Callable[[str], None]) -> Line:
+    """Run a task from the first plan to the last adapter.
+
+    Args:
+        setup: What to run.
+        say: Told a line a round.
+
+    Raises:
+        RequestError: the data cannot be used.
+        FleetError: a device failed.
+    """
+    began = time.perf_counter()
+    site = await _open(setup, say)
+    try:
+        head = await _measure_head(site)
+        start = await _accuracy(site, site.glimpse)
+        curve: list[RoundLine] = []
+        for round_ in range(setup.rounds):
+            curve.append(await _round(site, round_))
+        accuracy = await _accuracy(site, site.test)
+    finally:
+        await site.aggregator.close()
+    return _line(site, curve, head, (start, accuracy), time.perf_counter() - began)
+
+
+async def _open(setup: Setup, say: Callable[[str], None]) -> Site:
+    key, folder = setup.key, Path(setup.folder)
+    corpus = read_corpus(key.dataset, Path(setup.data))
+    parts = divide(corpus, devices=setup.devices, examples=setup.examples, alpha=key.alpha, seed=key.seed)
+    files = tuple(write_records(folder / "texts" / f"{number}.jsonl", part) for number, part in enumerate(parts))
+    test = _shuffled(corpus.test)
+    config = _config(setup, folder)
+    bundle = open_bundle(config.bundle_path, verify=False)
+    work = WorkingBundle(bundle, threads=setup.threads, products=setup.products)
+    max_tokens = config.training.max_tokens
+    data = [work.dataset([path], max_tokens=max_tokens, skip_bad=False) for path in files]
+    written = [write_records(folder / "texts" / name, texts) for name, texts in _sides(test).items()]
+    whole, glimpse = (work.dataset([path], max_tokens=max_tokens, skip_bad=False) for path in written)
+    aggregator = Aggregator(
+        config,
+        bundle,
+        keys=load_keys(config.data_path / KEYS_FOLDER),
+        folder=config.data_path,
+        surroundings=Surroundings(time.time, secrets.token_bytes, lambda _event: None),
+    )
+    await aggregator.start()
+    fleet = Fleet(aggregator, work, folder / "devices", files, seed=key.seed)
+    await fleet.enrol()
+    texts = {
+        name: Texts.of([len(example.ids) for example in mine.examples])
+        for name, mine in zip(fleet.names, data, strict=True)
+    }
+    return Site(setup, config, aggregator, work, fleet, texts, whole, glimpse, say)
+
+
+def _shuffled(texts: tuple[Labelled, ...]) -> list[Labelled]:
+    """In an order that is the same in every run, so that the first of them are of all labels."""
+    return [texts[index] for index in np.random.default_rng(0).permutation(len(texts))]
+
+
+def _sides(test: list[Labelled]) -> dict[str, list[Labelled]]:
+    return {"test.jsonl": test, "glimpse.jsonl": test[:CURVE_TEXTS]}
+
+
+def _config(setup: Setup, folder: Path) -> Config:
+    fleet = {
+        "rounds": setup.rounds,
+        "devices_per_round": setup.cohort,
+        "min_devices": setup.cohort,
+        "round_deadline_s": 86_400.0,
+        "weight_cap": 65_536,
+    }
+    text = config_text(
+        METHODS[setup.key.method],
+        bundle=str(Path(setup.bundle).resolve()),
+        seed=setup.key.seed,
+        fleet=fleet,
+        extra=setup.extra,
+    )
+    path = folder / CONFIG_NAME
+    path.write_text(text, encoding="utf-8")
+    config = parse_config(text.encode(), path=path)
+    config.data_path.mkdir(mode=0o700)
+    make_keys(config.data_path / KEYS_FOLDER)
+    return config
+
+
+@dataclass(frozen=True)
+class _Head:
+    bytes: int
+
+
+async def _measure_head(site: Site) -> _Head:
+    """Let every device send its class means, if the task wants them."""
+    signed = await _plan(site)
+    if str(signed.plan.state) != "measure":
+        return _Head(0)
+    results = [await site.fleet.take_part(name) for name in site.fleet.names]
+    await site.aggregator.tick()
+    shapes = site.work.bundle.manifest.head_shapes.values()
+    down = site.setup.devices * 4 * sum(int(np.prod(shape)) for shape in shapes)  # each fetches the head once
+    return _Head(down + sum(result.up for result in results))
+
+
+async def _round(site: Site, round_: int) -> RoundLine:
+    setup = site.setup
+    rng = np.random.default_rng([setup.key.seed, 2, round_])  # the same cohorts for every method
+    cohort = sorted(rng.choice(site.fleet.names, size=setup.cohort, replace=False))
+    signed = await _plan(site)
+    layout = plan_layout(site.work.bundle, signed.plan)
+    results: list[Result] = []
+    values = []
+    for name in cohort:
+        results.append(await site.fleet.take_part(name))
+        values.append(site.fleet.values(signed, layout))
+    await site.aggregator.tick()
+    accuracy = await _accuracy(site, site.glimpse)
+    manifest, modules = site.work.bundle.manifest, signed.plan.modules
+    flop = sum(training_flop(manifest, modules, site.texts[name]) for name in cohort)
+    living = [module for module in modules if module.alive]
+    made = RoundLine(
+        accuracy=accuracy,
+        bytes_up=sum(result.up for result in results),
+        bytes_down=sum(result.down for result in results),
+        params_up=layout.count * len(results),
+        params_down=sum(result.params_down for result in results),
+        gflop=round(flop / 1e9, 1),
+        drift=round(drift(values, [result.done.weight for result in results]), 4),
+        alive=round(sum(len(module.alive) for module in modules) / (2 * len(modules)), 4),
+        rank=round(sum(module.rank for module in living) / max(len(living), 1), 3),
+        train_s=round(sum(result.done.metrics.seconds or 0.0 for result in results), 2),
+    )
+    site.fetched.update(cohort)
+    site.say(
+        f"round {round_ + 1}/{setup.rounds}: accuracy {accuracy:.3f}, {made.bytes_up:,} bytes up, "
+        f"{made.bytes_down:,} down, drift {made.drift}"
+    )
+    return made
+
+
+async def _plan(site: Site) -> wire.SignedPlan:
+    """The plan in force."""
+    signed = await site.aggregator.plan_after(site.fleet.names[0], task=site.config.task.name, after=-1, wait_s=0)
+    assert signed is not None, "a started aggregator has a plan"
+    return signed
+
+
+async def _accuracy(site: Site, texts: Dataset) -> float:
+    """Of the adapter in force."""
+    signed = await _plan(site)
+    data = site.aggregator.blob_path(signed.plan.adapter).read_bytes()
+    score = await asyncio.to_thread(_score, site.work, data, texts)
+    return score.correct / score.rows
+
+
+def _score(work: WorkingBundle, adapter: bytes, texts: Dataset) -> Score:
+    work.engine.use(work.none_alive(read_adapter(work.bundle, adapter)))
+    return evaluate(work.engine, texts, batch_size=64)
+
+
+def _line(site: Site, curve: list[RoundLine], head: _Head, accuracy: tuple[float, float], seconds: float) -> Line:
+    setup, key = site.setup, site.setup.key
+    best = max(made.accuracy or 0.0 for made in curve)
+    drifts = [made.drift for made in curve if made.drift is not None]
+    return Line(
+        dataset=key.dataset,
+        alpha=key.alpha,
+        seed=key.seed,
+        method=key.method,
+        budget=key.budget,
+        without=key.without,
+        accuracy=accuracy[1],
+        bytes_up=sum(made.bytes_up for made in curve),
+        bytes_down=sum(made.bytes_down for made in curve),
+        params_up=sum(made.params_up for made in curve),
+        params_down=sum(made.params_down for made in curve),
+        bytes_head=head.bytes,
+        bytes_first_download=len(site.fetched) * _bundle_bytes(site.work.bundle),
+        device_gflop=round(sum(made.gflop for made in curve), 1),
+        rounds=setup.rounds,
+        rounds_to_95=next(n for n, made in enumerate(curve, start=1) if (made.accuracy or 0.0) >= 0.95 * best),
+        accuracy_start=accuracy[0],
+        drift=round(float(np.mean(drifts)), 4) if drifts else None,
+        devices=setup.devices,
+        seconds=round(seconds, 1),
+        quick=key.quick,
+        commit=commit(),
+        curve=tuple(curve),
+        host=dict(describe_host(setup.threads)),
+    )
+
+
+def _bundle_bytes(bundle: Bundle) -> int:
+    return sum(entry.bytes for entry in bundle.manifest.files.values())
+
+
+def main(path: str) -> None:
+    """Run what the file says and print the line."""
+    setup = msgspec.json.decode(Path(path).read_bytes(), type=Setup)
+    line = asyncio.run(run(setup, lambda text: print(f"    {text}", file=sys.stderr, flush=True)))
+    sys.stdout.write(msgspec.json.encode(line).decode() + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,76 @@
+"""The methods that are compared: each is an aggregator's config, in the words of ``cloud/config.py``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+Table = Mapping[str, object]
+
+RANK = 8  # of the bundle; a method may ask for less
+
+# What all methods share. The head is made of class means before the first round and stays as it is in every row.
+_TASK: Table = {"name": "bench", "rank": RANK}
+_TRAINING: Table = {"batch_size": 16, "epochs": 1, "max_tokens": 64, "lr_schedule": "cosine"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """Tables of a config over what all methods share; ``about`` is a line for people."""
+
+    about: str
+    task: Table = field(default_factory=dict)
+    training: Table = field(default_factory=dict)
+    annealing: Table = field(default_factory=dict)
+
+
+METHODS: dict[str, Method] = {
+    "lora-r8": Method(
+        "both factors averaged apart, rank 8, float32 (FedIT)",
+        {"policy": "fixed", "aggregation": "both"},
+        {"lr_a": 1e-3, "lr_b": 1e-3},
+    ),
+    "lora-r1": Method(
+        "the same at rank 1",
+        {"policy": "fixed", "aggregation": "both", "rank": 1},
+        {"lr_a": 2e-3, "lr_b": 2e-3},
+    ),
+    "ffa-r8": Method(
+        "only B is trained (FFA-LoRA)",
+        {"policy": "fixed", "aggregation": "b-only"},
+        {"lr_a": 2e-3, "lr_b": 2e-3},
+    ),
+    "rolora-r8": Method(
+        "factors take turns, rank 8, float32 (RoLoRA)",
+        {"policy": "fixed", "aggregation": "alternate"},
+        {"lr_a": 1e-3, "lr_b": 2e-3},
+    ),
+}
+
+
+def config_text(
+    method: Method, *, bundle: str, seed: int, fleet: Table, extra: Mapping[str, Table] | None = None
+) -> str:
+    """The aggregator's config file.
+
+    Args:
+        method: What is compared.
+        bundle: Folder, relative to the file.
+        seed: Of the task.
+        fleet: Keys of ``[task]`` that follow from the size of the fleet.
+        extra: Tables that replace single keys, for a variant of the method.
+    """
+    tables: dict[str, dict[str, object]] = {
+        "task": {**_TASK, "bundle": bundle, "seed": seed, **fleet, **method.task},
+        "training": {**_TRAINING, **method.training},
+        "annealing": dict(method.annealing),
+        "server": {"port": 0},
+    }
+    for name, keys in (extra or {}).items():
+        tables.setdefault(name, {}).update(keys)
+    return "\n".join(_table(name, keys) for name, keys in tables.items() if keys)
+
+
+def _table(name: str, keys: Table) -> str:
+    return f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())

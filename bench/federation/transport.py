@@ -1,0 +1,65 @@
+"""The aggregator as a device in the same process reaches it: the same calls that the HTTP handlers make, no sockets.
+
+What is left out is HTTP with its headers and the signatures on requests. Plans are signed and checked, updates sealed
+and opened, adapters verified, and everything is stored, as between machines. Bytes are those of bodies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from cloud.service import Aggregator
+from edge_runtime.bundle import map_tensors
+from edge_runtime.device.records import Pending
+from edge_runtime.device.transport import BlobAnswer, PlanAnswer, Traffic
+from edge_runtime.wire import UpdateReceipt
+
+_PIECE = 1 << 20
+
+
+class MemoryTransport:
+    """Implements :class:`edge_runtime.device.transport.Transport` for one device."""
+
+    def __init__(self, aggregator: Aggregator, device: str) -> None:
+        self.traffic = Traffic()
+        self.params_down = 0  # values of adapters
+        self._aggregator = aggregator
+        self._device = device
+
+    async def plan(self, task: str, *, after: int, wait_s: int) -> PlanAnswer:
+        """The plan, as the long poll gives it."""
+        signed = await self._aggregator.plan_after(self._device, task=task, after=after, wait_s=wait_s)
+        if signed is None:
+            return PlanAnswer(None)
+        self.traffic.down += len(signed.data)
+        return PlanAnswer(signed.data)
+
+    @contextlib.asynccontextmanager
+    async def blob(self, digest: str, *, offset: int) -> AsyncIterator[BlobAnswer]:
+        """A file of the aggregator's disk."""
+        path = self._aggregator.blob_path(digest)
+        self.params_down += sum(array.size for array in map_tensors(path).values())  # homes lack only adapters
+        yield BlobAnswer(offset, self._pieces(path, offset))
+
+    async def upload(self, pending: Pending, sealed: Path) -> UpdateReceipt:
+        """Ask whether the update may come, then hand it over."""
+        answer = await self._aggregator.admit(
+            self._device, task=pending.task, round_=pending.round, digest=pending.digest
+        )
+        if isinstance(answer, UpdateReceipt):
+            return answer
+        data = sealed.read_bytes()
+        self.traffic.up += len(data)
+        receipt, _ = await self._aggregator.submit(
+            self._device, round_=pending.round, digest=pending.digest, sealed=data
+        )
+        return receipt
+
+    async def _pieces(self, path: Path, offset: int) -> AsyncIterator[bytes]:
+        with path.open("rb") as file:
+            file.seek(offset)
+            while piece := file.read(_PIECE):
+                self.traffic.down += len(piece)
+                yield piece

@@ -1,0 +1,301 @@
+"""``bench.federation``: how data is divided, what is counted, and a whole small task with real devices."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import json
+import math
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench import report
+from bench.errors import RequestError
+from bench.federation import __main__ as command
+from bench.federation.compute import Texts, training_flop
+from bench.federation.data import Corpus, divide, read_corpus
+from bench.federation.drift import drift
+from bench.federation.experiment import Setup, run
+from bench.federation.lines import Key, Line, RoundLine, append_line, read_lines
+from bench.federation.links import Link, seconds_to
+from bench.federation.summary import Split, rows_of
+from edge_runtime.bundle import open_bundle
+from edge_runtime.wire import ModulePlan
+
+LABELS = ("asyncio", "email", "tkinter", "xml")
+
+
+def corpus_of(count: int) -> Corpus:
+    """Texts that name themselves, labels in turn, two domains."""
+    texts = tuple((f"text {number}", LABELS[number % 4]) for number in range(count))
+    return Corpus(texts, texts[:4], dict(zip(LABELS, ("work", "work", "play", "play"), strict=True)))
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 1000), st.sampled_from([0.5, 5.0, 100.0]))
+def test_a_split_gives_every_example_to_one_device(seed: int, alpha: float) -> None:
+    parts = divide(corpus_of(400), devices=4, examples=300, alpha=alpha, seed=seed)
+    texts = [text for part in parts for text, _ in part]
+    assert len(texts) == len(set(texts)) == 300
+    assert min(map(len, parts)) >= 16
+    assert parts == divide(corpus_of(400), devices=4, examples=300, alpha=alpha, seed=seed)
+
+
+def test_a_smaller_alpha_leaves_a_device_fewer_labels() -> None:
+    def largest_share(alpha: float) -> float:
+        parts = divide(corpus_of(2000), devices=4, examples=2000, alpha=alpha, seed=3)
+        shares = [max(sum(label == one for _, label in part) for one in LABELS) / len(part) for part in parts]
+        return float(np.mean(shares))
+
+    assert largest_share(100.0) < 0.35 < 0.5 < largest_share(0.1)
+
+
+def test_the_natural_split_keeps_domains_apart() -> None:
+    parts = divide(corpus_of(400), devices=4, examples=400, alpha=None, seed=0)
+    assert [len(part) for part in parts] == [100] * 4
+    domains = [{corpus_of(4).domains[label] for _, label in part} for part in parts]
+    assert domains == [{"play"}, {"play"}, {"work"}, {"work"}]
+    with pytest.raises(RequestError, match="as many devices as domains"):
+        divide(corpus_of(400), devices=3, examples=400, alpha=None, seed=0)
+
+
+def test_a_split_that_cannot_be_is_said() -> None:
+    with pytest.raises(RequestError, match="expected 16 examples a device"):
+        divide(corpus_of(40), devices=4, examples=40, alpha=0.5, seed=0)
+
+
+def test_drift_of_equal_and_opposite_devices() -> None:
+    same = np.ones(5, np.float32)
+    assert drift([same, same], [1, 7]) == 0.0
+    assert drift([same, -same], [1, 1]) == 0.0  # nothing moved
+    assert drift([3 * same, -same], [1, 1]) == pytest.approx(2.0)  # the mean is 1, both are 2 away
+
+
+@pytest.mark.parametrize("alive", ["all AB", "all B", "top A", "one value", "query of the middle", "mixed"])
+@pytest.mark.needs_torch("counts what PyTorch computes")
+def test_operations_are_those_that_pytorch_counts(alive: str, bert_bundle: Path, bert_folder: Path) -> None:
+    """The oracle is PyTorch's own counter over the encoder of the same model with the same factors trained."""
+    manifest = open_bundle(bert_bundle, verify=False).manifest
+    factors = {
+        "all AB": dict.fromkeys(manifest.module_names, "AB"),
+        "all B": dict.fromkeys(manifest.module_names, "B"),
+        "top A": {module.name: "A" * (module.block == 2) for module in manifest.modules},
+        "one value": {name: "B" * (name == manifest.module_names[2]) for name in manifest.module_names},
+        "query of the middle": {name: "A" * ("1.attention.self.query" in name) for name in manifest.module_names},
+        "mixed": {name: ("", "A", "B", "AB")[number % 4] for number, name in enumerate(manifest.module_names)},
+    }[alive]
+    plans = [ModulePlan(name, 4, factor) for name, factor in factors.items()]  # type: ignore[arg-type]
+    counted = training_flop(manifest, plans, Texts.of([8, 8, 8]))
+    assert counted == _pytorch_flop(bert_folder, factors, batch=3, tokens=8)
+
+
+def _pytorch_flop(folder: Path, factors: dict[str, str], *, batch: int, tokens: int) -> int:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForSequenceClassification
+
+    base = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager")
+    slots = sorted({name.split(".", 4)[-1] for name in factors})
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=slots, task_type="SEQ_CLS"))
+    for name, parameter in model.named_parameters():
+        module, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
+        parameter.requires_grad = bool(rest) and rest[0] in factors.get(module, "")
+    hidden = torch.randn(batch, tokens, 32)
+    encoder = model.base_model.model.bert.encoder
+    with FlopCounterMode(display=False) as counter:
+        encoder(hidden).last_hidden_state.sum().backward()
+    return int(counter.get_total_flops())
+
+
+def write_banking(folder: Path) -> Path:
+    """Words of its own for every label, in the layout of BANKING77."""
+    rng = np.random.default_rng(0)
+    (folder / "text_banking77").mkdir(parents=True)
+    for name, count in (("train", 200), ("test", 40)):
+        with (folder / "text_banking77" / f"{name}.csv").open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(("text", "category"))
+            for number in range(count):
+                words = [f"word{number % 4 * 10 + int(word)}" for word in rng.integers(0, 10, size=8)]
+                rows.writerow((" ".join(words), LABELS[number % 4]))
+    return folder
+
+
+def a_setup(tmp_path: Path, bundle: Path, name: str = "run", **extra: dict[str, object]) -> Setup:
+    data = tmp_path / "data"
+    if not data.exists():
+        write_banking(data)
+    (tmp_path / name).mkdir()
+    return Setup(
+        key=Key("banking77", 5.0, 0, "rolora-r8", "", "", True),
+        data=str(data),
+        bundle=str(bundle),
+        folder=str(tmp_path / name),
+        devices=4,
+        cohort=2,
+        rounds=4,
+        examples=160,
+        threads=1,
+        products="exact",
+        extra={"task": {"rank": 4, **extra.pop("task", {})}, "training": {"lr_a": 1e-2, "lr_b": 1e-2}, **extra},
+    )
+
+
+def test_a_task_is_learned_counted_and_can_be_replayed(tmp_path: Path, bert_bundle: Path) -> None:
+    said: list[str] = []
+    line = asyncio.run(run(a_setup(tmp_path, bert_bundle), said.append))
+    assert line.accuracy > line.accuracy_start
+    assert len(line.curve) == len(said) == 4
+    assert [made.alive for made in line.curve] == [0.5] * 4
+    manifest = open_bundle(bert_bundle, verify=False).manifest
+    outs, ins = (sum(features[side] for features in manifest.features.values()) for side in (1, 0))
+    head = sum(math.prod(shape) for shape in manifest.head_shapes.values())
+    # 2 devices, rank 4, B then A
+    assert [made.params_up for made in line.curve] == [2 * (4 * outs + head), 2 * (4 * ins + head)] * 2
+    assert line.params_up == sum(made.params_up for made in line.curve)
+    assert line.bytes_up == 4 * line.params_up + 8 * (148 + 48)  # frame and envelope of docs/wire.md
+    assert line.device_gflop > 0
+    assert line.drift is not None
+    assert line.drift > 0
+    again = asyncio.run(run(a_setup(tmp_path, bert_bundle, "again"), said.append))
+    assert again.accuracy == line.accuracy
+    assert [made.accuracy for made in again.curve] == [made.accuracy for made in line.curve]
+
+
+def a_line(key: Key) -> Line:
+    made = RoundLine(0.5, 10, 20, 3, 4, 0.1, 1.5, 0.5, 8.0, 1.0)
+    values = {name: getattr(key, name) for name in key.__struct_fields__}
+    counts = dict.fromkeys(("bytes_up", "bytes_down", "params_up", "params_down", "bytes_head"), 7)
+    return Line(
+        **values,
+        **counts,
+        accuracy=0.5,
+        bytes_first_download=9,
+        device_gflop=0.1,
+        rounds=1,
+        rounds_to_95=1,
+        accuracy_start=0.1,
+        drift=1.5,
+        devices=2,
+        seconds=3.0,
+        commit="abc",
+        curve=(made,),
+        host={"cpu": "x"},
+    )
+
+
+KEY = Key("banking77", 0.5, 0, "lora-r8", "", "", False)
+
+
+def test_a_run_is_one_line_with_the_names_of_the_issue(tmp_path: Path) -> None:
+    append_line(tmp_path / "r.jsonl", a_line(KEY))
+    names = set(json.loads((tmp_path / "r.jsonl").read_text()))
+    assert names >= {
+        *("dataset", "alpha", "seed", "method", "budget", "accuracy", "bytes_up", "bytes_down", "params_up"),
+        *("params_down", "bytes_head", "bytes_first_download", "device_gflop", "rounds", "rounds_to_95", "drift"),
+        *("devices", "seconds", "quick", "commit"),
+    }
+    assert read_lines(tmp_path / "r.jsonl") == {KEY: a_line(KEY)}
+
+
+def test_a_broken_file_of_results_is_named(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text("{}\n")
+    with pytest.raises(RequestError, match="line 1: not a result"):
+        read_lines(tmp_path / "r.jsonl")
+
+
+def test_what_is_there_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append_line(tmp_path / "r.jsonl", a_line(KEY))
+    other = msgspec.structs.replace(KEY, seed=1)
+    ran: list[Key] = []
+
+    def pretend(_bench: command.Bench, key: Key) -> Line | str:
+        ran.append(key)
+        return a_line(key) if key.seed == 1 else "broke"
+
+    monkeypatch.setattr(command.Bench, "run", pretend)
+    monkeypatch.setattr(command, "ensure_bundle", lambda *_: None)
+    arguments = ["--data", str(tmp_path), "--results", str(tmp_path / "r.jsonl"), "--dataset", "banking77"]
+    arguments += ["--alpha", "0.5", "--method", "lora-r8"]
+    done = CliRunner().invoke(command.main, [*arguments, "--seed", "0", "--seed", "1"])
+    assert done.exit_code == 0, done.output
+    assert ran == [other]
+    assert set(read_lines(tmp_path / "r.jsonl")) == {KEY, other}
+    done = CliRunner().invoke(command.main, [*arguments, "--seed", "2"])
+    assert done.exit_code == 1
+    assert "1 of 1 runs failed" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--alpha", "few"], "few"), (["--set", "rank"], "expected table.key=value"), (["--dataset", "x"], "x")],
+)
+def test_bad_arguments_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(command.main, ["--data", str(tmp_path), *arguments])
+    assert done.exit_code == 2
+    assert message in done.output.splitlines()[-1]
+
+
+def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="not the data of clinc150"):
+        read_corpus("clinc150", tmp_path)
+
+
+def test_rows_compare_with_the_reference_of_the_same_seed() -> None:
+    def lines(method: str, accuracies: list[float], size: int) -> list[Line]:
+        return [
+            msgspec.structs.replace(
+                a_line(msgspec.structs.replace(KEY, method=method, seed=seed)), accuracy=accuracy, bytes_up=size
+            )
+            for seed, accuracy in enumerate(accuracies)
+        ]
+
+    first, second = rows_of(
+        [*lines("rolora-r8", [0.5, 0.7], 43), *lines("lora-r8", [0.4, 0.5], 93)], Split("banking77", 0.5)
+    )
+    assert first.name == ("lora-r8", "", "")
+    assert (first.apart, first.bytes_ratio) == (0.0, 1.0)
+    assert second.apart == pytest.approx(0.15)
+    assert second.apart_95 == pytest.approx(12.706 * 0.05)  # differences 0.1 and 0.2: deviation 0.0707, over √2
+    assert second.bytes_ratio == pytest.approx(2.0)
+
+
+def test_a_link_is_bounded_by_its_losses() -> None:
+    assert Link(1.0, loss=0.0).bytes_s == 125_000
+    assert Link(10.0).bytes_s == Link(1000.0).bytes_s == pytest.approx(1460 / 0.2 * (1.5 / 0.02) ** 0.5)
+
+
+def test_time_to_an_accuracy_counts_whole_rounds() -> None:
+    line = a_line(KEY)
+    made = msgspec.structs.replace(line.curve[0], bytes_up=5 * 125_000, bytes_down=0, gflop=0.0, accuracy=0.3)
+    line = msgspec.structs.replace(line, curve=(made, msgspec.structs.replace(made, accuracy=0.6)))
+    link = Link(1.0, round_trip_s=0.5, loss=0.0)
+    assert seconds_to(line, 0.6, link, cohort=5) == pytest.approx(2 * (1.0 + 6 * 0.5))
+    assert seconds_to(line, 0.7, link, cohort=5) is None
+
+
+def test_the_report_has_a_table_a_split_and_a_picture(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        for method in ("lora-r8", "rolora-r8"):
+            append_line(tmp_path / "r.jsonl", a_line(msgspec.structs.replace(KEY, method=method, seed=seed)))
+    append_line(tmp_path / "r.jsonl", a_line(msgspec.structs.replace(KEY, alpha=None)))
+    out, page = tmp_path / "results.md", tmp_path / "results.html"
+    arguments = ["--results", str(tmp_path / "r.jsonl"), "--out", str(out), "--html", str(page)]
+    done = CliRunner().invoke(report.main, arguments)
+    assert done.exit_code == 0, done.output
+    text = out.read_text()
+    assert "## banking77, Dirichlet 0.5" in text
+    assert "## banking77, natural split" in text
+    assert "| `rolora-r8` | 0 1 | 0.5000 | +0.0000 ± 0.0000 |" in text
+    assert "plotly" in page.read_text()[:5000]
+    (tmp_path / "r.jsonl").write_text("")
+    done = CliRunner().invoke(report.main, arguments)
+    assert done.exit_code == 2
+    assert "no whole runs in it" in done.output
