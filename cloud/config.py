@@ -9,6 +9,7 @@ import ipaddress
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -17,6 +18,7 @@ from cloud.planner import AGGREGATIONS, POLICIES, Annealing, annealing_problems
 from edge_runtime import wire
 
 CONFIG_NAME = "emberlora.toml"
+Upload = Literal["float32", "int8", "int4"]
 
 
 class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -26,6 +28,7 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bundle: str  # folder, relative to the config file
     policy: str = "fixed"  # what is trained; "fixed": everything, always; the others read [annealing]
     aggregation: str = "alternate"  # exact and linear, half the bytes of sending both factors (RoLoRA)
+    upload: Upload = "float32"  # fewer bits a value: a quarter or an eighth of the bytes, and noise in every update
     rounds: int = 12  # six of each factor; MiniLM-sized tasks have settled by then
     rank: int | None = None  # None: the bundle's r_max
     devices_per_round: int = 4  # a round closes at once when so many updates are counted
@@ -231,6 +234,7 @@ name = "{task}"
 bundle = "{bundle}"            # made by `emberlora export`
 policy = "fixed"               # everything in every round; or "anneal", "kill-revive", "annealed-kill-revive"
 aggregation = "alternate"      # even rounds train and send B, odd rounds A: exact, and half the bytes
+upload = "float32"             # how a change is sent; or "int8", "int4": about a quarter, an eighth of the bytes
 rounds = 12
 rank = {rank}                  # at most the bundle's r_max
 devices_per_round = 4          # a round closes at once when so many updates are counted …

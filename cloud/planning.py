@@ -9,7 +9,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from msgspec import UNSET
 
-from cloud.aggregate import module_energies, module_movement, with_ranks
+from cloud.aggregate import largest_changes, module_energies, module_movement, with_ranks
 from cloud.config import Config
 from cloud.errors import ConfigError
 from cloud.planner import Choice, PastRound, Situation, choose
@@ -35,18 +35,23 @@ class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ranks: Of the adapter before the plan, by module.
         energies: Singular values of what every module adds to its layer, falling.
         moved: By how much the round before moved what every module adds, a Frobenius norm; empty in the first round.
+        largest: The largest absolute mean change of every tensor that the round before moved.
     """
 
     ranks: dict[str, int]
     energies: dict[str, tuple[float, ...]]
     moved: dict[str, float] = {}
+    largest: dict[str, float] = {}
 
 
 def gather_evidence(bundle: Bundle, tensors: dict[str, Array], before: dict[str, Array] | None) -> Evidence:
-    """What a policy may know of an adapter, and of what the round made of the adapter it started from."""
+    """What a policy may know of an adapter, and of what a round changed: ``before`` has the same ranks."""
     manifest = bundle.manifest
-    moved = {} if before is None else module_movement(manifest, before, tensors)
-    return Evidence(adapter_ranks(manifest, tensors), module_energies(manifest, tensors), moved)
+    evidence = Evidence(adapter_ranks(manifest, tensors), module_energies(manifest, tensors))
+    if before is None:
+        return evidence
+    moved, largest = module_movement(manifest, before, tensors), largest_changes(before, tensors)
+    return msgspec.structs.replace(evidence, moved=moved, largest=largest)
 
 
 def past_rounds(records: Sequence[RoundRecord], key: Ed25519PublicKey, current: Evidence) -> tuple[PastRound, ...]:
@@ -57,10 +62,11 @@ def past_rounds(records: Sequence[RoundRecord], key: Ed25519PublicKey, current: 
         key: That signed their plans.
         current: What the plan is to be made from now; it knows what the last round moved.
     """
-    moved = [read_evidence(record).moved for record in records[1:]] + [current.moved]
+    after = [*(read_evidence(record) for record in records[1:]), current]
+    plans = [wire.open_plan(record.plan, key).plan for record in records]
     return tuple(
-        PastRound(wire.open_plan(record.plan, key).plan.modules, made)
-        for record, made in zip(records, moved, strict=False)  # before the first round there is nothing to pair
+        PastRound(plan.modules, made.moved, made.largest, plan.training)
+        for plan, made in zip(plans, after, strict=False)  # before the first round there is nothing to pair
     )
 
 
@@ -181,4 +187,5 @@ def training_of(config: Config, bundle: Bundle, round_: int, choice: Choice) -> 
 def plan_layout(bundle: Bundle, plan: wire.Plan) -> wire.Layout:
     """The layout of updates to a plan."""
     manifest = bundle.manifest
-    return wire.layout_of(plan.modules, manifest.features, manifest.head_shapes if plan.head_alive else {})
+    head = manifest.head_shapes if plan.head_alive else {}
+    return wire.layout_of(plan.modules, manifest.features, head, plan.quantisation or None)

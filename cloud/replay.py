@@ -17,6 +17,7 @@ from cloud.config import Config
 from cloud.errors import DataMissingError
 from cloud.keys import KEYS_FOLDER, load_keys
 from cloud.planner import Choice
+from cloud.quantising import with_quantisation
 from cloud.rounds import TaskState
 from cloud.store import Database, Identity, RoundRecord
 from edge_runtime import wire
@@ -79,14 +80,16 @@ def _replayed(
         evidence = planning.read_evidence(record)
         past = planning.past_rounds(records[:number], key, evidence)
         choice = planning.choose_modules(config, bundle, state, evidence, past)
-        mu = planning.training_of(config, bundle, plan.round, choice).mu
+        training = planning.training_of(config, bundle, plan.round, choice)
+        again = msgspec.structs.replace(plan, modules=choice.modules, head_alive=choice.head_alive, training=training)
+        again = with_quantisation(config, bundle, again, past)
         sides = [(module.alive, module.rank, features[module.name]) for module in plan.modules]
         yield ReplayedRound(
             round=plan.round,
             parameters=sum(rank * (("A" in alive) * size[0] + ("B" in alive) * size[1]) for alive, rank, size in sides),
             lowest_rank=min(module.rank for module in plan.modules),
             highest_rank=max(module.rank for module in plan.modules),
-            differences=tuple(_differences(plan, choice, mu)),
+            differences=(*_differences(plan, choice, training.mu), *_range_differences(bundle, plan, again)),
         )
 
 
@@ -101,6 +104,24 @@ def _differences(plan: wire.Plan, choice: Choice, mu: float) -> Iterator[str]:
                 f"{signed.name}: signed rank {signed.rank} alive {signed.alive or 'none'}, "
                 f"replayed rank {wanted.rank} alive {wanted.alive or 'none'}"
             )
+
+
+def _range_differences(bundle: Bundle, signed: wire.Plan, replayed: wire.Plan) -> Iterator[str]:
+    ours, theirs = (_ranges(bundle, plan) for plan in (signed, replayed))
+    bits = [f"int{plan.quantisation.bits}" if plan.quantisation else "float32" for plan in (signed, replayed)]
+    if bits[0] != bits[1]:
+        yield f"upload: signed {bits[0]}, replayed {bits[1]}"
+        return
+    for name, range_ in ours.items():
+        if theirs.get(name, range_) != range_:  # what only one of them trains is named already
+            yield f"{name}: signed range {range_:g}, replayed {theirs[name]:g}"
+
+
+def _ranges(bundle: Bundle, plan: wire.Plan) -> dict[str, float]:
+    if not plan.quantisation:
+        return {}
+    blocks = planning.plan_layout(bundle, plan).blocks
+    return {name: range_ for (name, _), range_ in zip(blocks, plan.quantisation.ranges, strict=True)}
 
 
 def _alive(alive: bool) -> str:

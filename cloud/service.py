@@ -22,6 +22,7 @@ from cloud.keys import Keys
 from cloud.members import Members
 from cloud.metrics import METRIC_NAMES, summarise
 from cloud.publish import PUBLISHED, publish
+from cloud.quantising import with_quantisation
 from cloud.rounds import (
     RoundApplied,
     StopAsked,
@@ -404,6 +405,7 @@ class Aggregator:
             adapter=planning.Adapter(digest, len(data)),
             round_key="" if key is None else key.public_key().public_bytes_raw().hex(),
         )
+        plan = with_quantisation(self.config, self._bundle, plan, past)
         signed = wire.sign_plan(plan, self._keys.plan)
         wire.open_plan(signed.data, self._keys.plan.public_key())  # a plan no device would take is not stored either
         record = RoundRecord(

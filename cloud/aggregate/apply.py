@@ -11,6 +11,12 @@ from edge_runtime.bundle import Array
 from edge_runtime.wire import Layout
 
 
+def largest_changes(before: Mapping[str, Array], after: Mapping[str, Array]) -> dict[str, float]:
+    """The largest absolute change of every tensor that differs between two adapters of the same ranks."""
+    changes = {name: float(np.max(np.abs(np.subtract(after[name], array)))) for name, array in before.items()}
+    return {name: change for name, change in changes.items() if change > 0}
+
+
 def apply_mean(adapter: Mapping[str, Array], layout: Layout, mean: npt.NDArray[np.float64]) -> dict[str, Array]:
     """The next adapter: alive blocks moved by the mean, everything else as it was.
 

@@ -7,6 +7,7 @@ from cloud.planner.annealing import Annealing, annealing_problems
 from cloud.planner.choice import Choice, Policy, Situation
 from cloud.planner.fixed import fixed
 from cloud.planner.kill_revive import kill_revive
+from cloud.planner.ranges import update_ranges
 from cloud.planner.scores import PastRound
 
 POLICIES: dict[str, Policy] = {
@@ -32,4 +33,5 @@ __all__ = [
     "Situation",
     "annealing_problems",
     "choose",
+    "update_ranges",
 ]

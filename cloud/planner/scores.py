@@ -8,9 +8,9 @@ as a task converges, and by parameter, because that is what the budget counts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from edge_runtime.wire import ModulePlan
+from edge_runtime.wire import ModulePlan, Training
 
 _WEIGHT = 0.5  # of the newest round: a pair of rounds decides, older ones calm it
 _DECAY = 0.9  # of a dead module's score, a round: what moved early must not win for ever
@@ -18,10 +18,15 @@ _DECAY = 0.9  # of a dead module's score, a round: what moved early must not win
 
 @dataclass(frozen=True)
 class PastRound:
-    """A round's modules as planned, and by how much each alive one moved."""
+    """A round's modules as planned, and by how much each alive one moved.
+
+    ``largest`` is the largest absolute mean change of every tensor that moved, ``training`` how devices trained.
+    """
 
     modules: tuple[ModulePlan, ...]
     moved: Mapping[str, float]
+    largest: Mapping[str, float] = field(default_factory=dict)
+    training: Training | None = None
 
 
 def scores(past: Sequence[PastRound], sizes: Mapping[str, int]) -> dict[str, float]:

@@ -7,6 +7,8 @@ plans/round-N.plan          the signed plan in force
 bundles/<digest>/           the verified bundle
 adapters/<digest>.safetensors
 outbox/round-N.sealed|json  an update that is not acknowledged yet
+outbox/round-N.residual     what will be left unsent once it is
+residual.safetensors        what the acknowledged updates left unsent, where plans quantise
 work/                       what the training child writes; emptied after every round
 published/                  the final adapter as a peft folder
 lock
@@ -26,6 +28,7 @@ from pathlib import Path
 from edge_runtime.device.errors import HomeLockedError, NotEnrolledError, NotPublishedError
 from edge_runtime.device.files import make_folder, read_record, sync_folder, write_bytes, write_record
 from edge_runtime.device.records import DeviceState, Identity, Published, Settings
+from edge_runtime.training.job import RESIDUAL_NAME
 
 
 class Home:
@@ -43,6 +46,11 @@ class Home:
     def outbox(self) -> Path:
         """Unsent updates."""
         return self.folder / "outbox"
+
+    @property
+    def residual(self) -> Path:
+        """What the acknowledged updates left unsent; there once one was quantised."""
+        return self.folder / RESIDUAL_NAME
 
     @property
     def published_folder(self) -> Path:
@@ -135,8 +143,8 @@ class Home:
                     path.unlink(missing_ok=True)
 
     def forget(self) -> None:
-        """Remove identity, position and unsent updates: what makes this home one device. Downloads stay."""
-        for name in ("identity.json", "state.json"):
+        """Remove identity, position and what is unsent: what makes this home one device. Downloads stay."""
+        for name in ("identity.json", "state.json", RESIDUAL_NAME):
             (self.folder / name).unlink(missing_ok=True)
         for folder in (self.outbox, self.work, self.folder / "plans"):
             shutil.rmtree(folder, ignore_errors=True)

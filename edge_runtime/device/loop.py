@@ -29,7 +29,7 @@ from edge_runtime.device.state import Action, Discard, Floors, Poll, Publish, St
 from edge_runtime.device.state import done_with as done
 from edge_runtime.device.trainer import Trainer
 from edge_runtime.device.transport import Transport
-from edge_runtime.training.job import FRAME_NAME, Done, Evaluated, Event, Notice, Stepped, TrainingJob
+from edge_runtime.training.job import FRAME_NAME, RESIDUAL_NAME, Done, Evaluated, Event, Notice, Stepped, TrainingJob
 from edge_runtime.wire import (
     EnvelopeContext,
     NotFoundError,
@@ -202,15 +202,17 @@ class Device:
             packed_weights=self._options.packed_weights,
             micro_tokens=self._options.micro_tokens,
             remember_mb=self._options.remember_mb,
+            residual=str(self._home.residual),
+            rounding_seed=int.from_bytes(self._tools.host.entropy(8), "big"),
         )
         try:
             result = await self._tools.trainer.train(job, lambda event: self._relay(plan.round, event))
-            self._journal(signed, result, work / FRAME_NAME)
+            self._journal(signed, result, work)
         finally:
             self._home.clear_work()
 
-    def _journal(self, signed: SignedPlan, result: Done, frame: Path) -> None:
-        """Seal a frame and make it durable, or stay out of the round."""
+    def _journal(self, signed: SignedPlan, result: Done, work: Path) -> None:
+        """Seal the frame that lies in ``work`` and make it durable, or stay out of the round."""
         plan = signed.plan
         self._tools.report(_trained(plan.round, result))
         if result.weight < plan.min_examples:
@@ -218,7 +220,7 @@ class Device:
             self._skip(plan.round, "few-examples", detail)
             return
         try:
-            data = frame.read_bytes()
+            data = (work / FRAME_NAME).read_bytes()
         except FileNotFoundError as error:
             raise TrainingError("training: the child ended well, but left no update") from error
         context = EnvelopeContext.of(signed, self._identity.device)
@@ -228,7 +230,7 @@ class Device:
             self._skip(plan.round, problem_for(error).name, str(error))
             return
         pending = pending_for(plan.task, plan.round, signed.digest, sealed=sealed, weight=result.weight)
-        self._outbox.add(pending, sealed)
+        self._outbox.add(pending, sealed, residual=work / RESIDUAL_NAME)
 
     async def _upload(self, pending: Pending) -> None:
         try:
@@ -241,6 +243,7 @@ class Device:
             # Training again would send other bytes for a round the server may have counted already.
             self._skip(pending.round, "damaged", str(error))
         else:
+            self._outbox.keep_residual(pending.round, self._home.residual)  # first: see the outbox
             self._end_round(done(self._state, pending.round, counted=True), pending.round)
             self._tools.report(events.Uploaded(pending.round, pending.bytes, receipt.weight))
 

@@ -2,8 +2,8 @@
 
 The child is ``python -m edge_runtime.training.child JOB.json``. It reads a :class:`TrainingJob`, prints one event of
 ``Event`` a line as JSON on standard output, and writes ``update.frame`` into the job's ``out`` folder before it prints
-:class:`Done`. Training runs in a child so that its memory returns to the system between rounds, and so that the
-resident process never loads the engine.
+:class:`Done`; where the plan quantises also ``residual.safetensors``, what the frame leaves out. Training runs in a
+child so that its memory returns to the system between rounds, and so that the resident process never loads the engine.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import msgspec
 from edge_runtime.wire.update import LocalMetrics
 
 FRAME_NAME = "update.frame"
+RESIDUAL_NAME = "residual.safetensors"
 
 
 class TrainingJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,6 +34,8 @@ class TrainingJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     remember_mb: int | None = (
         None  # for what the frozen blocks make of the examples, on disk; None: what suits the disk
     )
+    residual: str | None = None  # file: what updates before did not say; None, or no such file: nothing
+    rounding_seed: int = 0  # for stochastic rounding; of the device's own entropy, so that no two devices round alike
 
 
 class Notice(msgspec.Struct, frozen=True, tag="notice"):

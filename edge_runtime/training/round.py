@@ -9,14 +9,25 @@ from pathlib import Path
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from edge_runtime.bundle import Array, Bundle, adapter_shapes, check_tensors, map_tensors, open_bundle
+from edge_runtime.bundle import (
+    Array,
+    Bundle,
+    TensorFileError,
+    adapter_shapes,
+    check_tensors,
+    encode_tensors,
+    map_tensors,
+    open_bundle,
+)
+from edge_runtime.bundle.atomic import write_atomically
 from edge_runtime.data import Dataset
 from edge_runtime.engine.interface import Score
 from edge_runtime.engine.parameters import AdapterParameters
 from edge_runtime.engine.remembered import RememberedHidden, memory_limit
-from edge_runtime.training.job import Done, Evaluated, Event, Notice, Stepped, TrainingJob
+from edge_runtime.training.job import RESIDUAL_NAME, Done, Evaluated, Event, Notice, Stepped, TrainingJob
 from edge_runtime.training.local import Course, Trained, evaluate, train
 from edge_runtime.training.memory import MemorySampler
+from edge_runtime.training.quantise import Flat, fitting_residual, quantise, read_residual
 from edge_runtime.training.session import WorkingBundle
 from edge_runtime.wire import LocalMetrics, Plan, Update, check_values, encode_update, open_plan
 
@@ -38,6 +49,8 @@ def run_round(
     job: TrainingJob, emit: Callable[[Event], None], open_work: OpenWork = working_bundle
 ) -> tuple[bytes, Done]:
     """Evaluate the plan's adapter, train the alive parameters, and make the frame.
+
+    Where the plan quantises, what the frame leaves out is written into the job's folder.
 
     Args:
         job: Files, all verified by the parent; the plan's signature is checked again because it costs nothing.
@@ -61,7 +74,7 @@ def run_round(
         check_tensors(adapter, adapter_shapes(bundle.manifest, plan.ranks), what="adapter")
         dataset = _load(work, job.data, plan, job, emit)
         score = _evaluate(work, adapter, plan, job, emit)
-        parameters = AdapterParameters(adapter, work.layout(plan.modules, head_alive=plan.head_alive))
+        parameters = AdapterParameters(adapter, work.plan_layout(plan))
         course = _course(work, dataset, plan, job)
         trained = train(
             work.engine, parameters, course, on_step=lambda step, steps, loss: emit(Stepped(step, steps, loss))
@@ -69,9 +82,31 @@ def run_round(
         if course.remembered is not None and course.remembered.trouble:
             emit(Notice(course.remembered.trouble))
     metrics = _metrics(trained, score, memory, time.perf_counter() - began)
-    update = Update(parameters.change(), dataset.weight, metrics)
-    check_values(update.values, update.weight, plan.update)
+    change = parameters.change()
+    check_values(change, dataset.weight, plan.update)
+    if plan.quantisation:
+        change = _round_off(change, work, plan, job, emit)
+    update = Update(change, dataset.weight, metrics)
     return encode_update(update, signed_plan=signed, layout=parameters.layout), Done(update.weight, metrics)
+
+
+def _round_off(change: Flat, work: WorkingBundle, plan: Plan, job: TrainingJob, emit: Callable[[Event], None]) -> Flat:
+    """What of a change, and of what is left of earlier ones, is sent; writes what is left then."""
+    shapes = adapter_shapes(work.bundle.manifest, plan.ranks)
+    try:
+        stored = read_residual(Path(job.residual)) if job.residual else {}
+    except TensorFileError as error:  # a device that never trained again would lose more than these roundings
+        emit(Notice(f"what earlier updates left out is lost: {error}"))
+        stored = {}
+    residual, others = fitting_residual(stored, shapes)
+    if others:
+        named = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        emit(Notice(f"what earlier updates left out is dropped where ranks changed: {named}"))
+    layout = work.plan_layout(plan)
+    rng = np.random.default_rng([job.rounding_seed, plan.round])
+    found = quantise(change, layout, residual, rng=rng)
+    write_atomically(Path(job.out) / RESIDUAL_NAME, [encode_tensors(found.residual)])
+    return found.values
 
 
 def _course(work: WorkingBundle, dataset: Dataset, plan: Plan, job: TrainingJob) -> Course:

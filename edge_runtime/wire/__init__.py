@@ -55,6 +55,7 @@ from edge_runtime.wire.plan import (
     sign_plan,
 )
 from edge_runtime.wire.problems import Problem, ProblemDocument, decode_problem, encode_problem, problem_for
+from edge_runtime.wire.quantisation import Quantisation
 from edge_runtime.wire.requests import SignedRequest, authorization, parse_authorization, verify_request
 from edge_runtime.wire.schedule import Schedule, rate_share
 from edge_runtime.wire.update import Layout, LocalMetrics, Update, check_values, decode_update, encode_update, layout_of
@@ -78,6 +79,7 @@ __all__ = [
     "Problem",
     "ProblemDocument",
     "Products",
+    "Quantisation",
     "RequestError",
     "RequestFormatError",
     "RequestTooLargeError",

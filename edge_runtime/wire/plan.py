@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from edge_runtime.wire.errors import PlanFormatError, PlanOrderError, PlanSignatureError
 from edge_runtime.wire.names import is_name
+from edge_runtime.wire.quantisation import Quantisation
 
 SCHEMA = 1
 MAX_PLAN_BYTES = 1 << 20
@@ -101,6 +102,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     round_key: str = ""  # X25519 public key of the round, hex; updates are sealed to it
     min_examples: int = 1  # a device with fewer stays out of the round
     tier: int = 0
+    # How updates are sent; left out: as float32. Devices from before this field obey such plans.
+    quantisation: Quantisation | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -197,6 +200,9 @@ def plan_problems(plan: Plan) -> list[str]:
         "clip_norm must be positive": training.clip_norm is not None and not training.clip_norm > 0,
         "update bounds do not fit 63 bits": not _sum_fits(rules),
         "a training plan needs a round key of 64 hex digits": plan.state == "train" and not _is_digest(plan.round_key),
+        "ranges must be more than 0 and at most max_abs": any(
+            not 0 < range_ <= rules.max_abs for range_ in (plan.quantisation.ranges if plan.quantisation else ())
+        ),
         "digests must be 64 hex digits": not (_is_digest(plan.bundle) and _is_digest(plan.adapter)),
     }
     return [message for message, broken in fields.items() if broken]

@@ -1,8 +1,8 @@
 """The update frame: what a device sends back after training, before it is sealed.
 
-A header of fixed size, then the alive blocks in plan order as little-endian float32, then a trailer of fixed size with
-the weight and the local metrics. There is no general parser: the plan says how long the payload is, and anything else
-is refused before a value is looked at. ``docs/wire.md`` has the bytes.
+A header of fixed size, then the alive blocks in plan order as little-endian float32 or, where the plan quantises, as
+packed codes, then a trailer of fixed size with the weight and the local metrics. There is no general parser: the plan
+says how long the payload is, and anything else is refused before a value is looked at. ``docs/wire.md`` has the bytes.
 
 numpy is imported where values are read or written, not with the module: a device that waits for plans does without.
 """
@@ -24,6 +24,7 @@ from edge_runtime.wire.errors import (
     UpdateValueError,
 )
 from edge_runtime.wire.plan import ModulePlan, SignedPlan, UpdateRules
+from edge_runtime.wire.quantisation import Quantisation, decode_codes, encode_codes, payload_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 MAGIC = b"EMBERUPD"
 VERSION = 1
+QUANTISED_VERSION = 2  # the payload is packed codes
 # magic, version, reserved, round, plan digest, layout digest, number of values
 _HEADER = struct.Struct("<8sHHI32s32sQ")
 # weight, steps, examples evaluated, correct of them, loss at start, loss at end, evaluation loss, seconds, peak MB ×2
@@ -41,19 +43,34 @@ _TRAILER = struct.Struct("<QIIIddddff")
 
 @dataclass(frozen=True)
 class Layout:
-    """The alive blocks of an update in order: (name, shape). Names are those of the adapter's tensors."""
+    """The alive blocks of an update in order: (name, shape). Names are those of the adapter's tensors.
+
+    ``quantisation`` has a range for each of them where updates are sent as codes; None: as float32.
+    """
 
     blocks: tuple[tuple[str, tuple[int, ...]], ...]
+    quantisation: Quantisation | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of values of every block."""
+        return tuple(math.prod(shape) for _, shape in self.blocks)
 
     @property
     def count(self) -> int:
-        """Number of float32 values of an update."""
-        return sum(math.prod(shape) for _, shape in self.blocks)
+        """Number of values of an update."""
+        return sum(self.sizes)
+
+    @property
+    def version(self) -> int:
+        """Of the frames."""
+        return QUANTISED_VERSION if self.quantisation else VERSION
 
     @property
     def frame_bytes(self) -> int:
         """Exact length of an unsealed update in bytes."""
-        return _HEADER.size + 4 * self.count + _TRAILER.size
+        payload = payload_bytes(self.sizes, self.quantisation.bits) if self.quantisation else 4 * self.count
+        return _HEADER.size + payload + _TRAILER.size
 
     def digest(self) -> bytes:
         """SHA-256 over names and shapes, one block a line."""
@@ -74,6 +91,7 @@ def layout_of(
     modules: Iterable[ModulePlan],
     features: Mapping[str, tuple[int, int]],
     head: Mapping[str, tuple[int, ...]],
+    quantisation: Quantisation | None = None,
 ) -> Layout:
     """The layout a plan asks for.
 
@@ -81,9 +99,10 @@ def layout_of(
         modules: The plan's modules, in order.
         features: (in, out) features of every module, from the bundle.
         head: Shapes of the trained head tensors by adapter name when the head is alive, else empty.
+        quantisation: The plan's.
 
     Raises:
-        PlanFormatError: the plan names a module that the bundle does not have.
+        PlanFormatError: the plan names a module that the bundle does not have, or not one range for every block.
     """
     blocks: list[tuple[str, tuple[int, ...]]] = []
     for module in modules:
@@ -94,7 +113,12 @@ def layout_of(
             blocks.append((f"{module.name}.lora_a", (module.rank, in_features)))
         if "B" in module.alive:
             blocks.append((f"{module.name}.lora_b", (out_features, module.rank)))
-    return Layout((*blocks, *head.items()))
+    layout = Layout((*blocks, *head.items()), quantisation)
+    if quantisation and len(quantisation.ranges) != len(layout.blocks):
+        raise PlanFormatError(
+            f"plan: quantisation: expected {len(layout.blocks)} ranges, one a block, got {len(quantisation.ranges)}"
+        )
+    return layout
 
 
 @dataclass(frozen=True)
@@ -114,7 +138,10 @@ class LocalMetrics:
 
 @dataclass(frozen=True)
 class Update:
-    """Change of the alive parameters, flat, shape (count,), and the device's weight before it is capped."""
+    """Change of the alive parameters, flat, shape (count,), and the device's weight before it is capped.
+
+    Where the layout quantises, every value is one that a code stands for.
+    """
 
     values: Values
     weight: int
@@ -126,6 +153,7 @@ def encode_update(update: Update, *, signed_plan: SignedPlan, layout: Layout) ->
 
     Raises:
         UpdateLayoutError: the values are not as many as the layout wants.
+        UpdateValueError: no code stands for a value of a layout that quantises.
     """
     import numpy as np
 
@@ -135,7 +163,7 @@ def encode_update(update: Update, *, signed_plan: SignedPlan, layout: Layout) ->
     measured = (m.loss_start, m.loss_end, m.eval_loss, m.seconds, m.peak_private_mb, m.peak_total_mb)
     header = _HEADER.pack(
         MAGIC,
-        VERSION,
+        layout.version,
         0,
         signed_plan.plan.round,
         bytes.fromhex(signed_plan.digest),
@@ -149,26 +177,30 @@ def encode_update(update: Update, *, signed_plan: SignedPlan, layout: Layout) ->
         m.eval_correct,
         *(math.nan if value is None else value for value in measured),
     )
-    return header + np.ascontiguousarray(update.values, dtype="<f4").tobytes() + trailer
+    if layout.quantisation is None:
+        return header + np.ascontiguousarray(update.values, dtype="<f4").tobytes() + trailer
+    try:
+        return header + encode_codes(update.values, layout.sizes, layout.quantisation) + trailer
+    except ValueError as error:
+        raise UpdateValueError(f"update: values: {error}") from error
 
 
 def decode_update(data: bytes, *, signed_plan: SignedPlan, layout: Layout) -> Update:
-    """Check and read a frame; the values are a view of ``data``.
+    """Check and read a frame; float32 values are a view of ``data``.
 
     Raises:
         UpdateFormatError: magic, version or length.
         UpdatePlanError: another round or plan.
         UpdateLayoutError: other blocks than the plan's.
-        UpdateValueError: NaN, infinity, a value over ``max_abs``, a weight of zero, or more examples right than tried.
+        UpdateValueError: NaN, infinity, a value over ``max_abs``, a code that is none, a weight of zero, or more
+            examples right than tried.
     """
-    import numpy as np
-
     if len(data) < _HEADER.size + _TRAILER.size:
         raise UpdateFormatError(f"update: length: expected {layout.frame_bytes} bytes, got {len(data)}")
     magic, version, reserved, round_, plan_digest, layout_digest, count = _HEADER.unpack_from(data)
-    if (magic, version, reserved) != (MAGIC, VERSION, 0):
+    if (magic, version, reserved) != (MAGIC, layout.version, 0):
         raise UpdateFormatError(
-            f"update: expected {MAGIC!r} version {VERSION}.0, got {magic!r} version {version}.{reserved}"
+            f"update: expected {MAGIC!r} version {layout.version}.0, got {magic!r} version {version}.{reserved}"
         )
     plan = signed_plan.plan
     if (round_, plan_digest.hex()) != (plan.round, signed_plan.digest):
@@ -184,12 +216,25 @@ def decode_update(data: bytes, *, signed_plan: SignedPlan, layout: Layout) -> Up
     if len(data) != layout.frame_bytes:
         raise UpdateFormatError(f"update: length: expected {layout.frame_bytes} bytes, got {len(data)}")
     weight, steps, examples, correct, *measured = _TRAILER.unpack_from(data, len(data) - _TRAILER.size)
-    values = np.frombuffer(data, dtype="<f4", count=count, offset=_HEADER.size)
+    values = _read_values(data, layout)
     check_values(values, weight, plan.update)
     if correct > examples:
         raise UpdateValueError(f"update: metrics: expected at most {examples} correct examples, got {correct}")
     known = (value if math.isfinite(value) else None for value in measured)
     return Update(values, weight, LocalMetrics(steps, examples, correct, *known))
+
+
+def _read_values(data: bytes, layout: Layout) -> Values:
+    """The payload of a frame of the right length."""
+    import numpy as np
+
+    if layout.quantisation is None:
+        return np.frombuffer(data, dtype="<f4", count=layout.count, offset=_HEADER.size)
+    payload = memoryview(data)[_HEADER.size : -_TRAILER.size]
+    try:
+        return decode_codes(payload, layout.sizes, layout.quantisation)
+    except ValueError as error:
+        raise UpdateValueError(f"update: values: {error}") from error
 
 
 def check_values(values: Values, weight: int, rules: UpdateRules) -> None:

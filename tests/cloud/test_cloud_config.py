@@ -42,6 +42,7 @@ def test_sample_gives_the_defaults() -> None:
         (BASE + "devices_per_round = 100000", "task.weight_cap .* task.devices_per_round"),
         (BASE + 'policy = "magic"', "task.policy: expected one of fixed"),
         (BASE + 'aggregation = "stack"', "task.aggregation: expected one of alternate"),
+        (BASE + 'upload = "int2"', r"Invalid enum value 'int2' - at `\$.task.upload`"),
         (BASE.replace('"t"', '"T T"'), "task.name 'T T'"),
         (BASE + "[training]\nsteps = 1\nepochs = 1", "training.steps and training.epochs"),
         (BASE + "[training]\nlr_a = -1.0", "training.lr_a"),

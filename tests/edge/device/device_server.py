@@ -48,6 +48,7 @@ class Aggregator:
 
     def __init__(self, bundle: TinyBundle, *, rounds: int = 2, wanted: int = 1, min_examples: int = 1) -> None:
         self.bundle, self.rounds, self.wanted, self.min_examples = bundle, rounds, wanted, min_examples
+        self.quantisation: wire.Quantisation | None = None  # of the plans to come
         self.key = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
         self.faults = Faults()
         self.blobs: dict[str, bytes] = dict(bundle.blobs)
@@ -107,12 +108,14 @@ class Aggregator:
             deadline=time.time() + 600,
             round_key=self.round_key.public_key().public_bytes_raw().hex(),
             min_examples=self.min_examples,
+            quantisation=self.quantisation or msgspec.UNSET,
         )
         return msgspec.structs.replace(plan, **changes)
 
     @property
     def layout(self) -> wire.Layout:
-        return wire.layout_of(self.plans[-1].plan.modules, FEATURES, {})
+        plan = self.plans[-1].plan
+        return wire.layout_of(plan.modules, FEATURES, {}, plan.quantisation or None)
 
     def _open(self) -> None:
         self.plans.append(wire.sign_plan(self.next_plan(), self.key))

@@ -16,22 +16,32 @@ import msgspec
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from edge_runtime.bundle import open_bundle
-from edge_runtime.training.job import FRAME_NAME, Done, Failed, Notice, Stepped, TrainingJob
+from edge_runtime.bundle import encode_tensors, open_bundle
+from edge_runtime.training.job import FRAME_NAME, RESIDUAL_NAME, Done, Failed, Notice, Stepped, TrainingJob
+from edge_runtime.training.quantise import quantise, read_residual
 from edge_runtime.wire import LocalMetrics, Update, encode_update, layout_of, open_plan
 
 WEIGHT = 5
 
 
 def make_frame(job: TrainingJob, weight: int = WEIGHT) -> Done:
-    """Verify what the parent prepared as the real child does, and write a frame of constant change."""
+    """Verify what the parent prepared as the real child does, and write a frame of constant change.
+
+    Where the plan quantises, it is rounded as the real child does, and what is left is written beside it.
+    """
     key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(job.plan_key))
     signed = open_plan(Path(job.plan).read_bytes(), key)
     bundle = open_bundle(Path(job.bundle), expected_digest=signed.plan.bundle)
     assert Path(job.adapter).stem == signed.plan.adapter
     features = {module.name: (module.in_features, module.out_features) for module in bundle.manifest.modules}
-    layout = layout_of(signed.plan.modules, features, {})
+    layout = layout_of(signed.plan.modules, features, {}, signed.plan.quantisation or None)
     values = np.full(layout.count, 0.25 * (signed.plan.round + 1), dtype=np.float32)
+    if layout.quantisation is not None:
+        assert job.residual is not None
+        rng = np.random.default_rng(job.rounding_seed)
+        found = quantise(values, layout, read_residual(Path(job.residual)), rng=rng)
+        (Path(job.out) / RESIDUAL_NAME).write_bytes(encode_tensors(found.residual))
+        values = found.values
     metrics = LocalMetrics(steps=3, loss_start=2.0, loss_end=1.0, seconds=0.5)
     frame = encode_update(Update(values, max(weight, 1), metrics), signed_plan=signed, layout=layout)
     (Path(job.out) / FRAME_NAME).write_bytes(frame)

@@ -14,6 +14,7 @@ from edge_runtime.wire import (
     Enrolled,
     Enrolment,
     Plan,
+    Quantisation,
     TokenAnswer,
     TokenRequest,
     Training,
@@ -56,7 +57,7 @@ def test_problem_table() -> None:
 
 def test_plan_fields() -> None:
     said = [name for row in rows(section("## Plan")) for name in re.findall(r"`(\w+)`", row[0])]
-    meant = [name for kind in (Plan, Training, UpdateRules) for name in kind.__struct_fields__]
+    meant = [name for kind in (Plan, Training, UpdateRules, Quantisation) for name in kind.__struct_fields__]
     assert said == meant
 
 

@@ -1,0 +1,33 @@
+"""From the config's ``task.upload`` to what a plan says about quantised updates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+from cloud.config import Config
+from cloud.planner import PastRound, update_ranges
+from cloud.planning import plan_layout
+from edge_runtime import wire
+from edge_runtime.bundle import Bundle
+
+_BITS: dict[str, Literal[8, 4]] = {"int8": 8, "int4": 4}
+
+
+def with_quantisation(config: Config, bundle: Bundle, plan: wire.Plan, past: Sequence[PastRound]) -> wire.Plan:
+    """The plan with the ranges of its updates, made anew; without any where they are sent as float32.
+
+    Args:
+        config: Says how updates are sent.
+        bundle: The task's.
+        plan: Names what is alive and how it is trained; what it says of quantisation is replaced.
+        past: Every round applied before it.
+    """
+    plain = msgspec.structs.replace(plan, quantisation=msgspec.UNSET)
+    if plan.state == "finished" or config.task.upload == "float32":
+        return plain
+    names = [name for name, _ in plan_layout(bundle, plain).blocks]
+    ranges = update_ranges(names, plan.training, past, max_abs=plan.update.max_abs)
+    return msgspec.structs.replace(plain, quantisation=wire.Quantisation(_BITS[config.task.upload], ranges))

@@ -1,0 +1,106 @@
+"""A change rounded to few bits, and what is left of it for the next time: stochastic rounding with error feedback.
+
+Rounding is unbiased: a value between two codes becomes the upper one with a chance equal to its distance from the lower
+one, so that the mean over many devices loses nothing but noise. What a device did not send, because it was rounded or
+beyond the range, is added to its change of the next round in which the tensor is alive (Seide et al. 2014; Karimireddy
+et al., arXiv 1901.09847). Pure, but for :func:`read_residual`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_runtime.bundle import Array, TensorFileError, map_tensors
+from edge_runtime.wire import Layout
+from edge_runtime.wire.codes import largest_code
+
+Flat = npt.NDArray[np.float32]
+Double = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A change as it is sent, and what stays.
+
+    Attributes:
+        values: Shape (layout.count,), float32; each is what a code stands for.
+        residual: By tensor name, float32: of the alive tensors what was not sent, of the others what it was before.
+    """
+
+    values: Flat
+    residual: dict[str, Array]
+
+
+def quantise(change: Flat, layout: Layout, residual: Mapping[str, Array], *, rng: np.random.Generator) -> Quantised:
+    """Round a change and what is left of earlier ones, block by block.
+
+    A residual is kept within one range of zero: a tensor whose changes stay beyond its range would otherwise owe more
+    every round, and pay it back when nobody wants it any more.
+
+    Args:
+        change: Of the alive tensors, shape (layout.count,), finite.
+        layout: Their names, shapes and ranges.
+        residual: What is left of earlier rounds, by tensor name; of the shape the layout gives it, or absent.
+        rng: For the rounding. Devices must draw differently, else their errors do not cancel.
+
+    Raises:
+        ValueError: the layout does not quantise, or what is left of a tensor has another shape.
+    """
+    quantisation = layout.quantisation
+    if quantisation is None:
+        raise ValueError("quantise: the layout has no ranges: its updates are sent as float32")
+    most = largest_code(quantisation.bits)
+    values, kept = np.empty_like(change), dict(residual)
+    blocks = zip(layout.split(change).items(), layout.split(values).values(), quantisation.steps, strict=True)
+    for (name, part), out, step in blocks:
+        wanted, left = part.astype(np.float64), residual.get(name)
+        if left is not None:
+            if left.shape != part.shape:  # numpy would spread a single column over all of them
+                raise ValueError(f"residual of {name}: expected shape {part.shape}, got {left.shape}")
+            wanted += left
+        sent = (stochastic_codes(wanted / step, most, rng) * step).astype(np.float32)
+        out[...] = sent
+        kept[name] = np.clip(wanted - sent, -most * step, most * step).astype(np.float32)
+    return Quantised(values, kept)
+
+
+def stochastic_codes(scaled: Double, most: int, rng: np.random.Generator) -> Double:
+    """Whole numbers within ±``most`` whose expectation is ``scaled``, where that is within them too."""
+    clipped = np.clip(scaled, -most, most)
+    low = np.floor(clipped)
+    return low + (rng.random(clipped.shape) < clipped - low)
+
+
+def fitting_residual(
+    residual: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, Array], tuple[str, ...]]:
+    """What of a residual still belongs to an adapter, and the names of what does not.
+
+    A module whose rank changed has other components than before, so what is left of the old ones means nothing.
+
+    Args:
+        residual: By tensor name.
+        shapes: Of every tensor of the adapter, dead ones too.
+    """
+    fitting = {name: array for name, array in residual.items() if shapes.get(name) == array.shape}
+    return fitting, tuple(sorted(set(residual) - set(fitting)))
+
+
+def read_residual(path: Path) -> dict[str, Array]:
+    """The residual that an acknowledged update left; empty where there is no such file.
+
+    Raises:
+        TensorFileError: the file is damaged: no tensors, or not of finite float32.
+    """
+    if not path.exists():
+        return {}
+    tensors = map_tensors(path)
+    for name, array in tensors.items():
+        if array.dtype != np.float32 or not np.isfinite(array).all():
+            raise TensorFileError(f"{path.name}: {name[:200]}: expected finite float32")
+    return tensors
