@@ -16,9 +16,12 @@ import msgspec
 from cloud.errors import ConfigError
 from cloud.planner import AGGREGATIONS, POLICIES, Annealing, annealing_problems
 from edge_runtime import wire
+from edge_runtime.wire.patch import PatchBits
 
 CONFIG_NAME = "emberlora.toml"
 Upload = Literal["float32", "int8", "int4"]
+Download = Literal["float32", "int8", "int4"]
+DOWNLOAD_BITS: dict[Download, PatchBits] = {"float32": 32, "int8": 8, "int4": 4}
 
 
 class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,6 +32,7 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     policy: str = "fixed"  # what is trained; "fixed": everything, always; the others read [annealing]
     aggregation: str = "alternate"  # exact and linear, half the bytes of sending both factors (RoLoRA)
     upload: Upload = "float32"  # fewer bits a value: a quarter or an eighth of the bytes, and noise in every update
+    download: Download = "float32"  # exact; "int8" and "int4" round what devices train from, not what is learned
     rounds: int = 12  # six of each factor; MiniLM-sized tasks have settled by then
     rank: int | None = None  # None: the bundle's r_max
     devices_per_round: int = 4  # a round closes at once when so many updates are counted
@@ -75,6 +79,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     annealing: Annealing = Annealing()  # read by the policies that anneal
     server: ServerConfig = ServerConfig()
     folder: str = "."
+
+    @property
+    def download_bits(self) -> PatchBits:
+        """Bits of a value of a changed matrix on its way to the devices."""
+        return DOWNLOAD_BITS[self.task.download]
 
     @property
     def bundle_path(self) -> Path:
@@ -235,6 +244,7 @@ bundle = "{bundle}"            # made by `emberlora export`
 policy = "fixed"               # everything in every round; or "anneal", "kill-revive", "annealed-kill-revive"
 aggregation = "alternate"      # even rounds train and send B, odd rounds A: exact, and half the bytes
 upload = "float32"             # how a change is sent; or "int8", "int4": about a quarter, an eighth of the bytes
+download = "float32"           # devices fetch what has changed; "int8" and "int4" send it in fewer bits
 rounds = 12
 rank = {rank}                  # at most the bundle's r_max
 devices_per_round = 4          # a round closes at once when so many updates are counted …

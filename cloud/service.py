@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +18,13 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from cloud import events, planning
 from cloud.config import Config
+from cloud.download import PatchBook
 from cloud.errors import CloudError, DataMissingError
 from cloud.keys import Keys
+from cloud.making import RoundMaker
 from cloud.members import Members
 from cloud.metrics import METRIC_NAMES, summarise
 from cloud.publish import PUBLISHED, publish
-from cloud.quantising import with_quantisation
 from cloud.rounds import (
     RoundApplied,
     StopAsked,
@@ -34,9 +36,10 @@ from cloud.rounds import (
     first_state,
 )
 from cloud.store import OBJECTS, UPDATES, Blobs, Database, Identity, RoundRecord, UpdateRecord
-from cloud.work import RoundWork, next_adapter, open_update, read_adapter, start_work
+from cloud.work import RoundWork, open_update, start_work
 from edge_runtime import wire
-from edge_runtime.bundle import MANIFEST_NAME, Array, Bundle, encode_tensors
+from edge_runtime.bundle import MANIFEST_NAME, Array, Bundle
+from edge_runtime.wire.patch import OWN
 
 _TICK_S = 0.5
 
@@ -50,13 +53,6 @@ class Surroundings:
     report: events.Report
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    record: RoundRecord
-    digest: str  # of the adapter
-    tensors: dict[str, Array]
-
-
 class Aggregator:
     """One task. :meth:`start` before use, :meth:`close` after; both on the loop that serves it."""
 
@@ -65,17 +61,24 @@ class Aggregator:
         self._bundle = bundle
         self._keys = keys
         self._folder = folder
-        self._clock, self._report, self._entropy = surroundings.clock, surroundings.report, surroundings.entropy
+        self._clock, self._report = surroundings.clock, surroundings.report
         self._database = Database(folder / "emberlora.sqlite3")
         self._blobs = Blobs(folder / "blobs")
-        self.members = Members(self._database, keys, clock=self._clock, entropy=self._entropy, report=self._report)
+        self.members = Members(
+            self._database, keys, clock=self._clock, entropy=surroundings.entropy, report=self._report
+        )
+        self._maker = RoundMaker(
+            config, bundle, keys, database=self._database, blobs=self._blobs, entropy=surroundings.entropy
+        )
         self._lock = asyncio.Lock()
         self._changed = asyncio.Event()
         self._kick = asyncio.Event()
         self._closing = False
         self._keeper: asyncio.Task[None] | None = None
         self._state: TaskState
+        self._record: RoundRecord
         self._signed: wire.SignedPlan
+        self._patches: PatchBook
         self._work: RoundWork | None = None
         self._history: tuple[wire.RoundStatus, ...] = ()
         self._previous_adapter: str | None = None
@@ -121,7 +124,7 @@ class Aggregator:
 
     async def _begin(self) -> None:
         state = first_state(planning.round_rules(self.config), now=self._clock())
-        new = await self._prepare(state, planning.first_adapter(self.config, self._bundle), None)
+        new = await self._maker.first(state, now=self._clock())
         await self._database.call(self._database.open_round, new.record)
         self._enter(state, new.record)
 
@@ -135,7 +138,8 @@ class Aggregator:
         # The config may have changed; the open round has room for as many devices as its plan said.
         room = min(rules.devices_per_round, self._signed.plan.update.max_devices)
         self._state = replace(state, rules=replace(rules, devices_per_round=room))
-        data = await asyncio.to_thread(self._blobs.get, OBJECTS, self._signed.plan.adapter)
+        published = await asyncio.to_thread(self._maker.published, record)
+        await asyncio.to_thread(self._maker.check, record)
         work = self._work
         if work is not None:
             await asyncio.to_thread(self._sum_again, work, updates)
@@ -143,7 +147,7 @@ class Aggregator:
         if self._history:
             self._previous_adapter = self._history[-2].adapter if len(self._history) > 1 else None
         if self._history or finished:
-            await asyncio.to_thread(self._publish, read_adapter(self._bundle, data), self._signed.plan.adapter)
+            await asyncio.to_thread(self._publish, published.tensors, self._signed.plan.adapter)
 
     def _sum_again(self, work: RoundWork, updates: list[UpdateRecord]) -> None:
         """Open the stored updates of a round once more; the sum is the same, whatever the order."""
@@ -198,6 +202,27 @@ class Aggregator:
         if digest in (self._signed.plan.adapter, self._previous_adapter):
             return self._blobs.path(OBJECTS, digest)
         raise wire.NotFoundError(f"blob {digest[:80]!r}: not part of this task")
+
+    async def patch(self, device: str, *, task: str, round_: int, since: int) -> bytes:
+        """What turns the adapter of round ``since`` into that of ``round_``; see :mod:`edge_runtime.wire.patch`.
+
+        Raises:
+            NotFoundError: another task, or a round that has not begun.
+            RoundClosedError: a round that has ended.
+            RequestFormatError: ``since`` is not before the round.
+        """
+        self._check_task(task)
+        current, patches = self._signed.plan.round, self._patches
+        if round_ != current:
+            error = wire.RoundClosedError if round_ < current else wire.NotFoundError
+            raise error(f"patch to round {round_}: expected round {current}, which is the current one")
+        if not OWN <= since < round_:
+            raise wire.RequestFormatError(
+                f"patch to round {round_}: since: expected {OWN} to {round_ - 1}, got {since}"
+            )
+        data = await patches.get(since)
+        self.members.saw(device, sent_bytes=len(data))
+        return data
 
     async def admit(self, device: str, *, task: str, round_: int, digest: str) -> wire.UpdateReceipt | int:
         """Say before its body is read whether an update could count.
@@ -281,9 +306,7 @@ class Aggregator:
                 self._state = state
                 await self._apply()
             elif not self.finished:
-                data = await asyncio.to_thread(self._blobs.get, OBJECTS, self._signed.plan.adapter)
-                tensors = read_adapter(self._bundle, data)
-                await self._end(state, tensors, before=tensors, summary=None)
+                await self._end(state, None, summary=None)
 
     async def status(self) -> wire.TaskStatus:
         """Everything the operator may want to see."""
@@ -342,8 +365,6 @@ class Aggregator:
         """Apply the closed round's mean. When this fails the round stays closed, and the next tick tries again."""
         work = self._open_work()
         updates = await self._database.call(self._database.updates_of, self._state.round)
-        data = await asyncio.to_thread(self._blobs.get, OBJECTS, work.signed.plan.adapter)
-        tensors = await asyncio.to_thread(next_adapter, self._bundle, work, data)
         now = self._clock()
         summary = summarise(
             updates,
@@ -354,25 +375,18 @@ class Aggregator:
         )
         state = advance(self._state, RoundApplied(now))
         state = replace(state, rules=planning.round_rules(self.config))
-        await self._end(state, tensors, before=read_adapter(self._bundle, data), summary=summary)
+        await self._end(state, work, summary=summary)
 
-    async def _end(
-        self,
-        state: TaskState,
-        tensors: dict[str, Array],
-        *,
-        before: dict[str, Array],
-        summary: wire.RoundStatus | None,
-    ) -> None:
-        """Make the round final in the store, then enter ``state``, whose adapter is ``tensors``; ``before`` was it."""
+    async def _end(self, state: TaskState, work: RoundWork | None, *, summary: wire.RoundStatus | None) -> None:
+        """Make the round final in the store, with what came in it if ``work`` is given, then enter ``state``."""
         ended, received = self._signed.plan, len(self._state.counted)
-        new = await self._prepare(state, tensors, before)
+        new = await self._maker.after(self._record, work, state, now=self._clock())
         if summary is not None:
             summary = msgspec.structs.replace(summary, adapter=new.digest)
         await self._database.call(self._database.end_round, ended.round, summary=summary, new=new.record)
         try:
-            await asyncio.to_thread(self._tidy, {ended.adapter, new.digest})
-            await asyncio.to_thread(self._publish, new.tensors, new.digest)
+            await asyncio.to_thread(self._tidy, {ended.adapter, new.digest, new.record.master})
+            await asyncio.to_thread(self._publish, new.published, new.digest)
         except CloudError as error:  # the round is final all the same; the next one, or a restart, makes up for it
             self._report(events.WorkFailed(f"after round {ended.round}", str(error)))
         self._enter(state, new.record)
@@ -385,40 +399,6 @@ class Aggregator:
             path = str(self._folder / PUBLISHED)
             self._report(events.TaskFinished(len(self._history), discarded, new.digest, path))
 
-    async def _prepare(self, state: TaskState, tensors: dict[str, Array], before: dict[str, Array] | None) -> _Prepared:
-        """Store the adapter, at the plan's ranks, and make the record of what starts from it."""
-        evidence = await asyncio.to_thread(planning.gather_evidence, self._bundle, tensors, before)
-        records = await self._database.call(self._database.rounds)  # the last of them is the round that ends here
-        plan_key = self._keys.plan.public_key()
-        past = await asyncio.to_thread(planning.past_rounds, records, plan_key, evidence)
-        choice = planning.choose_modules(self.config, self._bundle, state, evidence, past)
-        cut = await asyncio.to_thread(planning.planned_adapter, self.config, self._bundle, state, choice, tensors)
-        data = await asyncio.to_thread(encode_tensors, cut)
-        digest = await asyncio.to_thread(self._blobs.put, OBJECTS, data)
-        finished = state.phase == "finished"
-        key = None if finished else X25519PrivateKey.from_private_bytes(self._entropy(32))
-        plan = planning.make_plan(
-            self.config,
-            self._bundle,
-            state,
-            choice=choice,
-            adapter=planning.Adapter(digest, len(data)),
-            round_key="" if key is None else key.public_key().public_bytes_raw().hex(),
-        )
-        plan = with_quantisation(self.config, self._bundle, plan, past)
-        signed = wire.sign_plan(plan, self._keys.plan)
-        wire.open_plan(signed.data, self._keys.plan.public_key())  # a plan no device would take is not stored either
-        record = RoundRecord(
-            round=state.round,
-            state="finished" if finished else "open",
-            plan=signed.data,
-            opened=self._clock(),
-            deadline=state.deadline,
-            evidence=msgspec.json.encode(evidence).decode(),
-            round_key=None if key is None else key.private_bytes_raw(),
-        )
-        return _Prepared(record, digest, cut)
-
     def _enter(self, state: TaskState, record: RoundRecord) -> None:
         signed = wire.open_plan(record.plan, self._keys.plan.public_key())
         if record.round_key is None:
@@ -426,7 +406,8 @@ class Aggregator:
         else:
             key = X25519PrivateKey.from_private_bytes(record.round_key)
             self._work = start_work(self._bundle, signed, key=key, opened=record.opened)
-        self._state, self._signed = state, signed
+        self._state, self._record, self._signed = state, record, signed
+        self._patches = PatchBook(functools.partial(self._maker.patch, record))
         self._changed.set()
         self._changed = asyncio.Event()
 

@@ -60,6 +60,6 @@ def read_adapter(bundle: Bundle, data: bytes) -> dict[str, Array]:
     return tensors
 
 
-def next_adapter(bundle: Bundle, work: RoundWork, data: bytes) -> dict[str, Array]:
-    """The adapter file ``data`` of the round's plan moved by the round's mean."""
-    return apply_mean(read_adapter(bundle, data), work.layout, work.total.mean())
+def next_adapter(master: dict[str, Array], work: RoundWork) -> dict[str, Array]:
+    """The round's master adapter moved by the round's mean."""
+    return apply_mean(master, work.layout, work.total.mean())

@@ -123,7 +123,7 @@ class Fleet:
             FleetError: its update did not count.
         """
         home, said = self._home(name), list[DeviceEvent]()
-        transport = MemoryTransport(self._aggregator, name)
+        transport = MemoryTransport(self._aggregator, name, self._work.bundle.manifest)
         before = home.state()
         tools = Tools(self.trainer, self._inspector, self._host, said.append)
         await Device(home, transport, tools, RunOptions(home.settings(), once=True)).run()

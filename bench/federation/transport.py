@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from cloud.service import Aggregator
-from edge_runtime.bundle import map_tensors
+from edge_runtime.bundle import Manifest, map_tensors
 from edge_runtime.device.records import Pending
 from edge_runtime.device.transport import BlobAnswer, PlanAnswer, Traffic
-from edge_runtime.wire import UpdateReceipt
+from edge_runtime.wire import Plan, UpdateReceipt, adapter_layout, decode_patch
 
 _PIECE = 1 << 20
 
@@ -22,17 +22,20 @@ _PIECE = 1 << 20
 class MemoryTransport:
     """Implements :class:`edge_runtime.device.transport.Transport` for one device."""
 
-    def __init__(self, aggregator: Aggregator, device: str) -> None:
+    def __init__(self, aggregator: Aggregator, device: str, manifest: Manifest) -> None:
         self.traffic = Traffic()
         self.params_down = 0  # values of adapters
         self._aggregator = aggregator
         self._device = device
+        self._manifest = manifest
+        self._plan: Plan | None = None  # the one the device was given last
 
     async def plan(self, task: str, *, after: int, wait_s: int) -> PlanAnswer:
         """The plan, as the long poll gives it."""
         signed = await self._aggregator.plan_after(self._device, task=task, after=after, wait_s=wait_s)
         if signed is None:
             return PlanAnswer(None)
+        self._plan = signed.plan
         self.traffic.down += len(signed.data)
         return PlanAnswer(signed.data)
 
@@ -42,6 +45,16 @@ class MemoryTransport:
         path = self._aggregator.blob_path(digest)
         self.params_down += sum(array.size for array in map_tensors(path).values())  # homes lack only adapters
         yield BlobAnswer(offset, self._pieces(path, offset))
+
+    @contextlib.asynccontextmanager
+    async def patch(self, task: str, round_: int, *, since: int) -> AsyncIterator[AsyncIterator[bytes]]:
+        """What makes the adapter of the plan the device was given."""
+        data = await self._aggregator.patch(self._device, task=task, round_=round_, since=since)
+        assert self._plan is not None, "a device asks for a plan first"
+        layout = adapter_layout(self._plan.ranks, self._manifest.features, self._manifest.head_shapes)
+        changed = decode_patch(data, since=since, round_=round_, digest=self._plan.adapter, layout=layout)
+        self.params_down += sum(array.size for array in changed.values())
+        yield self._whole(data)
 
     async def upload(self, pending: Pending, sealed: Path) -> UpdateReceipt:
         """Ask whether the update may come, then hand it over."""
@@ -56,6 +69,10 @@ class MemoryTransport:
             self._device, round_=pending.round, digest=pending.digest, sealed=data
         )
         return receipt
+
+    async def _whole(self, data: bytes) -> AsyncIterator[bytes]:
+        self.traffic.down += len(data)
+        yield data
 
     async def _pieces(self, path: Path, offset: int) -> AsyncIterator[bytes]:
         with path.open("rb") as file:

@@ -21,7 +21,7 @@ def apply_mean(adapter: Mapping[str, Array], layout: Layout, mean: npt.NDArray[n
     """The next adapter: alive blocks moved by the mean, everything else as it was.
 
     Args:
-        adapter: The adapter of the round's plan, float32 by tensor name.
+        adapter: The round's master adapter, float32 by tensor name.
         layout: The blocks that were trained.
         mean: Their mean change, shape (layout.count,), float64.
 

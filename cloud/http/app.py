@@ -35,6 +35,7 @@ def make_app(aggregator: Aggregator, *, clock: Callable[[], float], report: even
             web.delete(resources.DEVICE, handlers.leave),
             web.get(resources.PLAN, handlers.plan),
             web.get(resources.BLOB, handlers.blob),
+            web.get(resources.PATCH, handlers.patch),
             web.put(resources.UPDATE, handlers.update),
             web.get(resources.OPERATOR_STATUS, handlers.status),
             web.post(resources.OPERATOR_TOKENS, handlers.make_token),
@@ -90,6 +91,17 @@ class _Resources:
         check_no_body(request, caller)
         path = self._aggregator.blob_path(request.match_info["digest"])
         return _CountedFile(path, lambda sent: self._members.saw(caller.device, sent_bytes=sent))
+
+    async def patch(self, request: web.Request) -> web.Response:
+        caller = self._device(request)
+        check_no_body(request, caller)
+        data = await self._aggregator.patch(
+            caller.device,
+            task=request.match_info["task"],
+            round_=_round(request),
+            since=_whole(request, "since", least=-1),
+        )
+        return web.Response(body=data, content_type=_BINARY)
 
     async def update(self, request: web.Request) -> web.Response:
         caller = self._device(request)

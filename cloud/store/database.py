@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -231,7 +231,7 @@ class Database:
 
 
 def _round(row: sa.Row[Any]) -> RoundRecord:
-    return RoundRecord(row.round, row.state, row.plan, row.opened, row.deadline, row.evidence, row.round_key)
+    return RoundRecord(**{field.name: getattr(row, field.name) for field in fields(RoundRecord)})
 
 
 def _insert_round(connection: sa.Connection, new: RoundRecord) -> None:

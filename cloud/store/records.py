@@ -39,6 +39,8 @@ class RoundRecord:
     opened: float
     deadline: float
     evidence: str  # what the plan was made from, as JSON
+    master: str  # digest of the adapter the round's mean is added to; the plan names the published one
+    changed: str  # since when the published adapter has each of its tensors, as JSON; see cloud.download.Published
     round_key: bytes | None = field(default=None, repr=False)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import REAL, Column, ForeignKey, Integer, LargeBinary, MetaData, Table, Text
 
-SCHEMA = 2
+SCHEMA = 3
 metadata = MetaData()
 
 identity = Table(
@@ -46,6 +46,8 @@ rounds = Table(
     Column("opened", REAL, nullable=False),
     Column("deadline", REAL, nullable=False),
     Column("evidence", Text, nullable=False),  # what the plan was made from, as JSON; see cloud.planning.Evidence
+    Column("master", Text, nullable=False),  # digest of the adapter before it is rounded for devices
+    Column("changed", Text, nullable=False),  # a round for each tensor, as JSON; see cloud.download.Published
     Column("summary", Text),  # RoundStatus as JSON, of applied rounds
     sqlite_strict=True,
 )

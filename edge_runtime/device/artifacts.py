@@ -1,4 +1,4 @@
-"""Checking bundles and adapters and writing the final one: ``python -m edge_runtime.device.artifacts``.
+"""Checking bundles and adapters, patching and publishing them: ``python -m edge_runtime.device.artifacts``.
 
 This is the part of a device that needs numpy and reads large untrusted files, so it runs in a short-lived process of
 its own: the resident process stays small, and a hostile file can at worst end a child. One
@@ -8,8 +8,10 @@ for those two, so edge_runtime.bundle, which brings numpy, is imported by the fu
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -23,15 +25,20 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What to do with the bundle in ``folder``, whose manifest must have ``digest``.
 
     manifest: read it, its files need not be there. bundle: verify every file. adapter: check the adapter's tensors
-    against ``ranks``. publish: check, then write ``out`` as a peft folder.
+    against ``ranks``. publish: check, then write ``out`` as a peft folder. patch: turn ``adapter``, that of round
+    ``since``, into the one of ``round`` with digest ``makes`` and write it to ``out``.
     """
 
-    action: Literal["manifest", "bundle", "adapter", "publish"]
+    action: Literal["manifest", "bundle", "adapter", "publish", "patch"]
     folder: str
     digest: str
     adapter: str = ""
     ranks: dict[str, int] = {}
     out: str = ""
+    patch: str = ""  # file
+    since: int = -1
+    round: int = -1
+    makes: str = ""
 
 
 class FileOf(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -52,6 +59,7 @@ class Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def handle(request: Request) -> Reply:
     """Do what is asked; a bad artifact is an answer, not an exception."""
     from edge_runtime.bundle import BundleError, open_bundle
+    from edge_runtime.wire import PatchError
 
     try:
         bundle = open_bundle(Path(request.folder), expected_digest=request.digest, verify=request.action == "bundle")
@@ -60,7 +68,9 @@ def handle(request: Request) -> Reply:
             return Reply(files=tuple(FileOf(name, entry.sha256, entry.bytes) for name, entry in files))
         if request.action in ("adapter", "publish"):
             _adapter(bundle.manifest, request)
-    except BundleError as error:
+        if request.action == "patch":
+            _patch(bundle.manifest, request)
+    except (BundleError, PatchError) as error:
         return Reply(error=str(error))
     return Reply()
 
@@ -82,13 +92,43 @@ def _adapter(manifest: Manifest, request: Request) -> None:
         raise TensorFileError(f"{what}: missing {missing[0]}.lora_a")
     # A plan that says "finished" need not name ranks; then the adapter's own hold.
     ranks = request.ranks or adapter_ranks(manifest, tensors)
-    if set(ranks) != set(manifest.module_names):
-        raise TensorFileError(f"{what}: the plan's modules are not those of bundle {request.digest[:12]}")
+    _check_modules(manifest, ranks, request, what)
     check_tensors(tensors, adapter_shapes(manifest, ranks), what=what)
     if request.action == "publish":
         out = Path(request.out)
         shutil.rmtree(out, ignore_errors=True)
         write_peft_folder(out, manifest, tensors)
+
+
+def _patch(manifest: Manifest, request: Request) -> None:
+    from edge_runtime.bundle import BundleDigestError, adapter_shapes, check_tensors, encode_tensors, map_tensors
+    from edge_runtime.bundle.atomic import write_atomically
+    from edge_runtime.wire import adapter_layout, decode_patch
+
+    what = f"patched adapter {request.makes[:12]}"
+    _check_modules(manifest, request.ranks, request, what)
+    layout = adapter_layout(request.ranks, manifest.features, manifest.head_shapes)
+    changed = decode_patch(
+        Path(request.patch).read_bytes(),
+        since=request.since,
+        round_=request.round,
+        digest=request.makes,
+        layout=layout,
+    )
+    tensors = map_tensors(Path(request.adapter)) | changed
+    check_tensors(tensors, adapter_shapes(manifest, request.ranks), what=what)
+    data = encode_tensors(tensors)
+    found = hashlib.sha256(data).hexdigest()
+    if found != request.makes:
+        raise BundleDigestError(f"{what}: the patch makes {found[:12]} of what is here")
+    write_atomically(Path(request.out), [data])
+
+
+def _check_modules(manifest: Manifest, ranks: Mapping[str, int], request: Request, what: str) -> None:
+    from edge_runtime.bundle import TensorFileError
+
+    if set(ranks) != set(manifest.module_names):
+        raise TensorFileError(f"{what}: the plan's modules are not those of bundle {request.digest[:12]}")
 
 
 def main() -> int:

@@ -42,7 +42,7 @@ from edge_runtime.wire.messages import MAX_MESSAGE_BYTES
 from edge_runtime.wire.plan import MAX_PLAN_BYTES
 from edge_runtime.wire.problems import CONTENT_TYPE, ProblemDocument
 from edge_runtime.wire.requests import EMPTY_BODY
-from edge_runtime.wire.resources import BLOB, DEVICE, ENROLMENTS, plan_target, update_path
+from edge_runtime.wire.resources import BLOB, DEVICE, ENROLMENTS, patch_target, plan_target, update_path
 
 _CONNECT_S = 15.0
 _READ_S = 60.0  # longest silence within an answer
@@ -158,6 +158,17 @@ class Client:
                 yield BlobAnswer(offset, _whole(b""))
             else:
                 yield BlobAnswer(_start(response), self._pieces(response))
+
+    @contextlib.asynccontextmanager
+    async def patch(self, task: str, round_: int, *, since: int) -> AsyncIterator[AsyncIterator[bytes]]:
+        """Open the patch from the adapter of round ``since`` (-1: the bundle's) to that of ``round_``.
+
+        Raises:
+            NotFoundError, RoundError, RequestError: the server's refusal.
+            TransportError: no answer, or cut, also while the pieces are read.
+        """
+        async with self._answer("GET", patch_target(task, round_, since=since)) as response:
+            yield self._pieces(response)
 
     async def upload(self, pending: Pending, sealed: Path) -> UpdateReceipt:
         """Send a sealed update from its file.

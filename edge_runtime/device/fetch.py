@@ -22,9 +22,12 @@ from edge_runtime.device.errors import (
 from edge_runtime.device.files import file_digest, make_folder, sync_folder
 from edge_runtime.device.home import Home
 from edge_runtime.device.inspector import Inspector, demand
+from edge_runtime.device.patching import Base, Patcher
+from edge_runtime.device.records import DeviceState
 from edge_runtime.device.state import Floors
 from edge_runtime.device.transport import Transport
 from edge_runtime.wire import NotFoundError, Plan
+from edge_runtime.wire.patch import OWN
 
 # Stated again because edge_runtime.bundle needs numpy, which the resident process does without; a test compares them.
 MANIFEST_NAME = "manifest.json"
@@ -91,6 +94,7 @@ class Store:
         self._client = client
         self._inspector = inspector
         self._floors = floors
+        self._patcher = Patcher(client, inspector)
         self._checked: set[str] = set()  # bundles verified by this process
 
     async def bundle(self, digest: str) -> Path:
@@ -111,8 +115,14 @@ class Store:
         self._checked.add(digest)
         return folder
 
-    async def adapter(self, plan: Plan) -> Path:
+    async def adapter(self, plan: Plan, state: DeviceState) -> Path:
         """The file of the plan's adapter: right digest, and tensors of the shapes the plan's ranks give, all finite.
+
+        What is not here is made from the newest adapter that is and a patch, or else fetched whole.
+
+        Args:
+            plan: Names it.
+            state: Knows which adapter came last.
 
         Raises:
             ArtifactError: bad bytes, or not an adapter this plan can train.
@@ -127,10 +137,18 @@ class Store:
                     shutil.copyfile(initial, path)
                 break
         else:
+            base = await asyncio.to_thread(self._base, plan, state) or Base(initial, OWN)
+            if await self._patcher.make(plan, base, bundle=initial.parent, out=path):
+                return path  # checked where it was made
             await fetch_blob(self._client, plan.adapter, path, max_bytes=plan.adapter_bytes)
-        folder = str(self._home.bundle_path(plan.bundle))
-        await demand(self._inspector, Request("adapter", folder, plan.bundle, str(path), plan.ranks))
+        await demand(self._inspector, Request("adapter", str(initial.parent), plan.bundle, str(path), plan.ranks))
         return path
+
+    def _base(self, plan: Plan, state: DeviceState) -> Base | None:
+        """The adapter that came last, if it is of an earlier round and still what it was."""
+        path = self._home.adapter_path(state.adapter)
+        here = OWN < state.adapter_round < plan.round and path.exists() and file_digest(path) == state.adapter
+        return Base(path, state.adapter_round) if here else None
 
     async def _fetch_bundle(self, digest: str, folder: Path) -> None:
         staging = make_folder(folder.with_name(folder.name + ".partial"))

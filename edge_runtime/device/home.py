@@ -2,7 +2,7 @@
 
 identity.json               name, private key, server, task, pinned plan key     (0600)
 settings.json               data and evaluation files
-state.json                  last round seen and done, bytes, published adapter
+state.json                  last round seen and done, bytes, newest and published adapter
 plans/round-N.plan          the signed plan in force
 bundles/<digest>/           the verified bundle
 adapters/<digest>.safetensors

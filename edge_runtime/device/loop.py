@@ -178,9 +178,12 @@ class Device:
         """The plan's bundle folder and adapter file, verified."""
         plan, before = signed.plan, self._client.traffic.down
         bundle = await self._store.bundle(plan.bundle)
-        adapter = await self._store.adapter(plan)
+        adapter = await self._store.adapter(plan, self._state)
+        # This order: until the state knows the new adapter, the next one may have to be patched from the old.
+        self._save(
+            msgspec.structs.replace(self._state, bundle=plan.bundle, adapter=plan.adapter, adapter_round=plan.round)
+        )
         self._home.prune(bundle=plan.bundle, adapter=plan.adapter)
-        self._save(msgspec.structs.replace(self._state, bundle=plan.bundle))
         self._tools.report(events.Fetched(plan.round, self._client.traffic.down - before))
         return bundle, adapter
 

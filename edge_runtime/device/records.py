@@ -56,6 +56,8 @@ class DeviceState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     counted: int = 0  # updates the server has acknowledged
     bytes_up: int = 0  # bodies of requests, repeats included
     bytes_down: int = 0  # bodies of answers, repeats included
+    adapter: str = ""  # digest of the adapter that came last, which the next one is patched from
+    adapter_round: int = -1  # whose plan names it
 
 
 class Pending(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,4 +1,4 @@
-"""What an enrolled device needs from the way to its aggregator: plans and blobs come, updates go, bytes are counted.
+"""What an enrolled device needs from the way to its aggregator: plans, blobs, patches; updates go, bytes are counted.
 
 :class:`edge_runtime.device.client.Client` goes over HTTP. Anything else that keeps these rules, such as a call in the
 same process, gives the same device.
@@ -50,6 +50,9 @@ class Transport(Protocol):
 
     def blob(self, digest: str, *, offset: int) -> AbstractAsyncContextManager[BlobAnswer]:
         """Open a blob from byte ``offset`` on."""
+
+    def patch(self, task: str, round_: int, *, since: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """Open the patch from the adapter of round ``since`` (-1: the bundle's) to that of ``round_``."""
 
     async def upload(self, pending: Pending, sealed: Path) -> UpdateReceipt:
         """Send a sealed update from its file."""

@@ -12,6 +12,10 @@ WireError
 │   ├── UpdatePlanError         made for another round or another plan
 │   ├── UpdateLayoutError       other blocks or shapes than the plan's
 │   └── UpdateValueError        NaN, infinity, a value or weight outside the plan's bounds
+├── PatchError                  a patch of the adapter is not to be applied (device: fetch the whole adapter)
+│   ├── PatchFormatError        magic, version, bits, marks or length are wrong
+│   ├── PatchPlanError          from another round than asked, or to another adapter than the plan's
+│   └── PatchValueError         NaN, infinity, a scale or code that is none
 ├── RequestError                the request itself is refused (device: obey, tell the user)
 │   ├── RequestFormatError      malformed headers, body or names
 │   ├── RequestTooLargeError    body longer than allowed
@@ -74,6 +78,22 @@ class UpdateLayoutError(UpdateError):
 
 class UpdateValueError(UpdateError):
     """NaN, infinity, or a value or weight outside the plan's bounds."""
+
+
+class PatchError(WireError):
+    """A patch of the adapter is not to be applied."""
+
+
+class PatchFormatError(PatchError):
+    """Magic, version, bits, marks or length of a patch are wrong."""
+
+
+class PatchPlanError(PatchError):
+    """From another round than asked, or to another adapter than the plan's."""
+
+
+class PatchValueError(PatchError):
+    """NaN, infinity, or a scale or code that is none."""
 
 
 class RequestError(WireError):

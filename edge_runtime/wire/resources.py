@@ -7,6 +7,7 @@ POST    /v1/enrolments                                             a device beco
 DELETE  /v1/devices/{device}                                       a device leaves
 GET     /v1/tasks/{task}/plan?after=N&wait=S                       long poll: the first plan of a round after N
 GET     /v1/blobs/{digest}                                         bundle files and adapters, with ``Range``
+GET     /v1/tasks/{task}/rounds/{round}/adapter?since=N            a patch to the plan's adapter from that of round N
 PUT     /v1/tasks/{task}/rounds/{round}/updates/{device}           a sealed update
 GET     /v1/operator/status · POST /v1/operator/tokens, …/stop     the operator's commands
 GET     /v1/health                                                 alive and serving (not signed)
@@ -19,6 +20,7 @@ ENROLMENTS = "/v1/enrolments"
 DEVICE = "/v1/devices/{device}"
 PLAN = "/v1/tasks/{task}/plan"
 BLOB = "/v1/blobs/{digest}"
+PATCH = "/v1/tasks/{task}/rounds/{round}/adapter"
 UPDATE = "/v1/tasks/{task}/rounds/{round}/updates/{device}"
 OPERATOR_STATUS = "/v1/operator/status"
 OPERATOR_TOKENS = "/v1/operator/tokens"
@@ -31,6 +33,11 @@ MAX_WAIT_S = 60  # longest a plan request may be held
 def plan_target(task: str, *, after: int, wait_s: int) -> str:
     """Target of the long poll; ``after`` is the last round this device is done with, -1 for none."""
     return f"{PLAN.format(task=task)}?after={after}&wait={wait_s}"
+
+
+def patch_target(task: str, round_: int, *, since: int) -> str:
+    """Target of a patch from the adapter of round ``since``, -1 for the bundle's own, to that of ``round_``."""
+    return f"{PATCH.format(task=task, round=round_)}?since={since}"
 
 
 def update_path(task: str, round_: int, device: str) -> str:

@@ -48,8 +48,8 @@ START = 1_700_000_000.0
 SLOTS = (Slot("q", 6, 4), Slot("v", 6, 3))
 
 
-def make_bundle(folder: Path, *, task: str = "classify", r_max: int = 3) -> Bundle:
-    """Two blocks of two non-square LoRA layers and, for a classifier, a trained head; the graphs are placeholders."""
+def make_bundle(folder: Path, *, task: str = "classify", r_max: int = 3, slots: tuple[Slot, ...] = SLOTS) -> Bundle:
+    """Two blocks of non-square LoRA layers and, for a classifier, a trained head; the graphs are placeholders."""
     (folder / "graphs").mkdir(parents=True)
     files = {
         "graphs/embed.onnx": b"e",
@@ -70,7 +70,7 @@ def make_bundle(folder: Path, *, task: str = "classify", r_max: int = 3) -> Bund
         width=6,
         base="fp32",
         embed=Embed("graphs/embed.onnx", (), ("mask",)),
-        kinds=(BlockKind("block", "graphs/block.onnx", (), SLOTS, ("mask",)),),
+        kinds=(BlockKind("block", "graphs/block.onnx", (), slots, ("mask",)),),
         blocks=(Block("block", "layer.0"), Block("block", "layer.1")),
         head=Head(
             "graphs/head.onnx",
@@ -81,7 +81,7 @@ def make_bundle(folder: Path, *, task: str = "classify", r_max: int = 3) -> Bund
             params=params,
         ),
         modules=tuple(
-            Module(f"layer.{i}.{s.name}", i, s.name, s.in_features, s.out_features) for i in range(2) for s in SLOTS
+            Module(f"layer.{i}.{s.name}", i, s.name, s.in_features, s.out_features) for i in range(2) for s in slots
         ),
         r_max=r_max,
         scale=2.0,
@@ -254,6 +254,9 @@ class Device:
 
     async def put(self, signed: wire.SignedPlan, sealed: bytes) -> Answer:
         return await self.send("PUT", resources.update_path("tiny", signed.plan.round, self.name), sealed)
+
+    async def patch(self, round_: int, *, since: int) -> Answer:
+        return await self.send("GET", resources.patch_target("tiny", round_, since=since))
 
     async def blob(self, digest: str, **headers: str) -> Answer:
         target = resources.BLOB.format(digest=digest)

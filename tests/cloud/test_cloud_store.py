@@ -56,7 +56,7 @@ async def test_other_task_bundle_or_version_is_refused(tmp_path: Path) -> None:
         database.execute("UPDATE identity SET schema = 99")
     database.close()
     site.config = parse_config(text.encode(), path=path)
-    with pytest.raises(DataSchemaError, match="schema: expected 2, got 99"):
+    with pytest.raises(DataSchemaError, match="schema: expected 3, got 99"):
         await site.start()
 
 

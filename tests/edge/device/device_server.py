@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -37,6 +38,9 @@ class Faults:
     cut: dict[str, int] = field(default_factory=dict)  # blob digest -> bytes before the connection breaks, once
     ignore_range: bool = False
     swap_blob: dict[str, bytes] = field(default_factory=dict)  # blob digest -> other bytes
+    no_patches: bool = False  # as an aggregator from before there were any
+    swap_patch: Callable[[bytes], bytes] | None = None  # other bytes in place of a patch
+    cut_patches: int = 0  # so many patches break after their first bytes
     empty: bool = False  # polls are answered at once: nothing new, come back in 0 s
     plan: bytes | None = None  # sent in place of the plan in force
     close_before_upload: bool = False  # the round closes just before an update arrives
@@ -130,6 +134,7 @@ class Aggregator:
         app.router.add_delete(resources.DEVICE, self._leave)
         app.router.add_get(resources.PLAN, self._plan)
         app.router.add_get(resources.BLOB, self._blob)
+        app.router.add_get(resources.PATCH, self._patch)
         app.router.add_put(resources.UPDATE, self._update)
         return app
 
@@ -230,6 +235,37 @@ class Aggregator:
             request.transport.abort()
         return response
 
+    async def _patch(self, request: web.Request) -> web.StreamResponse:
+        self._verify(request)
+        if self.faults.no_patches:
+            raise wire.NotFoundError(f"GET {request.path}: Not Found")
+        # By what the plans name, so that a plan that a test has swapped is patched to as it stands.
+        plan = wire.open_plan(self.faults.plan or self.plans[-1].data, self.key.public_key()).plan
+        since = int(request.query["since"])
+        if int(request.match_info["round"]) != plan.round:
+            raise wire.RoundClosedError("not the current round")
+        before, after = self.tensors_of(since), parse_tensors(self.blobs[plan.adapter], what="")
+        same = {name for name, array in before.items() if name in after and array.tobytes() == after[name].tobytes()}
+        head = wire.PatchHead(since, plan.round, plan.adapter)
+        changed = {name: array for name, array in after.items() if name not in same}
+        data = wire.encode_patch(head, changed, wire.adapter_layout(plan.ranks, FEATURES, {}))
+        data = data if self.faults.swap_patch is None else self.faults.swap_patch(data)
+        self.requests[-1] = (*self.requests[-1][:2], request.query_string, len(data))
+        if not self.faults.cut_patches:
+            return web.Response(body=data)
+        self.faults.cut_patches -= 1
+        response = web.StreamResponse()
+        response.content_length = len(data)
+        await response.prepare(request)
+        await response.write(data[:20])
+        await asyncio.sleep(0.05)  # let the bytes leave
+        return self._drop(request)
+
+    def tensors_of(self, round_: int) -> dict[str, np.ndarray]:
+        """The adapter of a round's plan, -1 for the bundle's own."""
+        own = self.bundle.manifest.files["adapter.safetensors"].sha256
+        return parse_tensors(self.blobs[own if round_ == -1 else self.plans[round_].plan.adapter], what="")
+
     async def _update(self, request: web.Request) -> web.Response:
         signed = self._verify(request)
         device, round_ = request.match_info["device"], int(request.match_info["round"])
@@ -265,6 +301,14 @@ class Aggregator:
         if len(self.counted[round_]) >= self.wanted:
             self.close_round()
         return receipt
+
+    def patch_requests(self) -> list[tuple[int, int, int]]:
+        """(since, round, bytes) of every patch that was made."""
+        return [
+            (int(asked.removeprefix("since=")), int(path.split("/")[-2]), sent)
+            for _, path, asked, sent in self.requests
+            if path.endswith("/adapter") and asked
+        ]
 
     def blob_requests(self, digest: str) -> list[tuple[str | None, int]]:
         """Range asked and bytes sent of every request for a blob."""

@@ -135,6 +135,7 @@ async def test_a_file_longer_than_the_manifest_says_is_not_read_to_its_end(bench
 
 
 async def test_a_tampered_adapter(bench: Bench) -> None:
+    bench.aggregator.faults.no_patches = True
     digest = bench.aggregator.plans[0].plan.adapter
     data = bytearray(bench.aggregator.blobs[digest])
     data[-1] ^= 1
@@ -189,6 +190,7 @@ async def test_a_signed_plan_for_modules_the_bundle_lacks(bench: Bench) -> None:
 
 
 async def test_a_blob_the_server_lost(bench: Bench) -> None:
+    bench.aggregator.faults.no_patches = True
     plan = msgspec.structs.replace(bench.aggregator.plans[0].plan, adapter="a" * 64)
     bench.aggregator.faults.plan = wire.sign_plan(plan, bench.aggregator.key).data
     event = await refused(bench, "ArtifactError")
@@ -207,6 +209,8 @@ async def test_a_bundle_that_rotted_on_disk_is_fetched_again(bench: Bench) -> No
 
 
 async def test_an_adapter_that_rotted_on_disk_is_fetched_again(bench: Bench) -> None:
+    bench.aggregator.faults.no_patches = True
+
     def die(_: object) -> None:
         bench.trainer.before = None
         raise TrainingError("power lost")

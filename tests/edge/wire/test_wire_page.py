@@ -21,6 +21,7 @@ from edge_runtime.wire import (
     UpdateReceipt,
     UpdateRules,
     messages,
+    patch,
     plan,
     requests,
     resources,
@@ -83,6 +84,13 @@ def test_frame_offsets() -> None:
     assert frame._HEADER.size + frame._TRAILER.size == 148
 
 
+def test_patch_offsets() -> None:
+    fields = [(int(row[0]), row[1]) for row in rows(section("## Adapter patch")) if row[0].isdigit()]
+    sizes = [struct.calcsize("<" + code) for code in re.findall(r"\d*[a-zA-Z]", patch._HEADER.format)]
+    assert [size for _, size in fields] == [*map(str, sizes), "⌈n/8⌉"]
+    assert [offset for offset, _ in fields] == list(itertools.accumulate(sizes, initial=0))
+
+
 def _single(code: str) -> list[str]:
     """``3I`` is three fields, ``32s`` is one."""
     return [code] if code.endswith("s") else [code[-1]] * int(code[:-1] or 1)
@@ -91,10 +99,11 @@ def _single(code: str) -> list[str]:
 def test_resources() -> None:
     said = " ".join(row[0] for row in rows(section("## Resources")))
     paths = [value for name, value in vars(resources).items() if name.isupper() and isinstance(value, str)]
-    assert len(paths) == 9
+    assert len(paths) == 10
     for path in paths:
         assert re.search(rf"{re.escape(path)}[?`]", said), path
     assert resources.plan_target("sst2", after=-1, wait_s=60) == "/v1/tasks/sst2/plan?after=-1&wait=60"
+    assert resources.patch_target("sst2", 7, since=-1) == "/v1/tasks/sst2/rounds/7/adapter?since=-1"
     assert resources.update_path("sst2", 7, "pi-4") == "/v1/tasks/sst2/rounds/7/updates/pi-4"
 
 

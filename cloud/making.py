@@ -1,0 +1,153 @@
+"""Making the next round: its adapter in both forms, its plan, and the row that keeps them.
+
+The blobs are durable before the row is, so a kill in between leaves blobs that nothing names, which the next round
+sweeps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from cloud import planning
+from cloud.config import Config
+from cloud.download import Published, make_patch, own_adapter, publish_master
+from cloud.keys import Keys
+from cloud.planner import Choice
+from cloud.quantising import with_quantisation
+from cloud.rounds import TaskState
+from cloud.store import OBJECTS, Blobs, Database, RoundRecord
+from cloud.work import RoundWork, next_adapter, read_adapter
+from edge_runtime import wire
+from edge_runtime.bundle import Array, Bundle, encode_tensors
+
+
+@dataclass(frozen=True)
+class MadeRound:
+    """A round ready to be stored; its adapter is, in both forms."""
+
+    record: RoundRecord
+    digest: str  # of the published adapter, which the plan names
+    published: dict[str, Array]
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a round starts from: the tensors a policy judges, what they were a round ago, what was published then."""
+
+    tensors: dict[str, Array]
+    before: dict[str, Array] | None
+    published: Published
+
+
+class RoundMaker:
+    """Makes the rounds of one task from its config, bundle, and what is stored."""
+
+    def __init__(
+        self,
+        config: Config,
+        bundle: Bundle,
+        keys: Keys,
+        *,
+        database: Database,
+        blobs: Blobs,
+        entropy: Callable[[int], bytes],
+    ) -> None:
+        self._config = config
+        self._bundle = bundle
+        self._keys = keys
+        self._database = database
+        self._blobs = blobs
+        self._entropy = entropy
+
+    async def first(self, state: TaskState, *, now: float) -> MadeRound:
+        """The round that begins the task, opened at ``now`` (Unix seconds)."""
+        start = _Start(planning.first_adapter(self._config, self._bundle), None, own_adapter(self._bundle))
+        return await self._make(state, start, now=now)
+
+    async def after(self, ended: RoundRecord, work: RoundWork | None, state: TaskState, *, now: float) -> MadeRound:
+        """The round of ``state``, or the finished state, after ``ended``.
+
+        Args:
+            ended: The round that ends.
+            work: What came in it; None when its updates are discarded.
+            state: What follows.
+            now: Unix time in seconds.
+        """
+        start = await asyncio.to_thread(self._moved, ended, work)
+        return await self._make(state, start, now=now)
+
+    def published(self, record: RoundRecord) -> Published:
+        """What devices train from in a stored round.
+
+        Raises:
+            DataMissingError: it is not in the store, or damaged.
+        """
+        changed = msgspec.json.decode(record.changed, type=tuple[int, ...])
+        return Published(self._read(self._plan(record).adapter), changed)
+
+    def check(self, record: RoundRecord) -> None:
+        """Demand that the store has the master of a stored round.
+
+        Raises:
+            DataMissingError: it has not, or it is damaged.
+        """
+        self._blobs.get(OBJECTS, record.master)
+
+    def patch(self, record: RoundRecord, since: int) -> bytes:
+        """The patch from the adapter of round ``since`` to that of a stored round."""
+        bits = self._config.download_bits
+        return make_patch(self._bundle, self._plan(record), self.published(record), since=since, bits=bits)
+
+    def _moved(self, ended: RoundRecord, work: RoundWork | None) -> _Start:
+        before = self._read(ended.master)
+        moved = before if work is None else next_adapter(before, work)
+        return _Start(moved, before, self.published(ended))
+
+    async def _make(self, state: TaskState, start: _Start, *, now: float) -> MadeRound:
+        config, bundle = self._config, self._bundle
+        evidence = await asyncio.to_thread(planning.gather_evidence, bundle, start.tensors, start.before)
+        records = await self._database.call(self._database.rounds)  # the last of them is the round that ends here
+        past = await asyncio.to_thread(planning.past_rounds, records, self._keys.plan.public_key(), evidence)
+        choice = planning.choose_modules(config, bundle, state, evidence, past)
+        published, adapter, master = await asyncio.to_thread(self._store, state, choice, start)
+        finished = state.phase == "finished"
+        key = None if finished else X25519PrivateKey.from_private_bytes(self._entropy(32))
+        round_key = "" if key is None else key.public_key().public_bytes_raw().hex()
+        plan = planning.make_plan(config, bundle, state, choice=choice, adapter=adapter, round_key=round_key)
+        plan = with_quantisation(config, bundle, plan, past)
+        signed = wire.sign_plan(plan, self._keys.plan)
+        wire.open_plan(signed.data, self._keys.plan.public_key())  # a plan no device would take is not stored either
+        record = RoundRecord(
+            round=state.round,
+            state="finished" if finished else "open",
+            plan=signed.data,
+            opened=now,
+            deadline=state.deadline,
+            evidence=msgspec.json.encode(evidence).decode(),
+            master=master,
+            changed=msgspec.json.encode(published.changed).decode(),
+            round_key=None if key is None else key.private_bytes_raw(),
+        )
+        return MadeRound(record, adapter.digest, published.tensors)
+
+    def _store(self, state: TaskState, choice: Choice, start: _Start) -> tuple[Published, planning.Adapter, str]:
+        """Make both forms durable: what is published, as the plan says it, and the master's digest."""
+        config, manifest = self._config, self._bundle.manifest
+        master = planning.planned_adapter(config, self._bundle, state, choice, start.tensors)
+        bits = config.download_bits
+        published = publish_master(manifest, start.published, master, round_=state.round, bits=bits)
+        data = encode_tensors(published.tensors)
+        digest = self._blobs.put(OBJECTS, data)
+        kept = digest if bits == 32 else self._blobs.put(OBJECTS, encode_tensors(master))
+        return published, planning.Adapter(digest, len(data)), kept
+
+    def _plan(self, record: RoundRecord) -> wire.Plan:
+        return wire.open_plan(record.plan, self._keys.plan.public_key()).plan
+
+    def _read(self, digest: str) -> dict[str, Array]:
+        return read_adapter(self._bundle, self._blobs.get(OBJECTS, digest))

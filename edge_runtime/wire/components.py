@@ -1,0 +1,69 @@
+"""Components of a matrix in few bits: rounded to nearest, a scale for each, and products that are exact.
+
+A *component* is what cutting a rank takes or leaves: a row of ``lora_a`` (r, in), a column of ``lora_b`` (out, r); of
+any other matrix, a row. What is no matrix stays float32. A component's scale is its largest absolute value divided by
+the largest code, cut to 16 significant bits, and at least 2**-126. A code has at most 7 significant bits, so code times
+scale is exact in float32: every machine restores the same bits, and what was restored gives the same codes and scales
+again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edge_runtime.wire.codes import Bits, largest_code
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from edge_runtime.wire.codes import Codes
+
+    Values = npt.NDArray[np.float32]
+
+SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: its products with codes are exact, and none divides by zero
+_KEPT = 0xFFFFFF00  # of a float32's 24 significant bits the first 16
+
+
+def scale_count(name: str, shape: tuple[int, ...]) -> int:
+    """How many components a tensor has; 0 for one that stays float32."""
+    return shape[_component_axis(name)] if len(shape) == 2 else 0
+
+
+def quantise(name: str, values: Values, bits: Bits) -> tuple[Codes, Values]:
+    """Codes and scales of a matrix.
+
+    Args:
+        name: Of the tensor in its adapter; it says which way the components lie.
+        values: A matrix, float32, finite.
+        bits: Of a code.
+
+    Returns:
+        The codes, int8 in the matrix's shape, and a float32 scale a component. No value is off by more than half its
+        component's scale.
+    """
+    import numpy as np
+
+    axis = _component_axis(name)
+    largest = np.abs(values).max(axis=1 - axis, keepdims=True).astype(np.float32)
+    scales = (largest / np.float32(largest_code(bits))).view(np.uint32) & np.uint32(_KEPT)
+    scales = np.maximum(scales.view(np.float32), np.float32(SMALLEST_SCALE))
+    codes = np.rint(np.divide(values, scales, dtype=np.float64)).astype(np.int8)
+    return codes, scales.ravel()
+
+
+def restore(name: str, codes: Codes, scales: Values) -> Values:
+    """The values that codes and scales stand for, float32."""
+    import numpy as np
+
+    lying = scales[:, None] if _component_axis(name) == 0 else scales[None, :]
+    return np.multiply(codes.astype(np.float32), lying, dtype=np.float32)
+
+
+def rounded(name: str, values: Values, bits: Bits) -> Values:
+    """A tensor quantised and restored; one that stays float32 as it is."""
+    return restore(name, *quantise(name, values, bits)) if scale_count(name, values.shape) else values
+
+
+def _component_axis(name: str) -> int:
+    return 1 if name.endswith(".lora_b") else 0
