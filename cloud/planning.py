@@ -65,7 +65,7 @@ def past_rounds(records: Sequence[RoundRecord], key: Ed25519PublicKey, current: 
     after = [*(read_evidence(record) for record in records[1:]), current]
     plans = [wire.open_plan(record.plan, key).plan for record in records]
     return tuple(
-        PastRound(plan.modules, made.moved, made.largest, plan.training)
+        PastRound(plan.modules, made.moved, largest=made.largest, training=plan.training)
         for plan, made in zip(plans, after, strict=False)  # before the first round there is nothing to pair
     )
 

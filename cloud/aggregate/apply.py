@@ -10,6 +10,8 @@ import numpy.typing as npt
 from edge_runtime.bundle import Array
 from edge_runtime.wire import Layout
 
+Double = npt.NDArray[np.float64]
+
 
 def largest_changes(before: Mapping[str, Array], after: Mapping[str, Array]) -> dict[str, float]:
     """The largest absolute change of every tensor that differs between two adapters of the same ranks."""
@@ -28,8 +30,15 @@ def apply_mean(adapter: Mapping[str, Array], layout: Layout, mean: npt.NDArray[n
     Returns:
         A new table of float32 tensors. Each sum is made in float64 and rounded once.
     """
-    moved = {
-        name: np.add(adapter[name], change, dtype=np.float64).astype(np.float32)
-        for name, change in layout.split(mean).items()
+    changes = layout.split(mean)
+    return {
+        **adapter,
+        **{name: moved(adapter, layout, name, change).astype(np.float32) for name, change in changes.items()},
     }
-    return {**adapter, **moved}
+
+
+def moved(adapter: Mapping[str, Array], layout: Layout, name: str, change: npt.NDArray[np.generic]) -> Double:
+    """A tensor of the adapter with a change of its trained part, which has the block's shape; float64."""
+    tensor = adapter[name].astype(np.float64)
+    tensor[layout.where(name)] += change
+    return tensor

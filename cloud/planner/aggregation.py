@@ -1,24 +1,23 @@
-"""Which factors of a living module are trained in a round, so that averaging them is exact.
+"""Which factors of a living module are trained in a round, and so what averaging them gives.
 
-Averaging A and B in the same round averages factors and not products; holding one of them still makes it exact.
+A device k of weight p_k holds the product B_k·A_k at the end of a round; the aim is the mean of these products.
+
+- ``alternate`` (RoLoRA): B, then A, and so on; the other factor is the same on every device. Exact, and half the bytes.
+- ``b-only`` (FFA-LoRA, arXiv 2403.12313): B always. Exact; A stays as it began.
+- ``both`` (FedIT, arXiv 2305.05644): both factors, each averaged by itself. **Inexact**: mean(B)·mean(A) lacks
+  Σ p_k (B_k − B̄)(A_k − Ā). It is here to be compared with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Literal
 
-from edge_runtime.bundle import Factor
+Alive = Literal["A", "B", "AB"]
 
-
-def alternate(round_: int) -> Factor:
-    """Even rounds B, odd rounds A (RoLoRA): A is random and B zero at the start, so B has to move first."""
-    return "A" if round_ % 2 else "B"
-
-
-def frozen_a(round_: int) -> Factor:
-    """B in every round (FFA-LoRA, arXiv 2403.12313)."""
-    del round_
-    return "B"
-
-
-AGGREGATIONS: dict[str, Callable[[int], Factor]] = {"alternate": alternate, "frozen-a": frozen_a}
+# What a module trains in its first living round, its second, and so on; then again from the start. A is random and B
+# zero at the start, so B has to move first: with B = 0 a round of A has no gradient.
+AGGREGATIONS: dict[str, tuple[Alive, ...]] = {
+    "alternate": ("B", "A"),
+    "b-only": ("B",),
+    "both": ("AB",),
+}

@@ -20,7 +20,7 @@ def anneal(situation: Situation) -> Choice:
     if round_ % 2 == 0 and situation.energies:
         ranks = fit_ranks(situation.energies, situation.component_sizes, share * situation.full_parameters)
     modules = tuple(
-        ModulePlan(name, min(ranks[name], situation.ranks[name]), situation.factor) for name in situation.names
+        ModulePlan(name, min(ranks[name], situation.ranks[name]), situation.factor(name)) for name in situation.names
     )
     return Choice(modules, head_alive=situation.trains_head, mu=situation.initiating_mu)
 

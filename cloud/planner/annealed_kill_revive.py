@@ -10,4 +10,6 @@ from cloud.planner.kill_revive import choose_lives
 def annealed_kill_revive(situation: Situation) -> Choice:
     """As ``kill-revive``, with the budget and the temperature of the round."""
     settings, round_, rounds = situation.annealing, situation.round, situation.rounds
-    return choose_lives(situation, budget_share(settings, round_, rounds), temperature(settings, round_, rounds))
+    return choose_lives(
+        situation, lambda later: budget_share(settings, later, rounds), temperature(settings, round_, rounds)
+    )

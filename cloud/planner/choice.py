@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from cloud.planner.aggregation import AGGREGATIONS
+from cloud.planner.aggregation import AGGREGATIONS, Alive
 from cloud.planner.annealing import Annealing
 from cloud.planner.scores import PastRound
-from edge_runtime.bundle import Factor, Manifest
+from edge_runtime.bundle import Manifest
 from edge_runtime.wire import ModulePlan
 
 
@@ -27,10 +28,27 @@ class Situation:
     energies: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # singular values of s·B·A, by module
     past: tuple[PastRound, ...] = ()  # every applied round
 
+    @cached_property
+    def ages(self) -> dict[str, int]:
+        """In how many rounds in a row before this one each module was alive; 0 for one that is dead or new."""
+        ages = dict.fromkeys(self.names, 0)
+        for round_ in self.past:
+            for module in round_.modules:
+                ages[module.name] = ages[module.name] + 1 if module.alive else 0
+        return ages
+
     @property
-    def factor(self) -> Factor:
-        """The factor that living modules train in this round."""
-        return AGGREGATIONS[self.aggregation](self.round)
+    def cycle(self) -> int:
+        """Rounds in which a module trains each of its factors once."""
+        return len(AGGREGATIONS[self.aggregation])
+
+    def factor(self, name: str) -> Alive:
+        """What a module trains in this round if it lives; its first living round trains B."""
+        return AGGREGATIONS[self.aggregation][self.ages[name] % self.cycle]
+
+    def unfinished(self, name: str) -> bool:
+        """Whether a module lives and has not yet trained each of its factors equally often: it may not be killed."""
+        return self.ages[name] % self.cycle != 0
 
     @property
     def trains_head(self) -> bool:

@@ -7,6 +7,6 @@ from edge_runtime.wire import ModulePlan
 
 
 def fixed(situation: Situation) -> Choice:
-    """All modules, the factor of the round, and the head if the bundle trains one."""
-    modules = tuple(ModulePlan(name, situation.ranks[name], situation.factor) for name in situation.names)
+    """All modules, each with the factor whose turn it is, and the head if the bundle trains one."""
+    modules = tuple(ModulePlan(name, situation.ranks[name], situation.factor(name)) for name in situation.names)
     return Choice(modules, head_alive=situation.trains_head)

@@ -8,7 +8,7 @@ it wins for certain when its last score is as high, and the less probably the lo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 
 import numpy as np
 
@@ -20,44 +20,62 @@ from edge_runtime.wire import ModulePlan
 def kill_revive(situation: Situation) -> Choice:
     """After the initiating rounds a budget of ``budget_end`` at the temperature of the start, all the time."""
     settings = situation.annealing
-    share = settings.budget_start if situation.round < settings.initiating_rounds else settings.budget_end
-    return choose_lives(situation, share, settings.temperature_start)
+    return choose_lives(situation, lambda _: settings.budget_end, settings.temperature_start)
 
 
-def choose_lives(situation: Situation, share: float, heat: float) -> Choice:
+def choose_lives(situation: Situation, share: Callable[[int], float], heat: float) -> Choice:
     """Give a budget to the modules that move.
 
-    Lives are decided in even rounds, so that each lasts for a pair that trains B and then A.
+    In the initiating rounds all live, until each has trained every factor equally often. From then on lives are decided
+    every round, among the modules that are not in the middle of such a cycle of one or two rounds. One that starts a
+    cycle lives to its end, so it has to fit the budgets of both rounds, and in the second one beside the best of those
+    that end theirs now.
 
     Args:
         situation: What is known.
-        share: Of the adapter at the task's rank that may be alive.
+        share: Of the adapter at the task's rank that may be alive in a round after the initiating ones; it never rises.
         heat: Temperature of revival.
     """
-    round_, settings = situation.round, situation.annealing
-    if round_ < settings.initiating_rounds or not situation.past:
-        living = set(situation.names)
-    elif round_ % 2:
-        living = {module.name for module in situation.past[-1].modules if module.alive}
-    else:
-        rng = np.random.default_rng([situation.seed, round_])
-        costs = {name: situation.ranks[name] * size for name, size in situation.component_sizes.items()}
-        known = scores(situation.past, situation.component_sizes)
-        found = {name: known.get(name, 0.0) for name in situation.names}
-        survivors = survive(found, costs, share * situation.full_parameters)
-        living = challenge(found, costs, survivors, heat=heat, rng=rng)
+    living = _living(situation, share, heat)
     modules = tuple(
-        ModulePlan(name, situation.ranks[name], situation.factor if name in living else "") for name in situation.names
+        ModulePlan(name, situation.ranks[name], situation.factor(name) if name in living else "")
+        for name in situation.names
     )
     return Choice(modules, head_alive=situation.trains_head, mu=situation.initiating_mu)
 
 
-def survive(found: Mapping[str, float], costs: Mapping[str, int], parameters: float) -> set[str]:
-    """The modules with the best scores that fit; the very best one always."""
-    order = sorted(found, key=lambda name: -found[name])  # stable: equal ones in plan order
-    living, left = {order[0]}, parameters - costs[order[0]]
-    for name in order[1:]:
-        if costs[name] <= left:
+def _living(situation: Situation, share: Callable[[int], float], heat: float) -> set[str]:
+    round_, cycle = situation.round, situation.cycle
+    cycles = max(1, math.ceil(situation.annealing.initiating_rounds / cycle))  # nothing is known before the first
+    if round_ < cycles * cycle:
+        return set(situation.names)
+    costs = {name: situation.ranks[name] * size for name, size in situation.component_sizes.items()}
+    known = scores(situation.past, situation.component_sizes)
+    found = {name: known.get(name, 0.0) for name in situation.names}
+    held = {name for name in situation.names if situation.unfinished(name)}
+    rooms = [share(later) * situation.full_parameters for later in range(round_, round_ + cycle)]
+    if held:
+        rooms[0] -= sum(costs[name] for name in held)
+        rooms[-1] -= costs[max(sorted(held), key=lambda name: found[name])]
+    living = survive(found, costs, min(rooms), held=held)
+    return challenge(found, costs, living, held=held, heat=heat, rng=np.random.default_rng([situation.seed, round_]))
+
+
+def survive(
+    found: Mapping[str, float], costs: Mapping[str, int], parameters: float, *, held: Set[str] = frozenset()
+) -> set[str]:
+    """The modules with the best scores that fit; where nothing is held the very best one always.
+
+    Args:
+        found: Scores.
+        costs: Parameters of every module.
+        parameters: How many those may have that are not held.
+        held: Modules that live in any case.
+    """
+    order = sorted((name for name in found if name not in held), key=lambda name: -found[name])  # stable: plan order
+    living, left = set(held), parameters
+    for name in order:
+        if costs[name] <= left or not living:
             living.add(name)
             left -= costs[name]
     return living
@@ -66,24 +84,26 @@ def survive(found: Mapping[str, float], costs: Mapping[str, int], parameters: fl
 def challenge(
     found: Mapping[str, float],
     costs: Mapping[str, int],
-    living: set[str],
+    living: Set[str],
     *,
+    held: Set[str] = frozenset(),
     heat: float,
     rng: np.random.Generator,
 ) -> set[str]:
     """Let every dead module challenge the weakest living one, the strongest dead one first.
 
-    A winner takes the other's place if it is no dearer than that, and cannot be challenged itself: it has a pair of
-    rounds to show what it can do.
+    A winner takes the other's place if it is no dearer than that, and cannot be challenged itself: it has a whole cycle
+    to show what it can do. Nor can one that is in the middle of its own.
 
     Args:
         found: Scores.
         costs: Parameters of every module.
         living: Who lives before.
+        held: Those of them that cannot be challenged.
         heat: Temperature; 0 lets nobody win who is weaker.
         rng: Draws once for every challenge.
     """
-    now, safe = set(living), set[str]()
+    now, safe = set(living), set(held)
     mean = sum(found[name] for name in living) / len(living)
     for name in sorted(set(found) - living, key=lambda dead: (-found[dead], dead)):
         draw = rng.random()

@@ -42,14 +42,15 @@ class AdamW:
         """Move the parameters by one step.
 
         Args:
-            gradients: Mean gradient of every alive tensor by name.
+            gradients: Mean gradient of every alive tensor by name, of all its components.
             share: Of the learning rates, from 0 to 1.
 
         Returns:
-            The global L2 norm of the gradient before clipping, the proximal term not included.
+            The global L2 norm of the gradient of what is trained before clipping, the proximal term not included.
         """
         settings = self._training
-        flat = {name: np.ascontiguousarray(gradients[name]).reshape(-1) for name in gradients}
+        where = self._parameters.layout.where
+        flat = {name: np.ascontiguousarray(gradient[where(name)]).reshape(-1) for name, gradient in gradients.items()}
         norm = math.sqrt(sum(float(np.dot(gradient, gradient)) for gradient in flat.values()))
         shrink = 1.0
         if settings.clip_norm is not None and norm > settings.clip_norm:
@@ -58,6 +59,7 @@ class AdamW:
         correction = math.sqrt(1 - settings.beta2**self.steps) / (1 - settings.beta1**self.steps)
         for piece in self._pieces:
             self._move(piece, self._gathered(piece, flat, shrink), share, correction)
+        self._parameters.settle()
         return norm
 
     def _gathered(self, piece: _Piece, gradients: Mapping[str, Flat], shrink: float) -> Flat:

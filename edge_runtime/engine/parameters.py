@@ -1,7 +1,8 @@
 """The adapter while it is being trained: alive parameters in one flat array, dead ones as they came.
 
 One flat array makes the optimizer a handful of vector operations and the update a single subtraction. The engine reads
-the views below, so an optimizer step is visible to the next forward pass without a copy.
+the views below, so an optimizer step is visible to the next forward pass without a copy. Only a factor of which some
+components are trained has an array of its own, into which :meth:`AdapterParameters.settle` copies them.
 """
 
 from __future__ import annotations
@@ -23,20 +24,33 @@ class AdapterParameters:
     Attributes:
         tensors: Every adapter tensor by name, float32.
         flat: Alive values, shape (layout.count,); written by the optimizer.
-        origin: The alive tensors as they came, for the update and the proximal term; mapped ones take no memory.
-        layout: Names and shapes of the alive tensors.
+        origin: What is trained of the alive tensors, as it came, for the update and the proximal term; mapped tensors
+            that are trained whole take no memory.
+        layout: Names and shapes of what is trained.
     """
 
     def __init__(self, adapter: Mapping[str, Array], layout: Layout) -> None:
-        """Copy the alive tensors of ``adapter`` into one array."""
+        """Copy what is trained of ``adapter`` into one array."""
         self.layout = layout
         self.flat: Flat = np.empty(layout.count, dtype=np.float32)
         views = layout.split(self.flat)
+        self.origin: dict[str, Array] = {}
         for name, view in views.items():
-            view[...] = adapter[name]
-        dead = {name: np.ascontiguousarray(array) for name, array in adapter.items() if name not in views}
-        self.tensors: dict[str, Array] = {**dead, **views}
-        self.origin: dict[str, Array] = {name: adapter[name] for name in views}
+            self.origin[name] = np.ascontiguousarray(adapter[name][layout.where(name)])
+            view[...] = self.origin[name]
+        self._parts = {name: views.pop(name) for name in layout.components}
+        partly = {name: np.array(adapter[name]) for name in self._parts}
+        dead = {
+            name: np.ascontiguousarray(array)
+            for name, array in adapter.items()
+            if name not in views and name not in partly
+        }
+        self.tensors: dict[str, Array] = {**dead, **partly, **views}
+
+    def settle(self) -> None:
+        """Copy trained components from ``flat`` to where the engine reads them; a tensor trained whole needs none."""
+        for name, part in self._parts.items():
+            self.tensors[name][self.layout.where(name)] = part
 
     @property
     def alive(self) -> frozenset[str]:

@@ -45,7 +45,8 @@ def quantise(change: Flat, layout: Layout, residual: Mapping[str, Array], *, rng
     Args:
         change: Of the alive tensors, shape (layout.count,), finite.
         layout: Their names, shapes and ranges.
-        residual: What is left of earlier rounds, by tensor name; of the shape the layout gives it, or absent.
+        residual: What is left of earlier rounds, by tensor name, of the whole tensor's shape; absent where nothing is,
+            unless only some components of the tensor are trained.
         rng: For the rounding. Devices must draw differently, else their errors do not cancel.
 
     Raises:
@@ -58,14 +59,15 @@ def quantise(change: Flat, layout: Layout, residual: Mapping[str, Array], *, rng
     values, kept = np.empty_like(change), dict(residual)
     blocks = zip(layout.split(change).items(), layout.split(values).values(), quantisation.steps, strict=True)
     for (name, part), out, step in blocks:
-        wanted, left = part.astype(np.float64), residual.get(name)
-        if left is not None:
-            if left.shape != part.shape:  # numpy would spread a single column over all of them
-                raise ValueError(f"residual of {name}: expected shape {part.shape}, got {left.shape}")
-            wanted += left
+        left = np.array(residual.get(name, np.zeros_like(part)))
+        where = layout.where(name)
+        if left[where].shape != part.shape:  # numpy would spread a single column over all of them
+            raise ValueError(f"residual of {name}: expected shape {part.shape}, got {left[where].shape}")
+        wanted = part.astype(np.float64) + left[where]
         sent = (stochastic_codes(wanted / step, most, rng) * step).astype(np.float32)
         out[...] = sent
-        kept[name] = np.clip(wanted - sent, -most * step, most * step).astype(np.float32)
+        left[where] = np.clip(wanted - sent, -most * step, most * step)
+        kept[name] = left
     return Quantised(values, kept)
 
 

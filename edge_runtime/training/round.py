@@ -103,6 +103,8 @@ def _round_off(change: Flat, work: WorkingBundle, plan: Plan, job: TrainingJob, 
         named = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         emit(Notice(f"what earlier updates left out is dropped where ranks changed: {named}"))
     layout = work.plan_layout(plan)
+    for name in layout.components:  # of these, only some components are sent
+        residual.setdefault(name, np.zeros(shapes[name], np.float32))
     rng = np.random.default_rng([job.rounding_seed, plan.round])
     found = quantise(change, layout, residual, rng=rng)
     write_atomically(Path(job.out) / RESIDUAL_NAME, [encode_tensors(found.residual)])

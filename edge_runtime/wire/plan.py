@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import msgspec
@@ -36,11 +37,24 @@ Products = Literal["exact", "int8"]
 
 
 class ModulePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One LoRA module this round: its rank and which factors are trained and sent."""
+    """One LoRA module this round: its rank, which factors are trained and sent, and which components of them."""
 
     name: str
     rank: int
     alive: Literal["", "A", "B", "AB"]
+    # Components, rows of A and columns of B, that are trained and sent: rising numbers from 0, fewer than the rank. The
+    # others stay in the forward pass as they are. Left out: all, and none of a dead module.
+    trained: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def trained_components(self) -> tuple[int, ...]:
+        """Numbers of the components that are trained in the alive factors."""
+        return tuple(range(self.rank)) if self.trained is msgspec.UNSET else self.trained
+
+    @property
+    def trained_rank(self) -> int:
+        """How many components are trained in the alive factors."""
+        return self.rank if self.trained is msgspec.UNSET else len(self.trained)
 
 
 class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -189,6 +203,9 @@ def plan_problems(plan: Plan) -> list[str]:
         "min_examples must be at least 1": plan.min_examples < 1,  # no update may weigh nothing
         "a module stands twice": len({module.name for module in plan.modules}) != len(plan.modules),
         "ranks must be 1 to 1024": any(not 1 <= module.rank <= 1024 for module in plan.modules),
+        "trained components must be rising numbers of some of an alive module's": not all(
+            map(_trains_some_or_all, plan.modules)
+        ),
         "exactly one of steps and epochs must be given": sum(amount is not None for amount in amounts) != 1,
         "steps, epochs, batch_size and max_tokens must be positive": any(
             amount is not None and amount < 1 for amount in (*amounts, training.batch_size, training.max_tokens)
@@ -206,6 +223,18 @@ def plan_problems(plan: Plan) -> list[str]:
         "digests must be 64 hex digits": not (_is_digest(plan.bundle) and _is_digest(plan.adapter)),
     }
     return [message for message, broken in fields.items() if broken]
+
+
+def _trains_some_or_all(module: ModulePlan) -> bool:
+    """One spelling for one meaning: all are never listed, and none is a dead module."""
+    listed = module.trained
+    if listed is msgspec.UNSET:
+        return True
+    return bool(
+        module.alive
+        and 0 < len(listed) < module.rank
+        and all(low < high for low, high in pairwise((-1, *listed, module.rank)))
+    )
 
 
 def _is_digest(value: str) -> bool:

@@ -14,7 +14,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edge_runtime.wire.errors import (
     PlanFormatError,
@@ -45,11 +45,15 @@ _TRAILER = struct.Struct("<QIIIddddff")
 class Layout:
     """The alive blocks of an update in order: (name, shape). Names are those of the adapter's tensors.
 
-    ``quantisation`` has a range for each of them where updates are sent as codes; None: as float32.
+    Attributes:
+        blocks: Name and shape of what is trained of each tensor.
+        quantisation: A range for each of them where updates are sent as codes; None: as float32.
+        components: By name, the numbers of a factor's components that are trained, where not all are.
     """
 
     blocks: tuple[tuple[str, tuple[int, ...]], ...]
     quantisation: Quantisation | None = None
+    components: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -76,6 +80,13 @@ class Layout:
         """SHA-256 over names and shapes, one block a line."""
         lines = "".join(f"{name} {'x'.join(map(str, shape))}\n" for name, shape in self.blocks)
         return hashlib.sha256(lines.encode()).digest()
+
+    def where(self, name: str) -> tuple[Any, ...]:
+        """Index of a tensor's trained part in the tensor; the block is ``tensor[layout.where(name)]``."""
+        listed = self.components.get(name)
+        if listed is None:
+            return (...,)
+        return (list(listed),) if name.endswith(".lora_a") else (slice(None), list(listed))
 
     def split(self, values: npt.NDArray[np.generic]) -> dict[str, npt.NDArray[np.generic]]:
         """Views of a flat array, shape (count,), by block name."""
@@ -105,15 +116,20 @@ def layout_of(
         PlanFormatError: the plan names a module that the bundle does not have, or not one range for every block.
     """
     blocks: list[tuple[str, tuple[int, ...]]] = []
+    components: dict[str, tuple[int, ...]] = {}
     for module in modules:
         if module.name not in features:
             raise PlanFormatError(f"plan: module {module.name[:200]!r}: the bundle has no such module")
         in_features, out_features = features[module.name]
-        if "A" in module.alive:
-            blocks.append((f"{module.name}.lora_a", (module.rank, in_features)))
-        if "B" in module.alive:
-            blocks.append((f"{module.name}.lora_b", (out_features, module.rank)))
-    layout = Layout((*blocks, *head.items()), quantisation)
+        rank = module.trained_rank
+        shapes = {"A": (rank, in_features), "B": (out_features, rank)}
+        for factor, shape in shapes.items():
+            if factor in module.alive:
+                name = f"{module.name}.lora_{factor.lower()}"
+                blocks.append((name, shape))
+                if rank < module.rank:
+                    components[name] = module.trained_components
+    layout = Layout((*blocks, *head.items()), quantisation, components)
     if quantisation and len(quantisation.ranges) != len(layout.blocks):
         raise PlanFormatError(
             f"plan: quantisation: expected {len(layout.blocks)} ranges, one a block, got {len(quantisation.ranges)}"

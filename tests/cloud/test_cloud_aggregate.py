@@ -85,6 +85,16 @@ def test_other_shape_is_refused_and_changes_nothing() -> None:
     assert (total.devices, total.weight, total.mean().tolist()) == (1, 1, [1.0, 2.0])
 
 
+def test_apply_moves_trained_components_only() -> None:
+    """Rows of A, columns of B; the rest of the tensor is bit-identical, and the adapter that was given too."""
+    layout = Layout((("m.lora_a", (1, 3)), ("m.lora_b", (2, 2))), None, {"m.lora_a": (1,), "m.lora_b": (0, 2)})
+    adapter = {"m.lora_a": np.ones((3, 3), np.float32), "m.lora_b": np.ones((2, 3), np.float32)}
+    new = apply_mean(adapter, layout, np.arange(1.0, 8.0))
+    assert new["m.lora_a"].tolist() == [[1, 1, 1], [2, 3, 4], [1, 1, 1]]
+    assert new["m.lora_b"].tolist() == [[5, 1, 6], [7, 1, 8]]
+    assert all((array == 1).all() for array in adapter.values())
+
+
 def test_apply_moves_alive_blocks_only() -> None:
     layout = Layout((("m.lora_b", (2, 1)), ("head.bias", (2,))))
     adapter = {name: np.ones(shape, np.float32) for name, shape in layout.blocks} | {

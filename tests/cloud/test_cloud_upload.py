@@ -30,7 +30,9 @@ HEAD = ["classifier.weight", "classifier.bias"]
 
 def past(training: wire.Training = TRAINING, **largest: float) -> PastRound:
     """A round that moved the tensors of these names, dots written as two underscores."""
-    return PastRound((), {}, {name.replace("__", "."): most for name, most in largest.items()}, training)
+    return PastRound(
+        (), {}, largest={name.replace("__", "."): most for name, most in largest.items()}, training=training
+    )
 
 
 def ranges(*rounds: PastRound, training: wire.Training = TRAINING, max_abs: float = 8.0) -> tuple[float, ...]:

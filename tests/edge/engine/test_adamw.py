@@ -120,6 +120,34 @@ def test_change_is_what_training_added() -> None:
     np.testing.assert_allclose(parameters.change(), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [8, 1 << 16])
+def test_trained_components_move_as_if_they_were_all(
+    changes: dict[str, float], monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """As an adapter of these components alone would; the others stay bit-identical, and so does what was given."""
+    monkeypatch.setattr("edge_runtime.engine.adamw._CHUNK", chunk)
+    rng = np.random.default_rng(4)
+    start, steps = adapter(rng), random_steps(rng)
+    given = {name: array.copy() for name, array in start.items()}
+    part = {"m.lora_a": np.s_[[0, 2], :], "m.lora_b": np.s_[:, [1]], "head.weight": np.s_[:, :]}
+    blocks = tuple((name, start[name][where].shape) for name, where in part.items())
+    parameters = AdapterParameters(start, Layout(blocks, None, {"m.lora_a": (0, 2), "m.lora_b": (1,)}))
+    alone = AdapterParameters({name: start[name][where].copy() for name, where in part.items()}, Layout(blocks))
+    training = settings(**changes, mu=0.1)
+    optimizer, oracle = AdamW(parameters, training), AdamW(alone, training)
+    for gradients in steps:
+        norm = optimizer.step(gradients)
+        assert norm == oracle.step({name: gradients[name][where] for name, where in part.items()})
+    for name, where in part.items():
+        expected = given[name].copy()
+        expected[where] = alone.tensors[name]
+        np.testing.assert_array_equal(parameters.tensors[name], expected)
+        assert not np.array_equal(expected, given[name])
+        np.testing.assert_array_equal(start[name], given[name])
+        assert parameters.tensors[name].flags.c_contiguous
+    np.testing.assert_array_equal(parameters.change(), alone.change())
+
+
 def test_a_missing_gradient_is_an_error() -> None:
     """Every alive tensor must have a gradient; nothing is silently left untrained."""
     parameters = AdapterParameters(adapter(np.random.default_rng(3)), Layout(tuple(SHAPES.items())))

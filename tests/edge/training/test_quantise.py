@@ -143,3 +143,12 @@ def test_a_damaged_residual_is_named(tmp_path: Path, data: bytes, message: str) 
     (tmp_path / "residual.safetensors").write_bytes(data)
     with pytest.raises(TensorFileError, match=message):
         read_residual(tmp_path / "residual.safetensors")
+
+
+def test_what_is_left_of_components_that_are_not_trained_stays() -> None:
+    """Column 2 of three is trained: only it is paid back, and only it owes anew."""
+    layout = Layout((("m.lora_b", (4, 1)),), Quantisation(4, (0.7,)), {"m.lora_b": (2,)})
+    before = {"m.lora_b": np.array([[0.01, 0.02, 0.03]] * 4, np.float32)}
+    found = quantise(np.full(4, 0.12, np.float32), layout, before, rng=np.random.default_rng(0))
+    np.testing.assert_array_equal(found.residual["m.lora_b"][:, :2], before["m.lora_b"][:, :2])
+    np.testing.assert_allclose(found.values + found.residual["m.lora_b"][:, 2], 0.15, rtol=1e-6)

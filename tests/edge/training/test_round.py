@@ -121,6 +121,35 @@ def test_only_alive_factors_are_in_the_frame(bundle: Bundle, tmp_path: Path) -> 
     assert update.metrics.loss_end < update.metrics.loss_start  # type: ignore[operator]  # both are measured
 
 
+@pytest.mark.parametrize("alive", ["A", "B", "AB"])
+def test_only_trained_components_are_in_the_frame(bundle: Bundle, tmp_path: Path, alive: str) -> None:
+    """After one step they have moved as in a round that trains all, for the others stay in the forward pass."""
+    rng = np.random.default_rng(0)
+    adapter = {
+        name: rng.normal(scale=0.1, size=a.shape).astype(np.float32) for name, a in bundle.initial_adapter().items()
+    }
+    whole = make_plan(bundle, alive, steps=1)
+    listed = {module.name: (0, 2, 3)[number % 2 :] for number, module in enumerate(whole.modules)}
+    modules = tuple(msgspec.structs.replace(module, trained=listed[module.name]) for module in whole.modules)
+    found = []
+    for plan in (whole, msgspec.structs.replace(whole, modules=modules)):
+        job, signed = make_job(tmp_path, bundle, plan)
+        Path(job.adapter).write_bytes(encode_tensors(adapter))
+        frame, _ = run_round(job, lambda event: None)
+        layout = WorkingBundle(bundle).layout(signed.plan.modules, head_alive=True)
+        found.append(layout.split(decode_update(frame, signed_plan=signed, layout=layout).values))
+    everything, some = found
+    assert some.keys() == everything.keys()
+    for name, part in some.items():
+        wanted = everything[name]
+        if name.endswith(".lora_a"):
+            wanted = wanted[list(listed[name.removesuffix(".lora_a")])]
+        if name.endswith(".lora_b"):
+            wanted = wanted[:, list(listed[name.removesuffix(".lora_b")])]
+        np.testing.assert_array_equal(part, wanted)
+        assert part.any()
+
+
 def test_same_plan_and_data_give_the_same_update(bundle: Bundle, tmp_path: Path) -> None:
     """A device that trains a round again after a crash sends what it would have sent."""
     job, _ = make_job(tmp_path, bundle, make_plan(bundle, "A"))

@@ -13,6 +13,7 @@ import pytest
 from edge_runtime.wire import (
     Enrolled,
     Enrolment,
+    ModulePlan,
     Plan,
     Quantisation,
     TokenAnswer,
@@ -60,6 +61,11 @@ def test_plan_fields() -> None:
     said = [name for row in rows(section("## Plan")) for name in re.findall(r"`(\w+)`", row[0])]
     meant = [name for kind in (Plan, Training, UpdateRules, Quantisation) for name in kind.__struct_fields__]
     assert said == meant
+
+
+def test_module_fields() -> None:
+    row = next(row for row in rows(section("## Plan")) if row[0] == "`modules`")
+    assert [name for name in re.findall(r"`(\w+)`", row[2]) if name.islower()] == list(ModulePlan.__struct_fields__)
 
 
 @pytest.mark.parametrize("kind", [Enrolment, Enrolled, TokenRequest, TokenAnswer, UpdateReceipt])

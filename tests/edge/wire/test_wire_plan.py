@@ -12,6 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_runtime.wire import (
+    ModulePlan,
     Plan,
     PlanFormatError,
     PlanOrderError,
@@ -44,6 +45,7 @@ def changed(signed: SignedPlan, path: str, value: object) -> bytes:
 
 
 MODULE = {"name": "a", "rank": 1, "alive": "AB"}
+WIDE = {"name": "b", "rank": 4, "alive": "B"}
 CONTRADICTIONS = [
     ("task", "Sst2", "task must be a name"),
     ("task", "sst2\nx", "task must be a name"),
@@ -55,6 +57,15 @@ CONTRADICTIONS = [
     ("modules", [MODULE, MODULE], "a module stands twice"),
     ("modules", [{**MODULE, "rank": 0}], "ranks must be 1 to 1024"),
     ("modules", [{**MODULE, "rank": 1025}], "ranks must be 1 to 1024"),
+    ("modules", [{**MODULE, "trained": [0]}], "trained components"),  # all are never listed
+    ("modules", [{**WIDE, "trained": [0, 1, 2, 3]}], "trained components"),
+    ("modules", [{**WIDE, "trained": []}], "trained components"),  # none is a dead module
+    ("modules", [{**WIDE, "trained": [0], "alive": ""}], "trained components"),
+    ("modules", [{**WIDE, "trained": [-1, 2]}], "trained components"),
+    ("modules", [{**WIDE, "trained": [1, 4]}], "trained components"),
+    ("modules", [{**WIDE, "trained": [2, 1]}], "trained components"),
+    ("modules", [{**WIDE, "trained": [1, 1]}], "trained components"),
+    ("modules", [MODULE, {**WIDE, "trained": [10**40]}], "trained components"),
     ("training.steps", 5, "exactly one of steps and epochs"),
     ("training.epochs", None, "exactly one of steps and epochs"),
     ("training.epochs", 0, "must be positive"),
@@ -82,6 +93,9 @@ WRONG_FIELDS = [
     ("modules", [{**MODULE, "surprise": 1}]),
     ("modules", [{**MODULE, "alive": "BA"}]),
     ("modules", [{**MODULE, "rank": 1.5}]),
+    ("modules", [{**WIDE, "trained": None}]),
+    ("modules", [{**WIDE, "trained": 2}]),
+    ("modules", [{**WIDE, "trained": [1.5]}]),
     ("round", True),
     ("round", "7"),
     ("round", None),
@@ -101,6 +115,16 @@ def test_contradiction_is_named(open_text: Open, signed: SignedPlan, path: str, 
 def test_wrong_or_unknown_field_is_refused(open_text: Open, signed: SignedPlan, path: str, value: object) -> None:
     with pytest.raises(PlanFormatError, match="not a plan of schema 1"):
         open_text(changed(signed, path, value))
+
+
+def test_trained_components_are_listed_only_where_not_all_are(open_text: Open, signed: SignedPlan) -> None:
+    """A plan that trains whole factors has the bytes it had before there was such a list."""
+    modules = (ModulePlan("a", 1, "AB"), ModulePlan("b", 4, "B", (0, 3)))
+    text = b'[{"name":"a","rank":1,"alive":"AB"},{"name":"b","rank":4,"alive":"B","trained":[0,3]}]'
+    assert msgspec.json.encode(modules) == text
+    read = open_text(changed(signed, "modules", json.loads(text))).plan.modules
+    assert read == modules
+    assert [(module.trained_rank, module.trained_components) for module in read] == [(1, (0,)), (2, (0, 3))]
 
 
 def test_all_contradictions_are_named_at_once(open_text: Open, signed: SignedPlan) -> None:

@@ -122,6 +122,25 @@ def test_layout_follows_the_plan() -> None:
     np.testing.assert_array_equal(np.concatenate([part.ravel() for part in parts.values()]), np.arange(layout.count))
 
 
+def test_layout_has_trained_components_only() -> None:
+    """Rows of A, columns of B; ``where`` finds them in the whole tensor, and all of any other."""
+    modules = [ModulePlan("m", 4, "AB", (1, 3)), ModulePlan("n", 4, "B")]
+    layout = layout_of(modules, dict.fromkeys("mn", (5, 7)), {"head.weight": (2, 3)})
+    assert layout.blocks == (
+        ("m.lora_a", (2, 5)),
+        ("m.lora_b", (7, 2)),
+        ("n.lora_b", (7, 4)),
+        ("head.weight", (2, 3)),
+    )
+    whole = {"m.lora_a": (4, 5), "m.lora_b": (7, 4), "n.lora_b": (7, 4), "head.weight": (2, 3)}
+    tensors = {name: np.arange(np.prod(shape)).reshape(shape) for name, shape in whole.items()}
+    assert tensors["m.lora_a"][layout.where("m.lora_a")].tolist() == [list(range(5, 10)), list(range(15, 20))]
+    assert tensors["m.lora_b"][layout.where("m.lora_b")].tolist() == [[4 * i + 1, 4 * i + 3] for i in range(7)]
+    for name, shape in layout.blocks:
+        assert tensors[name][layout.where(name)].shape == shape
+    assert len({layout, layout_of(modules, dict.fromkeys("mn", (5, 7)), {"head.weight": (2, 3)})}) == 1
+
+
 def test_layout_of_an_unknown_module_is_refused() -> None:
     with pytest.raises(PlanFormatError, match=r"module 'n': the bundle has no such module"):
         layout_of([ModulePlan("n", 1, "")], {"m": (1, 1)}, {})
