@@ -301,6 +301,23 @@ async def test_policies_do_not_see_the_measuring_round(
     assert len({json.dumps(str(modules)) for modules in chosen["bundle"]}) > 2
 
 
+async def test_a_measurement_is_never_quantised(tmp_path: Path, session: aiohttp.ClientSession) -> None:
+    """Sums are sent as they are; the round that follows is sent in few bits, as the config says."""
+    site = Site.make(tmp_path, **MEASURED, upload="int8")
+    await site.start()
+    devices = [await site.device(session, name) for name in ("one", "two")]
+    signed = await devices[0].plan()
+    assert not signed.plan.quantisation
+    await measure(site, signed, devices)
+    signed = await devices[0].plan(after=0)
+    assert signed.plan.quantisation
+    names = [name for name, _ in plan_layout(site.bundle, signed.plan).blocks]
+    assert len(signed.plan.quantisation.ranges) == len(names) == 4 + 2
+    await site.close()
+    found = await asyncio.to_thread(CliRunner().invoke, cloud, ["replay", "--config", str(site.folder)])
+    assert (found.exit_code, found.stdout.count("as signed")) == (0, 2)
+
+
 async def test_counts_that_count_no_examples_are_refused(tmp_path: Path, session: aiohttp.ClientSession) -> None:
     """By name; nothing of them is summed, and the device may not repeat them as another update."""
     site = Site.make(tmp_path, **MEASURED)
