@@ -23,6 +23,7 @@ from cloud.commands import cloud
 from cloud.console import describe, headline
 from cloud.errors import ConfigError
 from cloud.measuring import measuring_layout, measuring_rules
+from cloud.planner import update_ranges
 from cloud.planning import check_fit, plan_layout
 from edge_runtime import wire
 from edge_runtime.bundle import Param, parse_tensors
@@ -262,12 +263,14 @@ async def test_measuring_closes_at_the_deadline(tmp_path: Path, session: aiohttp
     await site.close()
 
 
-@pytest.mark.parametrize("policy", ["anneal", "kill-revive", "annealed-kill-revive"])
+@pytest.mark.parametrize(
+    ("policy", "initiating"), [("anneal", 2), ("kill-revive", 2), ("kill-revive", 0), ("annealed-kill-revive", 2)]
+)
 async def test_policies_do_not_see_the_measuring_round(
-    tmp_path: Path, session: aiohttp.ClientSession, policy: str
+    tmp_path: Path, session: aiohttp.ClientSession, policy: str, initiating: int
 ) -> None:
     """With the same updates, a task that measures chooses what one that does not chooses; replay agrees with both."""
-    annealing = {"budget_end": 0.5, "initiating_rounds": 2, "final_rounds": 1, "temperature_start": 5.0}
+    annealing = {"budget_end": 0.5, "initiating_rounds": initiating, "final_rounds": 1, "temperature_start": 5.0}
     chosen = {}
     for head_init in ("bundle", "class-means"):
         folder = tmp_path / head_init
@@ -313,6 +316,8 @@ async def test_a_measurement_is_never_quantised(tmp_path: Path, session: aiohttp
     assert signed.plan.quantisation
     names = [name for name, _ in plan_layout(site.bundle, signed.plan).blocks]
     assert len(signed.plan.quantisation.ranges) == len(names) == 4 + 2
+    expected = update_ranges(names, signed.plan.training, (), max_abs=8.0)  # a head that was measured is no change
+    assert signed.plan.quantisation.ranges == expected
     await site.close()
     found = await asyncio.to_thread(CliRunner().invoke, cloud, ["replay", "--config", str(site.folder)])
     assert (found.exit_code, found.stdout.count("as signed")) == (0, 2)
