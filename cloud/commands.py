@@ -225,9 +225,8 @@ def replay(config_path: Path, as_json: bool) -> None:
         ranks = f"rank {found.lowest_rank}" + (
             f" to {found.highest_rank}" if found.highest_rank > found.lowest_rank else ""
         )
-        click.echo(
-            f"round {found.round}: {found.parameters:,} parameters alive, {ranks}: " + _verdict(found.differences)
-        )
+        alive = "measures class means" if found.state == "measure" else f"{found.parameters:,} parameters alive"
+        click.echo(f"round {found.round}: {alive}, {ranks}: " + _verdict(found.differences))
     if any(found.differences for found in rounds):
         sys.exit(1)
 

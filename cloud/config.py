@@ -35,6 +35,9 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     download: Download = "float32"  # exact; "int8" and "int4" round what devices train from, not what is learned
     rounds: int = 12  # six of each factor; MiniLM-sized tasks have settled by then
     rank: int | None = None  # None: the bundle's r_max
+    head_init: Literal["bundle", "class-means"] = "bundle"  # the other costs a round, and classifies from the start
+    head_init_devices: int | None = None  # updates that close the measuring round; None: devices_per_round
+    head: Literal["trained", "frozen"] = "trained"  # frozen: every round sends the factors alone
     devices_per_round: int = 4  # a round closes at once when so many updates are counted
     min_devices: int = 2  # a mean over one device would be that device's update
     round_deadline_s: float = 600.0  # slower devices are not waited for longer than this
@@ -176,6 +179,18 @@ def _task_problems(task: TaskConfig) -> list[str]:
         <= task.weight_cap * task.devices_per_round
         <= 2**27,
     }
+    return [message for message, broken in rules.items() if broken] + _head_problems(task)
+
+
+def _head_problems(task: TaskConfig) -> list[str]:
+    devices = task.head_init_devices
+    if devices is None:
+        return []
+    rules = {
+        f"task.head_init_devices ({devices}) must be from task.min_devices ({task.min_devices}) to 16,384, so that the "
+        "sum stays exact": not task.min_devices <= devices <= 2**14,
+        f"task.head_init_devices is for task.head_init class-means, not {task.head_init}": task.head_init == "bundle",
+    }
     return [message for message, broken in rules.items() if broken]
 
 
@@ -247,6 +262,9 @@ upload = "float32"             # how a change is sent; or "int8", "int4": about 
 download = "float32"           # devices fetch what has changed; "int8" and "int4" send it in fewer bits
 rounds = 12
 rank = {rank}                  # at most the bundle's r_max
+head_init = "bundle"           # or "class-means": one more round, first, makes a classifier's head from sums
+# head_init_devices = 4        # updates that close that round; left out: devices_per_round
+head = "trained"               # or "frozen": never trained and never sent, for a head that works from the start
 devices_per_round = 4          # a round closes at once when so many updates are counted …
 min_devices = 2                # … or at its deadline when at least so many are
 round_deadline_s = 600

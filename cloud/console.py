@@ -40,9 +40,10 @@ def describe(event: events.Event) -> str:
         )
     if isinstance(event, events.RoundApplied):
         s = event.status
+        what = "class means" if s.state == "measure" else f"loss {figure(s.loss_start)} → {figure(s.loss_end)}"
         return (
-            f"round {s.round + 1} of {event.rounds} applied: {s.devices} devices · loss {figure(s.loss_start)} → "
-            f"{figure(s.loss_end)} · metric at its start {figure(s.metric)} · {size(s.bytes_up)} up · {s.seconds:.1f} s"
+            f"round {s.round + 1} of {event.rounds} applied: {s.devices} devices · {what} · "
+            f"metric at its start {figure(s.metric)} · {size(s.bytes_up)} up · {s.seconds:.1f} s"
         )
     if isinstance(event, events.ServerStarted):
         return (
@@ -131,7 +132,7 @@ def _round_table(history: tuple[RoundStatus, ...], *, metric: str) -> Table:
     head = ("round", "devices", "weight", "loss", metric, "up", "time")
     table = Table(*head, title=f"Rounds ({metric} of the adapter a round started from)", title_justify="left")
     for r in history:
-        loss = f"{figure(r.loss_start)}→{figure(r.loss_end)}"
+        loss = "class means" if r.state == "measure" else f"{figure(r.loss_start)}→{figure(r.loss_end)}"
         cells = (r.devices, r.weight, loss, figure(r.metric), size(r.bytes_up), f"{r.seconds:.1f} s")
         table.add_row(str(r.round + 1), *(str(cell) for cell in cells))
     return table

@@ -105,7 +105,7 @@ class RoundMaker:
 
     def _moved(self, ended: RoundRecord, work: RoundWork | None) -> _Start:
         before = self._read(ended.master)
-        moved = before if work is None else next_adapter(before, work)
+        moved = before if work is None else next_adapter(self._bundle.manifest, before, work)
         return _Start(moved, before, self.published(ended))
 
     async def _make(self, state: TaskState, start: _Start, *, now: float) -> MadeRound:

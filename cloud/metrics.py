@@ -11,8 +11,10 @@ from edge_runtime.wire import LocalMetrics, RoundStatus
 METRIC_NAMES: dict[Task, str] = {"classify": "accuracy", "lm": "loss"}
 
 
-def summarise(updates: Sequence[UpdateRecord], *, task: Task, round_: int, seconds: float, adapter: str) -> RoundStatus:
-    """One round in figures.
+def summarise(
+    updates: Sequence[UpdateRecord], *, task: Task, round_: int, seconds: float, adapter: str, state: str = "train"
+) -> RoundStatus:
+    """One round, whose plan has this state, in figures.
 
     Losses are means over devices by weight. The metric is made over all evaluated examples together: accuracy, or the
     mean loss by evaluated example; None when no device evaluated.
@@ -32,6 +34,7 @@ def summarise(updates: Sequence[UpdateRecord], *, task: Task, round_: int, secon
         bytes_up=sum(update.bytes for update in updates),
         seconds=seconds,
         adapter=adapter,
+        state=state,
     )
 
 

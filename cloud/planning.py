@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -12,6 +13,15 @@ from msgspec import UNSET
 from cloud.aggregate import largest_changes, module_energies, module_movement, with_ranks
 from cloud.config import Config
 from cloud.errors import ConfigError
+from cloud.measuring import (
+    measures,
+    measuring_devices,
+    measuring_layout,
+    measuring_problems,
+    measuring_rounds,
+    measuring_rules,
+    training_round,
+)
 from cloud.planner import Choice, PastRound, Situation, choose
 from cloud.rounds import RoundRules, TaskState
 from cloud.store import RoundRecord
@@ -58,7 +68,7 @@ def past_rounds(records: Sequence[RoundRecord], key: Ed25519PublicKey, current: 
     """What a policy sees of the rounds before.
 
     Args:
-        records: Every applied round, in order.
+        records: Every applied round, in order; those that measured are left out.
         key: That signed their plans.
         current: What the plan is to be made from now; it knows what the last round moved.
     """
@@ -67,6 +77,7 @@ def past_rounds(records: Sequence[RoundRecord], key: Ed25519PublicKey, current: 
     return tuple(
         PastRound(plan.modules, made.moved, largest=made.largest, training=plan.training)
         for plan, made in zip(plans, after, strict=False)  # before the first round there is nothing to pair
+        if plan.state == "train"
     )
 
 
@@ -90,16 +101,27 @@ def check_fit(config: Config, bundle: Bundle) -> None:
         )
     if training.products == "int8" and not all(kind.fast for kind in manifest.kinds):
         raise ConfigError(f"training.products is int8, which a bundle of base {manifest.base} has not")
+    problems = measuring_problems(config, manifest)
+    if problems:
+        raise ConfigError(problems[0])
 
 
-def round_rules(config: Config) -> RoundRules:
-    """The state machine's part of the config."""
+def round_rules(config: Config, round_: int) -> RoundRules:
+    """The state machine's part of the config, for a round."""
     task = config.task
-    return RoundRules(task.rounds, task.devices_per_round, task.min_devices, task.round_deadline_s)
+    devices = measuring_devices(config) if measures(config, round_) else task.devices_per_round
+    return RoundRules(all_rounds(config), devices, task.min_devices, task.round_deadline_s)
 
 
-def update_rules(config: Config) -> wire.UpdateRules:
-    """Bounds that keep this task's sums exact."""
+def all_rounds(config: Config) -> int:
+    """Rounds that train, and those before them."""
+    return measuring_rounds(config) + config.task.rounds
+
+
+def update_rules(config: Config, round_: int) -> wire.UpdateRules:
+    """Bounds that keep the sums of a round exact."""
+    if measures(config, round_):
+        return measuring_rules(config)
     return wire.UpdateRules(weight_cap=config.task.weight_cap, max_devices=config.task.devices_per_round)
 
 
@@ -120,18 +142,19 @@ def planned_adapter(
 def choose_modules(
     config: Config, bundle: Bundle, state: TaskState, evidence: Evidence, past: tuple[PastRound, ...]
 ) -> Choice:
-    """What the configured policy wants trained in the state's round, given the adapter; nothing at the end."""
+    """What the configured policy wants trained, given the adapter; nothing at the end and while measuring."""
     ranks = evidence.ranks
-    if state.phase == "finished":
+    if state.phase == "finished" or measures(config, state.round):
         names = bundle.manifest.module_names
         return Choice(tuple(wire.ModulePlan(name=name, rank=ranks[name], alive="") for name in names), head_alive=False)
     situation = Situation(
         manifest=bundle.manifest,
         ranks=ranks,
         aggregation=config.task.aggregation,
-        round=state.round,
+        round=training_round(config, state.round),
         rounds=config.task.rounds,
         seed=config.task.seed,
+        head_frozen=config.task.head == "frozen",
         annealing=config.annealing,
         full_rank=config.task.rank,
         energies=evidence.energies,
@@ -145,19 +168,20 @@ def make_plan(
 ) -> wire.Plan:
     """The plan of a state; ``round_key`` is the public key in hex, empty when the task is finished."""
     task = config.task
+    working: Literal["measure", "train"] = "measure" if measures(config, state.round) else "train"
     return wire.Plan(
         schema=SCHEMA,
         task=task.name,
         round=state.round,
-        rounds=task.rounds,
-        state="finished" if state.phase == "finished" else "train",
+        rounds=all_rounds(config),
+        state="finished" if state.phase == "finished" else working,
         bundle=bundle.digest,
         adapter=adapter.digest,
         adapter_bytes=adapter.bytes,
         modules=choice.modules,
         head_alive=choice.head_alive,
         training=training_of(config, bundle, state.round, choice),
-        update=update_rules(config),
+        update=update_rules(config, state.round),
         seed=task.seed,
         deadline=state.deadline,
         round_key=round_key,
@@ -168,7 +192,7 @@ def make_plan(
 def training_of(config: Config, bundle: Bundle, round_: int, choice: Choice) -> wire.Training:
     """How devices train in a round."""
     training = config.training
-    share = wire.rate_share(training.lr_schedule, round_ / max(config.task.rounds - 1, 1))
+    share = wire.rate_share(training.lr_schedule, training_round(config, round_) / max(config.task.rounds - 1, 1))
     return wire.Training(
         batch_size=training.batch_size,
         max_tokens=training.max_tokens or bundle.manifest.text.max_tokens,
@@ -187,5 +211,7 @@ def training_of(config: Config, bundle: Bundle, round_: int, choice: Choice) -> 
 def plan_layout(bundle: Bundle, plan: wire.Plan) -> wire.Layout:
     """The layout of updates to a plan."""
     manifest = bundle.manifest
+    if plan.state == "measure":
+        return measuring_layout(manifest)
     head = manifest.head_shapes if plan.head_alive else {}
     return wire.layout_of(plan.modules, manifest.features, head, plan.quantisation or None)

@@ -19,6 +19,8 @@ _BITS: dict[str, Literal[8, 4]] = {"int8": 8, "int4": 4}
 def with_quantisation(config: Config, bundle: Bundle, plan: wire.Plan, past: Sequence[PastRound]) -> wire.Plan:
     """The plan with the ranges of its updates, made anew; without any where they are sent as float32.
 
+    A plan that measures is answered with float32: its sums are no changes, and decide the head for good.
+
     Args:
         config: Says how updates are sent.
         bundle: The task's.
@@ -26,7 +28,7 @@ def with_quantisation(config: Config, bundle: Bundle, plan: wire.Plan, past: Seq
         past: Every round applied before it.
     """
     plain = msgspec.structs.replace(plan, quantisation=msgspec.UNSET)
-    if plan.state == "finished" or config.task.upload == "float32":
+    if plan.state != "train" or config.task.upload == "float32":
         return plain
     names = [name for name, _ in plan_layout(bundle, plain).blocks]
     ranges = update_ranges(names, plan.training, past, max_abs=plan.update.max_abs)

@@ -32,6 +32,7 @@ class ReplayedRound(msgspec.Struct, frozen=True):
         parameters: Alive ones of the signed plan's modules, without the head.
         lowest_rank: Of the signed plan.
         highest_rank: The same.
+        state: Of the signed plan: ``measure`` or ``train``.
         differences: What the replayed plan has otherwise, in words; empty when they agree.
     """
 
@@ -39,6 +40,7 @@ class ReplayedRound(msgspec.Struct, frozen=True):
     parameters: int
     lowest_rank: int
     highest_rank: int
+    state: str
     differences: tuple[str, ...]
 
 
@@ -76,7 +78,7 @@ def _replayed(
         plan = wire.open_plan(record.plan, key).plan
         if plan.state == "finished":
             continue
-        state = TaskState(planning.round_rules(config), plan.round, "open", plan.deadline)
+        state = TaskState(planning.round_rules(config, plan.round), plan.round, "open", plan.deadline)
         evidence = planning.read_evidence(record)
         past = planning.past_rounds(records[:number], key, evidence)
         choice = planning.choose_modules(config, bundle, state, evidence, past)
@@ -89,6 +91,7 @@ def _replayed(
             parameters=sum(rank * (("A" in alive) * size[0] + ("B" in alive) * size[1]) for alive, rank, size in sides),
             lowest_rank=min(module.rank for module in plan.modules),
             highest_rank=max(module.rank for module in plan.modules),
+            state=plan.state,
             differences=(*_differences(plan, choice, training.mu), *_range_differences(bundle, plan, again)),
         )
 

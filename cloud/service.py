@@ -42,6 +42,7 @@ from edge_runtime.bundle import MANIFEST_NAME, Array, Bundle
 from edge_runtime.wire.patch import OWN
 
 _TICK_S = 0.5
+_DOING = {"measure": "measuring", "train": "training", "finished": "finished"}  # what a plan's state means for a task
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Aggregator:
             await self._database.close()
 
     async def _begin(self) -> None:
-        state = first_state(planning.round_rules(self.config), now=self._clock())
+        state = first_state(planning.round_rules(self.config, 0), now=self._clock())
         new = await self._maker.first(state, now=self._clock())
         await self._database.call(self._database.open_round, new.record)
         self._enter(state, new.record)
@@ -132,7 +133,7 @@ class Aggregator:
         updates = await self._database.call(self._database.updates_of, record.round)
         finished = record.state == "finished"
         counted = {} if finished else {update.receipt.device: update.receipt for update in updates}
-        rules = planning.round_rules(self.config)
+        rules = planning.round_rules(self.config, record.round)
         state = TaskState(rules, record.round, "finished" if finished else "open", record.deadline, counted)
         self._enter(state, record)
         # The config may have changed; the open round has room for as many devices as its plan said.
@@ -314,7 +315,7 @@ class Aggregator:
         state = self._state
         return wire.TaskStatus(
             task=self.config.task.name,
-            state="finished" if self.finished else "training",
+            state=_DOING[self._signed.plan.state],
             round=state.round,
             rounds=state.rules.rounds,
             metric=METRIC_NAMES[self._bundle.manifest.task],
@@ -372,9 +373,10 @@ class Aggregator:
             round_=self._state.round,
             seconds=now - work.opened,
             adapter="",  # known once the next plan has settled its ranks
+            state=work.signed.plan.state,
         )
         state = advance(self._state, RoundApplied(now))
-        state = replace(state, rules=planning.round_rules(self.config))
+        state = replace(state, rules=planning.round_rules(self.config, state.round))
         await self._end(state, work, summary=summary)
 
     async def _end(self, state: TaskState, work: RoundWork | None, *, summary: wire.RoundStatus | None) -> None:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from cloud.aggregate import UpdateSum, apply_mean
+from cloud.measuring import with_class_means
 from cloud.planning import plan_layout
 from edge_runtime import wire
-from edge_runtime.bundle import Array, Bundle, adapter_ranks, adapter_shapes, check_tensors, parse_tensors
+from edge_runtime.bundle import Array, Bundle, Manifest, adapter_ranks, adapter_shapes, check_tensors, parse_tensors
 from edge_runtime.wire.envelope import OVERHEAD_BYTES
 
 
@@ -46,7 +47,10 @@ def open_update(work: RoundWork, device: str, sealed: bytes) -> wire.Update:
     """
     context = wire.EnvelopeContext.of(work.signed, device)
     frame = wire.unseal(sealed, round_key=work.key, context=context)
-    return wire.decode_update(frame, signed_plan=work.signed, layout=work.layout)
+    update = wire.decode_update(frame, signed_plan=work.signed, layout=work.layout)
+    if work.signed.plan.state == "measure":
+        wire.check_measurement(update, work.layout)
+    return update
 
 
 def read_adapter(bundle: Bundle, data: bytes) -> dict[str, Array]:
@@ -60,6 +64,8 @@ def read_adapter(bundle: Bundle, data: bytes) -> dict[str, Array]:
     return tensors
 
 
-def next_adapter(master: dict[str, Array], work: RoundWork) -> dict[str, Array]:
-    """The round's master adapter moved by the round's mean."""
+def next_adapter(manifest: Manifest, master: dict[str, Array], work: RoundWork) -> dict[str, Array]:
+    """The round's master adapter moved by the round's mean, or with the head that was measured."""
+    if work.signed.plan.state == "measure":
+        return with_class_means(manifest, master, work.layout, work.total.sums())
     return apply_mean(master, work.layout, work.total.mean())

@@ -136,6 +136,7 @@ def _config(setup: Setup, folder: Path) -> Config:
         "rounds": setup.rounds,
         "devices_per_round": setup.cohort,
         "min_devices": setup.cohort,
+        "head_init_devices": setup.devices,
         "round_deadline_s": 86_400.0,
         "weight_cap": 65_536,
     }
@@ -162,7 +163,7 @@ class _Head:
 async def _measure_head(site: Site) -> _Head:
     """Let every device send its class means, if the task wants them."""
     signed = await _plan(site)
-    if str(signed.plan.state) != "measure":
+    if signed.plan.state != "measure":
         return _Head(0)
     results = [await site.fleet.take_part(name) for name in site.fleet.names]
     await site.aggregator.tick()

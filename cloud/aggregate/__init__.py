@@ -1,7 +1,17 @@
 """Summing updates exactly, one at a time, applying their mean to an adapter, and changing its ranks."""
 
 from cloud.aggregate.apply import apply_mean, largest_changes
+from cloud.aggregate.class_means import linear_discriminant
 from cloud.aggregate.factors import module_energies, module_movement, refactor, with_ranks
 from cloud.aggregate.fixed_point import UpdateSum
 
-__all__ = ["UpdateSum", "apply_mean", "largest_changes", "module_energies", "module_movement", "refactor", "with_ranks"]
+__all__ = [
+    "UpdateSum",
+    "apply_mean",
+    "largest_changes",
+    "linear_discriminant",
+    "module_energies",
+    "module_movement",
+    "refactor",
+    "with_ranks",
+]

@@ -68,6 +68,10 @@ class UpdateSum:
         self._total += other._total
         self.weight += other.weight
 
+    def sums(self) -> npt.NDArray[np.float64]:
+        """The weighted sum, shape (count,), float64."""
+        return self._total / self._scale
+
     def mean(self) -> npt.NDArray[np.float64]:
         """The weighted mean, shape (count,), float64; zeros for an empty sum."""
         return self._total / (self._scale * max(self.weight, 1))

@@ -24,6 +24,7 @@ class Situation:
     rounds: int
     seed: int
     annealing: Annealing = field(default_factory=Annealing)
+    head_frozen: bool = False  # whatever the policy
     full_rank: int | None = None  # of the task; None: the bundle's r_max
     energies: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # singular values of s·B·A, by module
     past: tuple[PastRound, ...] = ()  # every applied round
@@ -52,8 +53,8 @@ class Situation:
 
     @property
     def trains_head(self) -> bool:
-        """Whether the bundle has a head to train."""
-        return self.manifest.head.module is not None
+        """Whether the bundle has a head to train, and the task trains it."""
+        return self.manifest.head.module is not None and not self.head_frozen
 
     @property
     def initiating_mu(self) -> float | None:

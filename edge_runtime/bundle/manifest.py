@@ -156,6 +156,13 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     params: tuple[Param, ...] = ()
     vocabulary: Vocabulary | None = None  # task lm
 
+    @property
+    def linear(self) -> tuple[int, int] | None:
+        """(classes, features) where what is trained is one linear layer with a bias, else None."""
+        shapes = {param.name: param.shape for param in self.params}
+        weight, bias = shapes.get("weight", ()), shapes.get("bias", ())
+        return (weight[0], weight[1]) if len(shapes) == len(weight) == 2 and bias == weight[:1] else None
+
 
 class Module(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One LoRA target module of one block."""

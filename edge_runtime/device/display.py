@@ -39,7 +39,7 @@ class TerminalDisplay:
     def __init__(self, terminal: Terminal | None = None) -> None:
         self._terminal = terminal or Terminal(sys.stdout)
         self._rounds = 0
-        self._ending = False
+        self._state = ""  # of the plan
         self._noticed: set[str] = set()
         self._trained: events.TrainedRound | None = None
         self._evaluated = ""
@@ -50,11 +50,14 @@ class TerminalDisplay:
             text = f"{self._name(event.round)} · loss {event.loss:.3f}"
             self._terminal.progress(event.step, event.steps, text)
             return
+        if isinstance(event, events.MeasuredPart):
+            self._terminal.progress(event.examples, event.of, f"{self._name(event.round)} · measuring class means")
+            return
         if not isinstance(event, (events.Noticed, events.EvaluatedRound)):
             self._terminal.close()
         if isinstance(event, events.Planned):
             self._rounds = event.rounds
-            self._ending = event.state == "finished"
+            self._state = event.state
         elif isinstance(event, events.EvaluatedRound):
             share = event.correct / event.examples if event.examples else 0.0
             self._evaluated = f"held-out loss {event.loss:.3f}" + (f", accuracy {share:.3f}" if event.correct else "")
@@ -71,8 +74,10 @@ class TerminalDisplay:
     def _line(self, event: events.DeviceEvent) -> str:
         if isinstance(event, events.Started):
             return f"{event.device} takes part in task {event.task} at {event.server}"
+        if isinstance(event, events.Planned):
+            return f"{self._name(event.round)}: measuring class means" if event.state == "measure" else ""
         if isinstance(event, events.Fetched):
-            what = "the last adapter" if self._ending else self._name(event.round)
+            what = "the last adapter" if self._state == "finished" else self._name(event.round)
             return f"{what}: {size(event.bytes)} fetched" if event.bytes else ""
         if isinstance(event, events.Noticed):
             new = event.text not in self._noticed  # the same data says the same in every round
@@ -97,7 +102,8 @@ class TerminalDisplay:
             if trained.loss_start is not None and trained.loss_end is not None:
                 parts.append(f"loss {trained.loss_start:.3f} → {trained.loss_end:.3f}")
             if trained.seconds is not None:
-                parts.append(f"{trained.steps} steps in {duration(trained.seconds)}")
+                done = "class means measured" if self._state == "measure" else f"{trained.steps} steps"
+                parts.append(f"{done} in {duration(trained.seconds)}")
         if self._evaluated:
             parts.append(self._evaluated)
         self._evaluated = ""

@@ -23,7 +23,7 @@ class Planned(DeviceEvent, frozen=True, tag="plan"):
 
     round: int
     rounds: int  # planned number of rounds
-    state: str  # "train" or "finished"
+    state: str  # "measure", "train" or "finished"
     digest: str
     factors_alive: int
     factors: int  # two for every module
@@ -62,8 +62,16 @@ class StepDone(DeviceEvent, frozen=True, tag="step"):
     loss: float  # mean nats of this batch
 
 
+class MeasuredPart(DeviceEvent, frozen=True, tag="measured"):
+    """So many of this device's examples are measured, in a round that measures class means."""
+
+    round: int
+    examples: int
+    of: int
+
+
 class TrainedRound(DeviceEvent, frozen=True, tag="trained"):
-    """Local training ended."""
+    """Local training ended, or measuring, which has no steps and no losses."""
 
     round: int
     weight: int

@@ -29,7 +29,17 @@ from edge_runtime.device.state import Action, Discard, Floors, Poll, Publish, St
 from edge_runtime.device.state import done_with as done
 from edge_runtime.device.trainer import Trainer
 from edge_runtime.device.transport import Transport
-from edge_runtime.training.job import FRAME_NAME, RESIDUAL_NAME, Done, Evaluated, Event, Notice, Stepped, TrainingJob
+from edge_runtime.training.job import (
+    FRAME_NAME,
+    RESIDUAL_NAME,
+    Done,
+    Evaluated,
+    Event,
+    MeasuredPart,
+    Notice,
+    Stepped,
+    TrainingJob,
+)
 from edge_runtime.wire import (
     EnvelopeContext,
     NotFoundError,
@@ -295,6 +305,8 @@ class Device:
             self._tools.report(events.Noticed(event.text))
         elif isinstance(event, Evaluated):
             self._tools.report(events.EvaluatedRound(round_, event.examples, event.correct, event.loss))
+        elif isinstance(event, MeasuredPart):
+            self._tools.report(events.MeasuredPart(round_, event.examples, event.of))
         elif isinstance(event, Stepped):
             self._tools.report(events.StepDone(round_, event.step, event.steps, event.loss))
 

@@ -9,6 +9,7 @@ import onnxruntime as ort
 
 from edge_runtime.bundle import Array, Head
 from edge_runtime.engine.block import OrtValues, Session
+from edge_runtime.engine.errors import EngineInputError
 from edge_runtime.engine.graph import JointGraph
 from edge_runtime.engine.interface import Score, TokenBatch
 
@@ -37,17 +38,32 @@ class ClassHead:
 
     def logits(self, rows: Array) -> Array:
         """Logits of every row, shape (n, classes)."""
-        parts = [
-            self._run(("logits",), rows[part], np.zeros(part.stop - part.start, dtype=np.int64), 1.0)["logits"].numpy()
-            for part in self._parts(len(rows))
-        ]
-        return np.concatenate(parts)
+        return self._logits(rows, self._params)
+
+    def features(self, rows: Array) -> Array:
+        """What enters the trained linear layer for every row, shape (n, features), bit for bit.
+
+        ``logits`` are ``features · weightᵀ + bias``, so with unit rows as weight and no bias they are the features
+        themselves, as many at once as there are classes. This asks nothing of the graph but its contract.
+
+        Raises:
+            EngineInputError: the head is not one linear layer with a bias.
+        """
+        if self._head.linear is None:
+            raise EngineInputError("head: not one linear layer with a bias, so nothing is known of what enters it")
+        classes, features = self._head.linear
+        no_bias = ort.OrtValue.ortvalue_from_numpy(np.zeros(classes, np.float32))
+        parts = []
+        for start in range(0, features, classes):
+            units = np.eye(classes, features, start, dtype=np.float32)  # those beyond the last feature are zero
+            parts.append(self._logits(rows, {"p:weight": ort.OrtValue.ortvalue_from_numpy(units), "p:bias": no_bias}))
+        return np.concatenate(parts, axis=1)[:, :features]
 
     def score(self, rows: Array, labels: Array) -> Score:
         """Loss and correct predictions of the rows."""
         total = Score()
         for part in self._parts(len(rows)):
-            total += _score(self._run(("loss_sum", "correct"), rows[part], labels[part], 1.0), part)
+            total += _score(self._run(("loss_sum", "correct"), rows[part], labels[part], 1.0, self._params), part)
         return total
 
     def gradients(
@@ -59,7 +75,7 @@ class ClassHead:
         total, d_rows = Score(), np.zeros_like(rows)
         sums: dict[str, Array] = {}
         for part in self._parts(len(rows)):
-            made = self._run(outputs, rows[part], labels[part], 1.0 / len(rows))
+            made = self._run(outputs, rows[part], labels[part], 1.0 / len(rows), self._params)
             total += _score(made, part)
             if rows_wanted:
                 d_rows[part] = made["d_rows"].numpy()
@@ -73,7 +89,16 @@ class ClassHead:
         for start in range(0, count, self._chunk):
             yield slice(start, min(start + self._chunk, count))
 
-    def _run(self, outputs: tuple[str, ...], rows: Array, labels: Array, grad_scale: float) -> OrtValues:
+    def _logits(self, rows: Array, params: OrtValues) -> Array:
+        parts = []
+        for part in self._parts(len(rows)):
+            labels = np.zeros(part.stop - part.start, dtype=np.int64)
+            parts.append(self._run(("logits",), rows[part], labels, 1.0, params)["logits"].numpy())
+        return np.concatenate(parts)
+
+    def _run(
+        self, outputs: tuple[str, ...], rows: Array, labels: Array, grad_scale: float, params: OrtValues
+    ) -> OrtValues:
         if outputs not in self._sessions:
             self._sessions[outputs] = Session(self._graph, outputs)
         feeds = {
@@ -81,7 +106,7 @@ class ClassHead:
             "labels": ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(labels)),
             "grad_scale": ort.OrtValue.ortvalue_from_numpy(np.asarray(grad_scale, dtype=np.float32)),
         }
-        return self._sessions[outputs].run(feeds, self._params, self._weights)
+        return self._sessions[outputs].run(feeds, params, self._weights)
 
 
 def select_rows(hidden: Array, batch: TokenBatch) -> Array:

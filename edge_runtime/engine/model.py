@@ -184,6 +184,17 @@ class BlockEngine:
         hidden, _, _ = self._forward(batch, taped=False)
         return self._head.logits(select_rows(hidden.numpy(), batch))
 
+    def features(self, batch: TokenBatch) -> Array:
+        """What enters a classifier's trained layer for the batch's rows, shape (n, features); products are exact.
+
+        Raises:
+            EngineInputError: no adapter is in use, or the head is no classifier's linear layer.
+        """
+        if not isinstance(self._head, ClassHead):
+            raise EngineInputError("head: a language model has no classifier whose input could be asked for")
+        hidden, _, _ = self._forward(batch, taped=False)
+        return self._head.features(select_rows(hidden.numpy(), batch))
+
     def _forward(self, batch: TokenBatch, *, taped: bool) -> tuple[ort.OrtValue, OrtValues, Tape]:
         """Returns the last hidden state, the shared tensors, and the tape."""
         if self._parameters is None:

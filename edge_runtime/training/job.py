@@ -60,6 +60,13 @@ class Stepped(msgspec.Struct, frozen=True, tag="stepped"):
     loss: float  # mean nats of this batch
 
 
+class MeasuredPart(msgspec.Struct, frozen=True, tag="measured"):
+    """So many of the device's examples are measured, in a round that measures class means."""
+
+    examples: int
+    of: int
+
+
 class Done(msgspec.Struct, frozen=True, tag="done"):
     """The frame is written."""
 
@@ -74,7 +81,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     input: bool
 
 
-Event = Notice | Evaluated | Stepped | Done | Failed
+Event = Notice | Evaluated | Stepped | MeasuredPart | Done | Failed
 
 
 def decode_event(line: bytes) -> Event:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,13 @@ from edge_runtime.data import Dataset
 from edge_runtime.engine.interface import Score
 from edge_runtime.engine.parameters import AdapterParameters
 from edge_runtime.engine.remembered import RememberedHidden, memory_limit
-from edge_runtime.training.job import RESIDUAL_NAME, Done, Evaluated, Event, Notice, Stepped, TrainingJob
+from edge_runtime.training.class_means import measure
+from edge_runtime.training.job import RESIDUAL_NAME, Done, Evaluated, Event, MeasuredPart, Notice, Stepped, TrainingJob
 from edge_runtime.training.local import Course, Trained, evaluate, train
 from edge_runtime.training.memory import MemorySampler
 from edge_runtime.training.quantise import Flat, fitting_residual, quantise, read_residual
 from edge_runtime.training.session import WorkingBundle
-from edge_runtime.wire import LocalMetrics, Plan, Update, check_values, encode_update, open_plan
+from edge_runtime.wire import Layout, LocalMetrics, Plan, Update, check_values, encode_update, open_plan
 
 OpenWork = Callable[[Bundle, Plan, TrainingJob], WorkingBundle]
 
@@ -48,7 +50,7 @@ def working_bundle(bundle: Bundle, plan: Plan, job: TrainingJob) -> WorkingBundl
 def run_round(
     job: TrainingJob, emit: Callable[[Event], None], open_work: OpenWork = working_bundle
 ) -> tuple[bytes, Done]:
-    """Evaluate the plan's adapter, train the alive parameters, and make the frame.
+    """Evaluate the plan's adapter, train the alive parameters or measure class means, and make the frame.
 
     Where the plan quantises, what the frame leaves out is written into the job's folder.
 
@@ -74,20 +76,55 @@ def run_round(
         check_tensors(adapter, adapter_shapes(bundle.manifest, plan.ranks), what="adapter")
         dataset = _load(work, job.data, plan, job, emit)
         score = _evaluate(work, adapter, plan, job, emit)
-        parameters = AdapterParameters(adapter, work.plan_layout(plan))
-        course = _course(work, dataset, plan, job)
-        trained = train(
-            work.engine, parameters, course, on_step=lambda step, steps, loss: emit(Stepped(step, steps, loss))
-        )
-        if course.remembered is not None and course.remembered.trouble:
-            emit(Notice(course.remembered.trouble))
-    metrics = _metrics(trained, score, memory, time.perf_counter() - began)
-    change = parameters.change()
-    check_values(change, dataset.weight, plan.update)
+        make = _measure if plan.state == "measure" else _train
+        made = make(work, adapter, dataset, _Errand(plan, job, emit))
+    metrics = _metrics(made.trained, score, memory, time.perf_counter() - began)
+    values = made.values
+    check_values(values, dataset.weight, plan.update)
     if plan.quantisation:
-        change = _round_off(change, work, plan, job, emit)
-    update = Update(change, dataset.weight, metrics)
-    return encode_update(update, signed_plan=signed, layout=parameters.layout), Done(update.weight, metrics)
+        values = _round_off(values, work, plan, job, emit)
+    update = Update(values, dataset.weight, metrics)
+    return encode_update(update, signed_plan=signed, layout=made.layout), Done(update.weight, metrics)
+
+
+@dataclass(frozen=True)
+class _Errand:
+    """What is asked, how, and who is told."""
+
+    plan: Plan
+    job: TrainingJob
+    emit: Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class _Made:
+    """An update's values, shape (layout.count,), and how they came about; None where nothing was trained."""
+
+    layout: Layout
+    values: Flat
+    trained: Trained | None = None
+
+
+def _train(work: WorkingBundle, adapter: dict[str, Array], dataset: Dataset, errand: _Errand) -> _Made:
+    plan, emit = errand.plan, errand.emit
+    parameters = AdapterParameters(adapter, work.plan_layout(plan))
+    course = _course(work, dataset, plan, errand.job)
+    trained = train(work.engine, parameters, course, on_step=lambda step, steps, loss: emit(Stepped(step, steps, loss)))
+    if course.remembered is not None and course.remembered.trouble:
+        emit(Notice(course.remembered.trouble))
+    return _Made(parameters.layout, parameters.change(), trained)
+
+
+def _measure(work: WorkingBundle, adapter: dict[str, Array], dataset: Dataset, errand: _Errand) -> _Made:
+    work.engine.use(work.none_alive(adapter))
+    measured = measure(
+        work.engine,
+        dataset,
+        work.bundle.manifest.head,
+        micro_tokens=work.micro_tokens(errand.job.micro_tokens),
+        on_part=lambda examples, of: errand.emit(MeasuredPart(examples, of)),
+    )
+    return _Made(measured.layout, measured.values)
 
 
 def _round_off(change: Flat, work: WorkingBundle, plan: Plan, job: TrainingJob, emit: Callable[[Event], None]) -> Flat:
@@ -144,13 +181,13 @@ def _evaluate(
     return score
 
 
-def _metrics(trained: Trained, score: Score, memory: MemorySampler, seconds: float) -> LocalMetrics:
+def _metrics(trained: Trained | None, score: Score, memory: MemorySampler, seconds: float) -> LocalMetrics:
     return LocalMetrics(
-        steps=trained.steps,
+        steps=trained.steps if trained else 0,
         eval_examples=score.rows,
         eval_correct=score.correct,
-        loss_start=trained.loss_start,
-        loss_end=trained.loss_end,
+        loss_start=trained.loss_start if trained else None,
+        loss_end=trained.loss_end if trained else None,
         eval_loss=score.loss if score.rows else None,
         seconds=seconds,
         peak_private_mb=memory.peak.private_mb,

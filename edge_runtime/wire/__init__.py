@@ -32,6 +32,15 @@ from edge_runtime.wire.errors import (
     UpdateValueError,
     WireError,
 )
+from edge_runtime.wire.measurement import (
+    CLASS_COUNTS,
+    CLASS_SUMS,
+    SECOND_MOMENTS,
+    check_measurement,
+    measurement_layout,
+    pack_triangle,
+    unpack_triangle,
+)
 from edge_runtime.wire.messages import (
     DeviceStatus,
     Enrolled,
@@ -66,6 +75,9 @@ from edge_runtime.wire.schedule import Schedule, rate_share
 from edge_runtime.wire.update import Layout, LocalMetrics, Update, check_values, decode_update, encode_update, layout_of
 
 __all__ = [
+    "CLASS_COUNTS",
+    "CLASS_SUMS",
+    "SECOND_MOMENTS",
     "DeviceStatus",
     "Enrolled",
     "Enrolment",
@@ -122,6 +134,7 @@ __all__ = [
     "WireError",
     "adapter_layout",
     "authorization",
+    "check_measurement",
     "check_name",
     "check_order",
     "check_values",
@@ -135,13 +148,16 @@ __all__ = [
     "encode_update",
     "fewest_bits",
     "layout_of",
+    "measurement_layout",
     "open_plan",
+    "pack_triangle",
     "parse_authorization",
     "plan_problems",
     "problem_for",
     "rate_share",
     "seal",
     "sign_plan",
+    "unpack_triangle",
     "unseal",
     "verify_request",
 ]

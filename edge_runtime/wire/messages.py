@@ -93,13 +93,14 @@ class RoundStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bytes_up: int
     seconds: float
     adapter: str  # digest of the adapter it produced
+    state: str = "train"  # of its plan; one that was measured has no losses, and a device weighs 1 in it
 
 
 class TaskStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """GET /v1/operator/status."""
 
     task: str
-    state: str  # "training" or "finished"
+    state: str  # "measuring", "training" or "finished"
     round: int
     rounds: int
     metric: str  # "accuracy" or "loss"

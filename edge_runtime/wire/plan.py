@@ -97,13 +97,17 @@ class UpdateRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """See the module's text. ``state`` "finished" names the last adapter; nothing is trained then."""
+    """See the module's text.
+
+    ``state`` "measure" asks for sums over the device's examples (:mod:`.measurement`) and trains nothing; "finished"
+    names the last adapter, and nothing is trained then either.
+    """
 
     schema: int
     task: str
     round: int
     rounds: int  # planned number of rounds
-    state: Literal["train", "finished"]
+    state: Literal["measure", "train", "finished"]
     bundle: str  # SHA-256 of the bundle's manifest, hex
     adapter: str  # SHA-256 of the adapter file every device starts from, hex
     adapter_bytes: int
@@ -216,7 +220,12 @@ def plan_problems(plan: Plan) -> list[str]:
         "betas must be at least 0 and below 1": any(not 0 <= beta < 1 for beta in (training.beta1, training.beta2)),
         "clip_norm must be positive": training.clip_norm is not None and not training.clip_norm > 0,
         "update bounds do not fit 63 bits": not _sum_fits(rules),
-        "a training plan needs a round key of 64 hex digits": plan.state == "train" and not _is_digest(plan.round_key),
+        "a plan that is answered needs a round key of 64 hex digits": (
+            plan.state != "finished" and not _is_digest(plan.round_key)
+        ),
+        "a measuring plan trains nothing, quantises nothing and weighs every device 1": (
+            plan.state == "measure" and (_trains(plan) or bool(plan.quantisation) or rules.weight_cap != 1)
+        ),
         "ranges must be more than 0 and at most max_abs": any(
             not 0 < range_ <= rules.max_abs for range_ in (plan.quantisation.ranges if plan.quantisation else ())
         ),
@@ -235,6 +244,11 @@ def _trains_some_or_all(module: ModulePlan) -> bool:
         and 0 < len(listed) < module.rank
         and all(low < high for low, high in pairwise((-1, *listed, module.rank)))
     )
+
+
+def _trains(plan: Plan) -> bool:
+    """Whether anything is alive."""
+    return plan.head_alive or any(module.alive for module in plan.modules)
 
 
 def _is_digest(value: str) -> bool:

@@ -171,6 +171,34 @@ def test_a_task_survives_kills_on_both_sides(site: Site, bert_folder: Path) -> N
     assert open_bundle(site.folder / "one" / "bundles" / status_bundle(site)).manifest.labels == LABELS
 
 
+@pytest.mark.slow
+def test_a_task_that_begins_with_class_means(site: Site) -> None:
+    """Two devices measure, the head classifies before anything is trained and stays frozen; all of them tell so."""
+    text = site.config.read_text()
+    text = text.replace('head_init = "bundle"', 'head_init = "class-means"').replace(
+        'head = "trained"', 'head = "frozen"'
+    )
+    site.config.write_text(text.replace(f"rounds = {ROUNDS}", "rounds = 1"))
+    with ExitStack() as stack:
+        stack.enter_context(site.serve())
+        site.wait_until_serving()
+        for name in ("one", "two"):
+            site.enroll(name)
+        devices = [stack.enter_context(site.run(name)) for name in ("one", "two")]
+        wait_for(lambda: all(d.poll() is not None for d in devices), what="both devices' end", logs=site.folder)
+        assert [device.returncode for device in devices] == [0, 0]
+        status = site.status()
+    assert [(entry["state"], entry["weight"]) for entry in status["history"]] == [("measure", 2), ("train", 140)]
+    assert status["history"][0]["loss_start"] is None
+    before, after = (entry["metric"] for entry in status["history"])
+    assert before < 0.6
+    assert after > 0.8  # of the adapter that round 1 started from: the head alone
+    events = site.events("one")
+    assert [event["state"] for event in events if event["event"] == "plan"] == ["measure", "train", "finished"]
+    assert [(event["examples"], event["of"]) for event in events if event["event"] == "measured"][-1] == (60, 60)
+    assert not [event for event in events if event["event"] == "plan" and event["head_alive"]]
+
+
 def status_bundle(site: Site) -> str:
     """The only bundle in the first device's home."""
     (folder,) = (site.folder / "one" / "bundles").iterdir()

@@ -19,7 +19,7 @@ from device_server import Aggregator, Serving
 from edge_runtime.device import commands, inspector, trainer, trial
 from edge_runtime.device.commands import enroll, leave, run, status
 from edge_runtime.device.display import TerminalDisplay
-from edge_runtime.device.events import Noticed
+from edge_runtime.device.events import MeasuredPart, Noticed, Planned, TrainedRound, Uploaded
 from edge_runtime.device.home import Home, default_home
 from edge_runtime.device.trial import try_engine
 from edge_runtime.training.job import TrainingJob
@@ -164,6 +164,27 @@ def test_a_notice_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
         display.show(Noticed(text))
     display.close()
     assert capsys.readouterr().out == "60 examples\n3 were cut\n"
+
+
+def test_a_round_that_measures_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line when it begins and one when it is sent, without steps or losses."""
+    display = TerminalDisplay()
+    for event in (
+        Planned(0, 13, "measure", "d" * 64, 0, 72, False, 10),
+        MeasuredPart(0, 32, 40),
+        TrainedRound(0, 40, 0, None, None, 2.5, None, None),
+        Uploaded(0, 1500, 1),
+        Planned(1, 13, "train", "d" * 64, 36, 72, True, 10),
+        TrainedRound(1, 40, 6, 2.0, 1.0, 2.5, None, None),
+        Uploaded(1, 1500, 40),
+    ):
+        display.show(event)
+    display.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "round 1 of 13: measuring class means",
+        "round 1 of 13: update sent, 1.5 kB, weight 1 · class means measured in 2.5 s",
+        "round 2 of 13: update sent, 1.5 kB, weight 40 · loss 2.000 → 1.000 · 6 steps in 2.5 s",
+    ]
 
 
 def test_status_before_and_after(enrolled: User, data: Path) -> None:

@@ -17,7 +17,9 @@ from edge_runtime.wire import (
     PlanFormatError,
     PlanOrderError,
     PlanSignatureError,
+    Quantisation,
     SignedPlan,
+    UpdateRules,
     check_order,
     open_plan,
     sign_plan,
@@ -83,6 +85,7 @@ CONTRADICTIONS = [
     ("update.max_devices", 0, "63 bits"),
     ("update.weight_cap", 2**20, "63 bits"),
     ("round_key", "", "round key"),
+    ("state", "measure", "a measuring plan trains nothing, quantises nothing and weighs every device 1"),
     ("bundle", "B0" * 32, "digests"),
     ("adapter", "ad", "digests"),
 ]
@@ -137,6 +140,20 @@ def test_all_contradictions_are_named_at_once(open_text: Open, signed: SignedPla
 def test_finished_plan_needs_no_round_key(plan: Plan, signing_key: Ed25519PrivateKey) -> None:
     finished = msgspec.structs.replace(plan, state="finished", round_key="")
     assert open_plan(sign_plan(finished, signing_key).data, signing_key.public_key()).plan == finished
+
+
+def test_measuring_plan_trains_nothing_and_is_answered(plan: Plan, signing_key: Ed25519PrivateKey) -> None:
+    """Each of its conditions alone is enough to refuse it; it needs a round key as a training plan does."""
+    dead = tuple(msgspec.structs.replace(module, alive="") for module in plan.modules)
+    rules = UpdateRules(fraction_bits=24, max_abs=2.0**24, weight_cap=1, max_devices=2**14)
+    good = msgspec.structs.replace(plan, state="measure", modules=dead, head_alive=False, update=rules)
+    assert open_plan(sign_plan(good, signing_key).data, signing_key.public_key()).plan == good
+    heavy = msgspec.structs.replace(rules, weight_cap=2, max_devices=4)
+    codes = {"quantisation": Quantisation(8, (1.0, 1.0, 1.0))}
+    for change in ({"modules": plan.modules}, {"head_alive": True}, {"update": heavy}, {"round_key": ""}, codes):
+        bad = msgspec.structs.replace(good, **change)
+        with pytest.raises(PlanFormatError, match="round key" if "round_key" in change else "a measuring plan trains"):
+            open_plan(sign_plan(bad, signing_key).data, signing_key.public_key())
 
 
 @pytest.mark.parametrize(("schema", "who"), [(2, "device"), (0, "aggregator"), ("1", "device"), (None, "device")])
