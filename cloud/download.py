@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from edge_runtime import wire
-from edge_runtime.bundle import Array, Bundle, Manifest, adapter_shapes
+from edge_runtime.bundle import Array, Bundle, Manifest, adapter_shapes, cut_ranks
 from edge_runtime.wire.components import rounded
 from edge_runtime.wire.patch import OWN, PatchBits
 
@@ -39,9 +39,10 @@ def tensor_names(manifest: Manifest) -> tuple[str, ...]:
     return tuple(adapter_shapes(manifest, dict.fromkeys(manifest.module_names, 1)))
 
 
-def own_adapter(bundle: Bundle) -> Published:
-    """The bundle's adapter as what was published before the first plan."""
-    return Published(bundle.initial_adapter(), (OWN,) * len(tensor_names(bundle.manifest)))
+def own_adapter(bundle: Bundle, ranks: Mapping[str, int]) -> Published:
+    """The bundle's adapter, cut to the first plan's ranks, as what was published before it: a device cuts its own."""
+    manifest = bundle.manifest
+    return Published(cut_ranks(manifest, bundle.initial_adapter(), ranks), (OWN,) * len(tensor_names(manifest)))
 
 
 def publish_master(

@@ -23,7 +23,7 @@ from cloud.rounds import TaskState
 from cloud.store import OBJECTS, Blobs, Database, RoundRecord
 from cloud.work import RoundWork, next_adapter, read_adapter
 from edge_runtime import wire
-from edge_runtime.bundle import Array, Bundle, encode_tensors
+from edge_runtime.bundle import Array, Bundle, adapter_ranks, encode_tensors
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ class RoundMaker:
 
     async def first(self, state: TaskState, *, now: float) -> MadeRound:
         """The round that begins the task, opened at ``now`` (Unix seconds)."""
-        start = _Start(planning.first_adapter(self._config, self._bundle), None, own_adapter(self._bundle))
+        tensors = planning.first_adapter(self._config, self._bundle)
+        own = own_adapter(self._bundle, adapter_ranks(self._bundle.manifest, tensors))
+        start = _Start(tensors, None, own)
         return await self._make(state, start, now=now)
 
     async def after(self, ended: RoundRecord, work: RoundWork | None, state: TaskState, *, now: float) -> MadeRound:

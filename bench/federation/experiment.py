@@ -32,7 +32,8 @@ from edge_runtime.engine.interface import Score
 from edge_runtime.training.local import evaluate
 from edge_runtime.training.session import WorkingBundle
 
-CURVE_TEXTS = 500  # test texts measured after every round; all of them at the end
+CURVE_TEXTS = 400  # test texts measured on the way; all of them at the end
+CURVE_ROUNDS = 2  # measured after so many rounds each
 
 
 class Setup(msgspec.Struct, frozen=True):
@@ -65,6 +66,7 @@ class Site:
     glimpse: Dataset  # the part of it that is measured after every round
     say: Callable[[str], None]
     fetched: set[str] = field(default_factory=set)  # devices that have taken part
+    head_down: int = 0  # bytes of the head made before training, as devices fetched it
 
 
 async def run(setup: Setup, say: Callable[[str], None]) -> Line:
@@ -155,21 +157,14 @@ def _config(setup: Setup, folder: Path) -> Config:
     return config
 
 
-@dataclass(frozen=True)
-class _Head:
-    bytes: int
-
-
-async def _measure_head(site: Site) -> _Head:
-    """Let every device send its class means, if the task wants them."""
+async def _measure_head(site: Site) -> int:
+    """Let every device send its class means, if the task wants them; bytes of plans and updates."""
     signed = await _plan(site)
     if signed.plan.state != "measure":
-        return _Head(0)
+        return 0
     results = [await site.fleet.take_part(name) for name in site.fleet.names]
     await site.aggregator.tick()
-    shapes = site.work.bundle.manifest.head_shapes.values()
-    down = site.setup.devices * 4 * sum(int(np.prod(shape)) for shape in shapes)  # each fetches the head once
-    return _Head(down + sum(result.up for result in results))
+    return sum(result.up + result.down for result in results)
 
 
 async def _round(site: Site, round_: int) -> RoundLine:
@@ -184,14 +179,15 @@ async def _round(site: Site, round_: int) -> RoundLine:
         results.append(await site.fleet.take_part(name))
         values.append(site.fleet.values(signed, layout))
     await site.aggregator.tick()
-    accuracy = await _accuracy(site, site.glimpse)
+    measured = (round_ + 1) % CURVE_ROUNDS == 0 or round_ + 1 == setup.rounds
+    accuracy = await _accuracy(site, site.glimpse) if measured else None
     manifest, modules = site.work.bundle.manifest, signed.plan.modules
     flop = sum(training_flop(manifest, modules, site.texts[name]) for name in cohort)
     living = [module for module in modules if module.alive]
     made = RoundLine(
         accuracy=accuracy,
         bytes_up=sum(result.up for result in results),
-        bytes_down=sum(result.down for result in results),
+        bytes_down=sum(result.down - result.head_down for result in results),
         params_up=layout.count * len(results),
         params_down=sum(result.params_down for result in results),
         gflop=round(flop / 1e9, 1),
@@ -201,8 +197,9 @@ async def _round(site: Site, round_: int) -> RoundLine:
         train_s=round(sum(result.done.metrics.seconds or 0.0 for result in results), 2),
     )
     site.fetched.update(cohort)
+    site.head_down += sum(result.head_down for result in results)
     site.say(
-        f"round {round_ + 1}/{setup.rounds}: accuracy {accuracy:.3f}, {made.bytes_up:,} bytes up, "
+        f"round {round_ + 1}/{setup.rounds}: accuracy {accuracy or '–'}, {made.bytes_up:,} bytes up, "
         f"{made.bytes_down:,} down, drift {made.drift}"
     )
     return made
@@ -228,7 +225,7 @@ def _score(work: WorkingBundle, adapter: bytes, texts: Dataset) -> Score:
     return evaluate(work.engine, texts, batch_size=64)
 
 
-def _line(site: Site, curve: list[RoundLine], head: _Head, accuracy: tuple[float, float], seconds: float) -> Line:
+def _line(site: Site, curve: list[RoundLine], head: int, accuracy: tuple[float, float], seconds: float) -> Line:
     setup, key = site.setup, site.setup.key
     best = max(made.accuracy or 0.0 for made in curve)
     drifts = [made.drift for made in curve if made.drift is not None]
@@ -244,7 +241,7 @@ def _line(site: Site, curve: list[RoundLine], head: _Head, accuracy: tuple[float
         bytes_down=sum(made.bytes_down for made in curve),
         params_up=sum(made.params_up for made in curve),
         params_down=sum(made.params_down for made in curve),
-        bytes_head=head.bytes,
+        bytes_head=head + site.head_down,
         bytes_first_download=len(site.fetched) * _bundle_bytes(site.work.bundle),
         device_gflop=round(sum(made.gflop for made in curve), 1),
         rounds=setup.rounds,

@@ -45,7 +45,8 @@ class Result:
     done: Done
     up: int  # bytes of bodies
     down: int
-    params_down: int  # values of adapters in them
+    params_down: int  # values of factors in them
+    head_down: int  # bytes of ``down`` that are a head
 
 
 class SharedTrainer:
@@ -132,7 +133,7 @@ class Fleet:
         if trouble or state.counted != before.counted + 1 or self.trainer.done is None:
             raise FleetError(f"{name}: its update of round {state.seen_round} did not count: {trouble}")
         up, down = state.bytes_up - before.bytes_up, state.bytes_down - before.bytes_down
-        return Result(name, self.trainer.done, up, down, transport.params_down)
+        return Result(name, self.trainer.done, up, down, transport.params_down, transport.head_down)
 
     def values(self, signed: wire.SignedPlan, layout: wire.Layout) -> Values:
         """What the last device's update says has changed, shape (layout.count,)."""

@@ -46,6 +46,17 @@ METHODS: dict[str, Method] = {
         {"policy": "fixed", "aggregation": "alternate"},
         {"lr_a": 1e-3, "lr_b": 2e-3},
     ),
+    "annealed-kill-revive": Method(
+        "a cooling budget goes to the modules that still move; int4 up, int8 down",
+        {
+            "policy": "annealed-kill-revive",
+            "aggregation": "alternate",
+            "rank": 2,
+            "upload": "int4",
+            "download": "int8",
+        },
+        {"lr_a": 2e-3, "lr_b": 4e-3},
+    ),
 }
 
 

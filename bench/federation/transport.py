@@ -15,6 +15,7 @@ from edge_runtime.bundle import Manifest, map_tensors
 from edge_runtime.device.records import Pending
 from edge_runtime.device.transport import BlobAnswer, PlanAnswer, Traffic
 from edge_runtime.wire import Plan, UpdateReceipt, adapter_layout, decode_patch
+from edge_runtime.wire.patch import PatchHead, encode_patch, fewest_bits
 
 _PIECE = 1 << 20
 
@@ -24,7 +25,8 @@ class MemoryTransport:
 
     def __init__(self, aggregator: Aggregator, device: str, manifest: Manifest) -> None:
         self.traffic = Traffic()
-        self.params_down = 0  # values of adapters
+        self.params_down = 0  # values of factors
+        self.head_down = 0  # bytes of a frozen head within ``traffic.down``
         self._aggregator = aggregator
         self._device = device
         self._manifest = manifest
@@ -54,6 +56,12 @@ class MemoryTransport:
         layout = adapter_layout(self._plan.ranks, self._manifest.features, self._manifest.head_shapes)
         changed = decode_patch(data, since=since, round_=round_, digest=self._plan.adapter, layout=layout)
         self.params_down += sum(array.size for array in changed.values())
+        factors = {name: array for name, array in changed.items() if name not in self._manifest.head_shapes}
+        if len(factors) < len(changed):  # the head is fetched once; its share of the patch is counted apart
+            bits = fewest_bits(changed, self._aggregator.config.download_bits)
+            without = encode_patch(PatchHead(since, round_, self._plan.adapter, bits), factors, layout)
+            self.head_down += len(data) - len(without)
+            self.params_down -= sum(array.size for array in changed.values()) - sum(a.size for a in factors.values())
         yield self._whole(data)
 
     async def upload(self, pending: Pending, sealed: Path) -> UpdateReceipt:

@@ -101,9 +101,17 @@ def _adapter(manifest: Manifest, request: Request) -> None:
 
 
 def _patch(manifest: Manifest, request: Request) -> None:
-    from edge_runtime.bundle import BundleDigestError, adapter_shapes, check_tensors, encode_tensors, map_tensors
+    from edge_runtime.bundle import (
+        BundleDigestError,
+        adapter_shapes,
+        check_tensors,
+        cut_ranks,
+        encode_tensors,
+        map_tensors,
+    )
     from edge_runtime.bundle.atomic import write_atomically
     from edge_runtime.wire import adapter_layout, decode_patch
+    from edge_runtime.wire.patch import OWN
 
     what = f"patched adapter {request.makes[:12]}"
     _check_modules(manifest, request.ranks, request, what)
@@ -115,7 +123,10 @@ def _patch(manifest: Manifest, request: Request) -> None:
         digest=request.makes,
         layout=layout,
     )
-    tensors = map_tensors(Path(request.adapter)) | changed
+    tensors = map_tensors(Path(request.adapter))
+    if request.since == OWN:  # at the plan's ranks, so that a lower rank alone is no reason to send anything
+        tensors = cut_ranks(manifest, tensors, request.ranks)
+    tensors |= changed
     check_tensors(tensors, adapter_shapes(manifest, request.ranks), what=what)
     data = encode_tensors(tensors)
     found = hashlib.sha256(data).hexdigest()
