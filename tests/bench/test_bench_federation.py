@@ -25,6 +25,7 @@ from bench.federation.lines import Key, Line, RoundLine, append_line, read_lines
 from bench.federation.links import Link, seconds_to
 from bench.federation.summary import Split, rows_of
 from edge_runtime.bundle import open_bundle
+from edge_runtime.engine.runtime import start_runtime
 from edge_runtime.wire import ModulePlan
 
 LABELS = ("asyncio", "email", "tkinter", "xml")
@@ -141,7 +142,7 @@ def a_setup(tmp_path: Path, bundle: Path, name: str = "run", **extra: dict[str, 
         cohort=2,
         rounds=4,
         examples=160,
-        threads=1,
+        threads=start_runtime(),
         products="exact",
         extra={"task": {"rank": 4, **extra.pop("task", {})}, "training": {"lr_a": 1e-2, "lr_b": 1e-2}, **extra},
     )
