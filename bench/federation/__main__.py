@@ -25,7 +25,7 @@ DEVICES, COHORT, ROUNDS, EXAMPLES = 20, 5, 30, 4_000
 QUICK_ROUNDS = 12
 ALPHAS = ("0.5", "0.1")
 SEEDS = (0, 1, 2)
-CORE = ("lora-r8", "lora-r1", "rolora-r8")
+CORE = ("lora-r8", "lora-r1", "rolora-r8", "annealed-kill-revive")
 _NUMPY_SETTINGS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # set on some machines; they would handicap numpy
 _SHOWN_LINES = 3  # of a process that failed
 
@@ -178,11 +178,12 @@ def main(
     chosen_alphas = alphas or (ALPHAS[:1] if quick else ALPHAS)
     try:
         wanted = [
-            Key(dataset, None if alpha == NATURAL else float(alpha), seed, method, "", without, quick)
+            Key(dataset, None if alpha == NATURAL else float(alpha), seed, method, budget, without, quick)
             for seed in seeds or (SEEDS[:1] if quick else SEEDS)
             for dataset in datasets or (DATASETS[1:] if quick else DATASETS)
             for alpha in chosen_alphas
             for method in methods or CORE
+            for budget in METHODS[method].budgets
         ]
         failed = complete(bench, wanted, results, jobs)
     except (RequestError, ValueError) as error:

@@ -144,6 +144,7 @@ def _config(setup: Setup, folder: Path) -> Config:
     }
     text = config_text(
         METHODS[setup.key.method],
+        setup.key.budget,
         bundle=str(Path(setup.bundle).resolve()),
         seed=setup.key.seed,
         fleet=fleet,

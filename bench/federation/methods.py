@@ -17,12 +17,16 @@ _TRAINING: Table = {"batch_size": 16, "epochs": 1, "max_tokens": 64, "lr_schedul
 
 @dataclass(frozen=True)
 class Method:
-    """Tables of a config over what all methods share; ``about`` is a line for people."""
+    """Tables of a config over what all methods share; ``about`` is a line for people.
+
+    ``budgets`` are sizes that the method is run at, each with tables over its own; "" where it has one size.
+    """
 
     about: str
     task: Table = field(default_factory=dict)
     training: Table = field(default_factory=dict)
     annealing: Table = field(default_factory=dict)
+    budgets: Mapping[str, Mapping[str, Table]] = field(default_factory=lambda: {"": {}})
 
 
 METHODS: dict[str, Method] = {
@@ -48,25 +52,27 @@ METHODS: dict[str, Method] = {
     ),
     "annealed-kill-revive": Method(
         "a cooling budget goes to the modules that still move; int4 up, int8 down",
-        {
-            "policy": "annealed-kill-revive",
-            "aggregation": "alternate",
-            "rank": 2,
-            "upload": "int4",
-            "download": "int8",
-        },
+        {"policy": "annealed-kill-revive", "aggregation": "alternate", "upload": "int4", "download": "int8"},
         {"lr_a": 2e-3, "lr_b": 4e-3},
+        budgets={"small": {"task": {"rank": 2}}, "large": {"task": {"rank": 4}}},
     ),
 }
 
 
 def config_text(
-    method: Method, *, bundle: str, seed: int, fleet: Table, extra: Mapping[str, Table] | None = None
+    method: Method,
+    budget: str,
+    *,
+    bundle: str,
+    seed: int,
+    fleet: Table,
+    extra: Mapping[str, Table] | None = None,
 ) -> str:
     """The aggregator's config file.
 
     Args:
         method: What is compared.
+        budget: One of its sizes.
         bundle: Folder, relative to the file.
         seed: Of the task.
         fleet: Keys of ``[task]`` that follow from the size of the fleet.
@@ -78,8 +84,9 @@ def config_text(
         "annealing": dict(method.annealing),
         "server": {"port": 0},
     }
-    for name, keys in (extra or {}).items():
-        tables.setdefault(name, {}).update(keys)
+    for more in (method.budgets[budget], extra or {}):
+        for name, keys in more.items():
+            tables.setdefault(name, {}).update(keys)
     return "\n".join(_table(name, keys) for name, keys in tables.items() if keys)
 
 

@@ -23,7 +23,9 @@ from bench.federation.drift import drift
 from bench.federation.experiment import Setup, run
 from bench.federation.lines import Key, Line, RoundLine, append_line, read_lines
 from bench.federation.links import Link, seconds_to
+from bench.federation.methods import METHODS, config_text
 from bench.federation.summary import Split, rows_of
+from cloud.config import parse_config
 from edge_runtime.bundle import open_bundle
 from edge_runtime.engine.runtime import start_runtime
 from edge_runtime.wire import ModulePlan
@@ -302,3 +304,13 @@ def test_the_report_has_a_table_a_split_and_a_picture(tmp_path: Path) -> None:
     done = CliRunner().invoke(report.main, arguments)
     assert done.exit_code == 2
     assert "no whole runs in it" in done.output
+
+
+@pytest.mark.parametrize(("method", "budget"), [(name, budget) for name in METHODS for budget in METHODS[name].budgets])
+def test_every_method_is_a_config_that_the_aggregator_takes(method: str, budget: str, tmp_path: Path) -> None:
+    fleet = {"rounds": 30, "devices_per_round": 5, "head_init_devices": 20}
+    extra = {"task": {"rounds": 20}}
+    text = config_text(METHODS[method], budget, bundle="b", seed=3, fleet=fleet, extra=extra)
+    config = parse_config(text.encode(), path=tmp_path / "emberlora.toml")
+    assert (config.task.head, config.task.head_init, config.task.seed) == ("frozen", "class-means", 3)
+    assert config.task.rounds == 20  # what is tried out replaces what follows from the fleet
