@@ -50,6 +50,16 @@ def training_flop(manifest: Manifest, plans: Sequence[ModulePlan], texts: Texts)
     return total
 
 
+def full_flop(manifest: Manifest, texts: Texts) -> int:
+    """The same when every parameter is trained: each layer's weight and input get a gradient, and there is no LoRA."""
+    total = 0
+    for block in range(len(manifest.blocks)):
+        modules = [module for module in manifest.modules if module.block == block]
+        layers = sum(2 * module.in_features * module.out_features for module in modules)
+        total += 3 * texts.tokens * layers + 6 * _attention_product(modules, texts)
+    return total
+
+
 def forward_flop(modules: Sequence[Module], ranks: Mapping[str, int], texts: Texts) -> int:
     """Of one block: its layers with their LoRA, and attention."""
     layers = sum(_layer(module, ranks) for module in modules)

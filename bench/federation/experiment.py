@@ -17,8 +17,9 @@ from bench.federation.compute import Texts, training_flop
 from bench.federation.data import Labelled, divide, read_corpus, write_records
 from bench.federation.drift import drift
 from bench.federation.fleet import Fleet, Result
+from bench.federation.full_model import FullModel
 from bench.federation.lines import Key, Line, RoundLine
-from bench.federation.methods import METHODS, config_text
+from bench.federation.methods import FULL_MODEL, METHODS, config_text
 from bench.host import commit, describe_host
 from cloud.config import CONFIG_NAME, Config, parse_config
 from cloud.keys import KEYS_FOLDER, load_keys, make_keys
@@ -26,7 +27,7 @@ from cloud.planning import plan_layout
 from cloud.service import Aggregator, Surroundings
 from cloud.work import read_adapter
 from edge_runtime import wire
-from edge_runtime.bundle import Bundle, open_bundle
+from edge_runtime.bundle import Array, Bundle, open_bundle
 from edge_runtime.data import Dataset
 from edge_runtime.engine.interface import Score
 from edge_runtime.training.local import evaluate
@@ -49,6 +50,7 @@ class Setup(msgspec.Struct, frozen=True):
     examples: int  # of all devices together
     threads: int
     products: wire.Products
+    model: str = "minilm"  # preset or folder that the bundle was made from, for methods that train all of it
     extra: dict[str, dict[str, object]] = {}  # config keys of a variant
 
 
@@ -61,7 +63,8 @@ class Site:
     aggregator: Aggregator
     work: WorkingBundle
     fleet: Fleet
-    texts: dict[str, Texts]  # of the devices' data
+    data: dict[str, Dataset]  # of the devices
+    texts: dict[str, Texts]  # sizes of it
     test: Dataset
     glimpse: Dataset  # the part of it that is measured after every round
     say: Callable[[str], None]
@@ -84,14 +87,76 @@ async def run(setup: Setup, say: Callable[[str], None]) -> Line:
     site = await _open(setup, say)
     try:
         head = await _measure_head(site)
-        start = await _accuracy(site, site.glimpse)
-        curve: list[RoundLine] = []
-        for round_ in range(setup.rounds):
-            curve.append(await _round(site, round_))
-        accuracy = await _accuracy(site, site.test)
+        course = await (_whole_model if setup.key.method == FULL_MODEL else _adapter)(site)
     finally:
         await site.aggregator.close()
-    return _line(site, curve, head, (start, accuracy), time.perf_counter() - began)
+    return _line(site, course, head, time.perf_counter() - began)
+
+
+@dataclass(frozen=True)
+class _Course:
+    """What the rounds made: accuracy before them on a part of the test texts, after them on all."""
+
+    start: float
+    curve: list[RoundLine]
+    end: float
+
+
+async def _adapter(site: Site) -> _Course:
+    """The rounds of a method of the aggregator's."""
+    start = await _accuracy(site, site.glimpse)
+    curve = [await _round(site, round_) for round_ in range(site.setup.rounds)]
+    return _Course(start, curve, await _accuracy(site, site.test))
+
+
+async def _whole_model(site: Site) -> _Course:
+    """The rounds of ``fedavg-full``, whose head is the one that was measured."""
+    return await asyncio.to_thread(_full_rounds, site, await _tensors(site), (await _plan(site)).plan)
+
+
+def _full_rounds(site: Site, adapter: dict[str, Array], plan: wire.Plan) -> _Course:
+    setup, bundle = site.setup, site.work.bundle
+    head = {name: adapter[name] for name in bundle.manifest.head_shapes}
+    model = FullModel(bundle.manifest, head, setup.model, setup.threads)
+    start, curve = model.accuracy(site.glimpse), list[RoundLine]()
+    for round_ in range(setup.rounds):
+        cohort = _cohort(site, round_)
+        share = wire.rate_share(site.config.training.lr_schedule, round_ / max(setup.rounds - 1, 1))
+        training = msgspec.structs.replace(plan.training, lr_b=site.config.training.lr_b * share)
+        began = time.perf_counter()
+        parts = [
+            model.train(site.data[name], training, np.random.default_rng([setup.key.seed, round_])) for name in cohort
+        ]
+        model.average(parts)
+        train_s = time.perf_counter() - began
+        values = len(parts) * model.parameters
+        made = RoundLine(
+            accuracy=model.accuracy(site.glimpse) if _measured(setup, round_) else None,
+            bytes_up=4 * values,
+            bytes_down=4 * values,
+            params_up=values,
+            params_down=values,
+            gflop=round(sum(model.flop(site.texts[name]) for name in cohort) / 1e9, 1),
+            drift=None,
+            alive=1.0,
+            rank=0.0,
+            train_s=round(train_s, 2),
+        )
+        site.fetched.update(cohort)
+        site.say(f"round {round_ + 1}/{setup.rounds}: accuracy {made.accuracy or '–'}")
+        curve.append(made)
+    return _Course(start, curve, model.accuracy(site.test))
+
+
+def _cohort(site: Site, round_: int) -> list[str]:
+    """The devices of a training round, the same for every method."""
+    rng = np.random.default_rng([site.setup.key.seed, 2, round_])
+    return sorted(rng.choice(site.fleet.names, size=site.setup.cohort, replace=False))
+
+
+def _measured(setup: Setup, round_: int) -> bool:
+    """Whether accuracy is measured after a round."""
+    return (round_ + 1) % CURVE_ROUNDS == 0 or round_ + 1 == setup.rounds
 
 
 async def _open(setup: Setup, say: Callable[[str], None]) -> Site:
@@ -117,11 +182,9 @@ async def _open(setup: Setup, say: Callable[[str], None]) -> Site:
     await aggregator.start()
     fleet = Fleet(aggregator, work, folder / "devices", files, seed=key.seed)
     await fleet.enrol()
-    texts = {
-        name: Texts.of([len(example.ids) for example in mine.examples])
-        for name, mine in zip(fleet.names, data, strict=True)
-    }
-    return Site(setup, config, aggregator, work, fleet, texts, whole, glimpse, say)
+    named = dict(zip(fleet.names, data, strict=True))
+    texts = {name: Texts.of([len(example.ids) for example in mine.examples]) for name, mine in named.items()}
+    return Site(setup, config, aggregator, work, fleet, named, texts, whole, glimpse, say)
 
 
 def _shuffled(texts: tuple[Labelled, ...]) -> list[Labelled]:
@@ -170,8 +233,7 @@ async def _measure_head(site: Site) -> int:
 
 async def _round(site: Site, round_: int) -> RoundLine:
     setup = site.setup
-    rng = np.random.default_rng([setup.key.seed, 2, round_])  # the same cohorts for every method
-    cohort = sorted(rng.choice(site.fleet.names, size=setup.cohort, replace=False))
+    cohort = _cohort(site, round_)
     signed = await _plan(site)
     layout = plan_layout(site.work.bundle, signed.plan)
     results: list[Result] = []
@@ -180,8 +242,7 @@ async def _round(site: Site, round_: int) -> RoundLine:
         results.append(await site.fleet.take_part(name))
         values.append(site.fleet.values(signed, layout))
     await site.aggregator.tick()
-    measured = (round_ + 1) % CURVE_ROUNDS == 0 or round_ + 1 == setup.rounds
-    accuracy = await _accuracy(site, site.glimpse) if measured else None
+    accuracy = await _accuracy(site, site.glimpse) if _measured(setup, round_) else None
     manifest, modules = site.work.bundle.manifest, signed.plan.modules
     flop = sum(training_flop(manifest, modules, site.texts[name]) for name in cohort)
     living = [module for module in modules if module.alive]
@@ -215,19 +276,23 @@ async def _plan(site: Site) -> wire.SignedPlan:
 
 async def _accuracy(site: Site, texts: Dataset) -> float:
     """Of the adapter in force."""
-    signed = await _plan(site)
-    data = site.aggregator.blob_path(signed.plan.adapter).read_bytes()
-    score = await asyncio.to_thread(_score, site.work, data, texts)
+    score = await asyncio.to_thread(_score, site.work, await _tensors(site), texts)
     return score.correct / score.rows
 
 
-def _score(work: WorkingBundle, adapter: bytes, texts: Dataset) -> Score:
-    work.engine.use(work.none_alive(read_adapter(work.bundle, adapter)))
+async def _tensors(site: Site) -> dict[str, Array]:
+    """The adapter in force."""
+    signed = await _plan(site)
+    return read_adapter(site.work.bundle, site.aggregator.blob_path(signed.plan.adapter).read_bytes())
+
+
+def _score(work: WorkingBundle, adapter: dict[str, Array], texts: Dataset) -> Score:
+    work.engine.use(work.none_alive(adapter))
     return evaluate(work.engine, texts, batch_size=64)
 
 
-def _line(site: Site, curve: list[RoundLine], head: int, accuracy: tuple[float, float], seconds: float) -> Line:
-    setup, key = site.setup, site.setup.key
+def _line(site: Site, course: _Course, head: int, seconds: float) -> Line:
+    setup, key, curve = site.setup, site.setup.key, course.curve
     best = max(made.accuracy or 0.0 for made in curve)
     drifts = [made.drift for made in curve if made.drift is not None]
     return Line(
@@ -237,7 +302,7 @@ def _line(site: Site, curve: list[RoundLine], head: int, accuracy: tuple[float, 
         method=key.method,
         budget=key.budget,
         without=key.without,
-        accuracy=accuracy[1],
+        accuracy=course.end,
         bytes_up=sum(made.bytes_up for made in curve),
         bytes_down=sum(made.bytes_down for made in curve),
         params_up=sum(made.params_up for made in curve),
@@ -247,7 +312,7 @@ def _line(site: Site, curve: list[RoundLine], head: int, accuracy: tuple[float, 
         device_gflop=round(sum(made.gflop for made in curve), 1),
         rounds=setup.rounds,
         rounds_to_95=next(n for n, made in enumerate(curve, start=1) if (made.accuracy or 0.0) >= 0.95 * best),
-        accuracy_start=accuracy[0],
+        accuracy_start=course.start,
         drift=round(float(np.mean(drifts)), 4) if drifts else None,
         devices=setup.devices,
         seconds=round(seconds, 1),

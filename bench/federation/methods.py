@@ -29,7 +29,14 @@ class Method:
     budgets: Mapping[str, Mapping[str, Table]] = field(default_factory=lambda: {"": {}})
 
 
+FULL_MODEL = "fedavg-full"
+
 METHODS: dict[str, Method] = {
+    FULL_MODEL: Method(
+        "every parameter trained by PyTorch, sent and averaged (FedAvg)",
+        {"policy": "fixed"},
+        {"lr_b": 1e-4},  # of all parameters
+    ),
     "lora-r8": Method(
         "both factors averaged apart, rank 8, float32 (FedIT)",
         {"policy": "fixed", "aggregation": "both"},

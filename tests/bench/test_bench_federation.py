@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from bench import report
 from bench.errors import RequestError
 from bench.federation import __main__ as command
-from bench.federation.compute import Texts, training_flop
+from bench.federation.compute import Texts, full_flop, training_flop
 from bench.federation.data import Corpus, divide, read_corpus
 from bench.federation.drift import drift
 from bench.federation.experiment import Setup, run
@@ -314,3 +314,31 @@ def test_every_method_is_a_config_that_the_aggregator_takes(method: str, budget:
     config = parse_config(text.encode(), path=tmp_path / "emberlora.toml")
     assert (config.task.head, config.task.head_init, config.task.seed) == ("frozen", "class-means", 3)
     assert config.task.rounds == 20  # what is tried out replaces what follows from the fleet
+
+
+@pytest.mark.needs_torch("trains the whole model by PyTorch")
+def test_the_whole_model_is_the_yardstick(tmp_path: Path, bert_bundle: Path, bert_folder: Path) -> None:
+    setup = a_setup(tmp_path, bert_bundle, training={"lr_b": 3e-3})
+    setup = msgspec.structs.replace(
+        setup, key=msgspec.structs.replace(setup.key, method="fedavg-full"), model=str(bert_folder)
+    )
+    line = asyncio.run(run(setup, lambda _: None))
+    assert line.accuracy > line.accuracy_start
+    manifest = open_bundle(bert_bundle, verify=False).manifest
+    trained = manifest.parameters - (4 * 32 + 4)
+    assert [made.params_up for made in line.curve] == [2 * trained] * 4
+    assert line.bytes_up == line.bytes_down == 4 * line.params_up
+    assert line.bytes_head > 0
+
+
+@pytest.mark.needs_torch("counts what PyTorch computes")
+def test_operations_of_the_whole_model(bert_bundle: Path, bert_folder: Path) -> None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(bert_folder, attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter:
+        model.bert.encoder(torch.randn(3, 8, 32, requires_grad=True)).last_hidden_state.sum().backward()
+    manifest = open_bundle(bert_bundle, verify=False).manifest
+    assert full_flop(manifest, Texts.of([8, 8, 8])) == counter.get_total_flops()
