@@ -231,6 +231,26 @@ def replay(config_path: Path, as_json: bool) -> None:
         sys.exit(1)
 
 
+@cloud.command()
+@config_option
+@click.option("--round", "wanted", type=int, help="Every module of this round.")
+@click.option("--html", "page", type=click.Path(path_type=Path), help="Write a page with pictures, modules × rounds.")
+@json_option
+@_one_line_errors
+def plans(config_path: Path, wanted: int | None, page: Path | None, as_json: bool) -> None:
+    """Show what every round trained and why: alive or dead, rank, score, what it cost and how much it moved.
+
+    \b
+    Examples:
+      emberlora cloud plans --config server --html plans.html
+      emberlora cloud plans --config server --round 7
+    """
+    from cloud.plans_command import show_plans
+
+    for line in asyncio.run(show_plans(_load(config_path), wanted, page, as_json=as_json)):
+        click.echo(line)
+
+
 def _verdict(differences: tuple[str, ...]) -> str:
     if not differences:
         return "as signed"

@@ -7,21 +7,19 @@ folder can check that the plans devices obeyed are those the config asks for, an
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from cloud import planning
 from cloud.config import Config
-from cloud.errors import DataMissingError
-from cloud.keys import KEYS_FOLDER, load_keys
+from cloud.kept import read_kept
 from cloud.planner import Choice
 from cloud.quantising import with_quantisation
 from cloud.rounds import TaskState
-from cloud.store import Database, Identity, RoundRecord
+from cloud.store import RoundRecord
 from edge_runtime import wire
-from edge_runtime.bundle import Bundle, open_bundle
+from edge_runtime.bundle import Bundle
 
 
 class ReplayedRound(msgspec.Struct, frozen=True):
@@ -51,23 +49,8 @@ async def replay(config: Config) -> list[ReplayedRound]:
         DataError: the data folder holds no task, or one of another version or bundle.
         BundleError: the bundle cannot be opened.
     """
-    folder = config.data_path
-    path = folder / "emberlora.sqlite3"
-    if not path.exists():
-        raise DataMissingError(f"{folder}: holds no rounds: start the task with `emberlora cloud serve` first")
-    bundle = open_bundle(config.bundle_path, verify=False)
-    key = load_keys(folder / KEYS_FOLDER).plan.public_key()
-    records = await _read(path, Identity(config.task.name, bundle.digest))
-    return list(_replayed(config, bundle, records, key))
-
-
-async def _read(path: Path, identity: Identity) -> list[RoundRecord]:
-    database = Database(path)
-    try:
-        await database.call(database.open, identity)
-        return await database.call(database.rounds)
-    finally:
-        await database.close()
+    kept = await read_kept(config)
+    return list(_replayed(config, kept.bundle, kept.records, kept.key))
 
 
 def _replayed(

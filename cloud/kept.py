@@ -1,0 +1,44 @@
+"""What is kept of a task, read from its data folder while the server may run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from cloud.config import Config
+from cloud.errors import DataMissingError
+from cloud.keys import KEYS_FOLDER, load_keys
+from cloud.store import Database, Identity, RoundRecord
+from edge_runtime.bundle import Bundle, open_bundle
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The task's bundle, the key that signed its plans, and every round in order."""
+
+    bundle: Bundle
+    key: Ed25519PublicKey
+    records: Sequence[RoundRecord]
+
+
+async def read_kept(config: Config) -> Kept:
+    """Read a task's rounds.
+
+    Raises:
+        DataError: the data folder holds no task, or one of another version or bundle.
+        BundleError: the bundle cannot be opened.
+    """
+    folder = config.data_path
+    path = folder / "emberlora.sqlite3"
+    if not path.exists():
+        raise DataMissingError(f"{folder}: holds no rounds: start the task with `emberlora cloud serve` first")
+    bundle = open_bundle(config.bundle_path, verify=False)
+    key = load_keys(folder / KEYS_FOLDER).plan.public_key()
+    database = Database(path)
+    try:
+        await database.call(database.open, Identity(config.task.name, bundle.digest))
+        return Kept(bundle, key, await database.call(database.rounds))
+    finally:
+        await database.close()
