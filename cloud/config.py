@@ -256,7 +256,7 @@ SAMPLE = """\
 [task]
 name = "{task}"
 bundle = "{bundle}"            # made by `emberlora export`
-policy = "fixed"               # everything in every round; or "anneal", "kill-revive", "annealed-kill-revive"
+policy = "fixed"               # everything; or "anneal", "kill-revive", "annealed-kill-revive", "lora-a2"
 aggregation = "alternate"      # even rounds train and send B, odd rounds A: exact, and half the bytes
 upload = "float32"             # how a change is sent; or "int8", "int4": about a quarter, an eighth of the bytes
 download = "float32"           # devices fetch what has changed; "int8" and "int4" send it in fewer bits
@@ -287,7 +287,7 @@ products = "exact"             # with frozen weights; "int8" is faster, its grad
 
 [annealing]                    # read by the other policies; budgets are shares of the adapter at the task's rank
 budget_start = 1.0
-budget_end = 0.25
+budget_end = 0.25              # "lora-a2": of all components, in every round; it reads nothing else here
 curve = "cubic"                # or "cosine", "linear"
 initiating_rounds = 2          # at the full budget
 final_rounds = 2               # at the end's budget

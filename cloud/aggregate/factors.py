@@ -96,6 +96,32 @@ def module_movement(manifest: Manifest, before: Mapping[str, Array], after: Mapp
     return found
 
 
+def component_movement(
+    manifest: Manifest, before: Mapping[str, Array], after: Mapping[str, Array]
+) -> dict[str, tuple[float, ...]]:
+    """‖Δ(s·b_j·a_j)‖ (Frobenius) of every component of the modules that moved, in four significant digits.
+
+    Where one factor moved that is s times the norm of its change times the norm of the other factor's row or column.
+    """
+    found = {}
+    for name in manifest.module_names:
+        (old_a, old_b), (new_a, new_b) = (
+            tuple(factor.astype(np.float64) for factor in _factors(tensors, name)) for tensors in (before, after)
+        )
+        delta_a, delta_b = new_a - old_a, new_b - old_b
+        if not (delta_a.any() or delta_b.any()):
+            continue
+        # Δ(b·a) = Δb·a' + b·Δa: nothing large is subtracted, and where one factor stayed one term is left.
+        squares = (
+            np.sum(delta_b**2, axis=0) * np.sum(new_a**2, axis=1)
+            + np.sum(old_b**2, axis=0) * np.sum(delta_a**2, axis=1)
+            + 2 * np.sum(delta_b * old_b, axis=0) * np.sum(delta_a * new_a, axis=1)
+        )
+        norms = manifest.scale * np.sqrt(np.maximum(squares, 0.0))
+        found[name] = tuple(float(f"{norm:.4g}") for norm in norms)
+    return found
+
+
 def with_ranks(
     manifest: Manifest, tensors: Mapping[str, Array], ranks: Mapping[str, int], *, seed: Sequence[int]
 ) -> dict[str, Array]:
