@@ -164,6 +164,10 @@ def _task_problems(task: TaskConfig) -> list[str]:
         f"task.aggregation: expected one of {', '.join(AGGREGATIONS)}, got {task.aggregation!r}": (
             task.aggregation not in AGGREGATIONS
         ),
+        "task.policy (lora-a2) trains some components of a module, task.aggregation (stack) writes all of them anew: "
+        "change one of the two": task.policy == "lora-a2" and task.aggregation == "stack",
+        f"task.upload ({task.upload}) must be float32 with task.aggregation (stack): what a device keeps for its next "
+        "update is of components that are written anew": task.upload != "float32" and task.aggregation == "stack",
         f"task.rounds: expected at least 1, got {task.rounds}": task.rounds < 1,
         f"task.rank: expected at least 1, got {task.rank}": task.rank is not None and task.rank < 1,
         f"task.min_devices: expected at least 1, got {task.min_devices}": task.min_devices < 1,
@@ -257,7 +261,7 @@ SAMPLE = """\
 name = "{task}"
 bundle = "{bundle}"            # made by `emberlora export`
 policy = "fixed"               # everything; or "anneal", "kill-revive", "annealed-kill-revive", "lora-a2"
-aggregation = "alternate"      # even rounds train and send B, odd rounds A: exact, and half the bytes
+aggregation = "alternate"      # even rounds train and send B, odd rounds A: exact; or "b-only", "both", "stack"
 upload = "float32"             # how a change is sent; or "int8", "int4": about a quarter, an eighth of the bytes
 download = "float32"           # devices fetch what has changed; "int8" and "int4" send it in fewer bits
 rounds = 12

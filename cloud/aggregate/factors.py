@@ -26,7 +26,7 @@ class Components:
     right: Double
 
 
-def components(lora_a: Array, lora_b: Array) -> Components:
+def components(lora_a: Array | Double, lora_b: Array | Double) -> Components:
     """The singular components of B·A.
 
     Args:
@@ -56,12 +56,26 @@ def refactor(lora_a: Array, lora_b: Array, rank: int, *, rng: np.random.Generato
     Returns:
         A (rank, in) and B (out, rank), float32.
     """
+    return written_anew(components(lora_a, lora_b), lora_a, rank, rng=rng)
+
+
+def written_anew(found: Components, lora_a: Array, rank: int, *, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Factors of the components with most energy; see :func:`refactor`.
+
+    Args:
+        found: What the module is to be.
+        lora_a: Rows of the module before, shape (r, in): their norm is kept, and those where no energy is stay.
+        rank: Wanted, at least 1.
+        rng: For the rows that are added.
+
+    Returns:
+        A (rank, in) and B (out, rank), float32.
+    """
     size = float(np.sqrt(np.mean(np.sum(np.square(lora_a, dtype=np.float64), axis=1))))
-    found = components(lora_a, lora_b)
     living = int(np.sum(found.values > found.values[0] * 1e-7)) if found.values[0] > 0 else 0
     kept = min(rank, living)
     a = np.zeros((rank, lora_a.shape[1]))
-    b = np.zeros((lora_b.shape[0], rank))
+    b = np.zeros((len(found.left), rank))
     a[:kept] = size * found.right[:kept]
     b[:, :kept] = found.left[:, :kept] * found.values[:kept] / size if kept else 0.0
     spare = lora_a[living:].astype(np.float64)[: rank - kept]
