@@ -164,6 +164,10 @@ def _task_problems(task: TaskConfig) -> list[str]:
         f"task.aggregation: expected one of {', '.join(AGGREGATIONS)}, got {task.aggregation!r}": (
             task.aggregation not in AGGREGATIONS
         ),
+        "task.policy (lora-a2) trains some components of a module, task.aggregation (stack) writes all of them anew: "
+        "change one of the two": task.policy == "lora-a2" and task.aggregation == "stack",
+        f"task.upload ({task.upload}) must be float32 with task.aggregation (stack): what a device keeps for its next "
+        "update is of components that are written anew": task.upload != "float32" and task.aggregation == "stack",
         f"task.rounds: expected at least 1, got {task.rounds}": task.rounds < 1,
         f"task.rank: expected at least 1, got {task.rank}": task.rank is not None and task.rank < 1,
         f"task.min_devices: expected at least 1, got {task.min_devices}": task.min_devices < 1,
@@ -256,8 +260,8 @@ SAMPLE = """\
 [task]
 name = "{task}"
 bundle = "{bundle}"            # made by `emberlora export`
-policy = "fixed"               # everything in every round; or "anneal", "kill-revive", "annealed-kill-revive"
-aggregation = "alternate"      # even rounds train and send B, odd rounds A: exact, and half the bytes
+policy = "fixed"               # everything; or "anneal", "kill-revive", "annealed-kill-revive", "lora-a2"
+aggregation = "alternate"      # even rounds train and send B, odd rounds A: exact; or "b-only", "both", "stack"
 upload = "float32"             # how a change is sent; or "int8", "int4": about a quarter, an eighth of the bytes
 download = "float32"           # devices fetch what has changed; "int8" and "int4" send it in fewer bits
 rounds = 12
@@ -287,7 +291,7 @@ products = "exact"             # with frozen weights; "int8" is faster, its grad
 
 [annealing]                    # read by the other policies; budgets are shares of the adapter at the task's rank
 budget_start = 1.0
-budget_end = 0.25
+budget_end = 0.25              # "lora-a2": of all components, in every round; it reads nothing else here
 curve = "cubic"                # or "cosine", "linear"
 initiating_rounds = 2          # at the full budget
 final_rounds = 2               # at the end's budget

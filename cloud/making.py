@@ -20,8 +20,8 @@ from cloud.keys import Keys
 from cloud.planner import Choice
 from cloud.quantising import with_quantisation
 from cloud.rounds import TaskState
-from cloud.store import OBJECTS, Blobs, Database, RoundRecord
-from cloud.work import RoundWork, next_adapter, read_adapter
+from cloud.store import OBJECTS, Blobs, Database, RoundRecord, UpdateRecord
+from cloud.work import RoundWork, next_adapter, open_stored, read_adapter
 from edge_runtime import wire
 from edge_runtime.bundle import Array, Bundle, adapter_ranks, encode_tensors
 
@@ -80,7 +80,10 @@ class RoundMaker:
             state: What follows.
             now: Unix time in seconds.
         """
-        start = await asyncio.to_thread(self._moved, ended, work)
+        updates = None
+        if self._config.task.aggregation == "stack":
+            updates = await self._database.call(self._database.updates_of, ended.round)
+        start = await asyncio.to_thread(self._moved, ended, work, updates)
         return await self._make(state, start, now=now)
 
     def published(self, record: RoundRecord) -> Published:
@@ -105,10 +108,15 @@ class RoundMaker:
         bits = self._config.download_bits
         return make_patch(self._bundle, self._plan(record), self.published(record), since=since, bits=bits)
 
-    def _moved(self, ended: RoundRecord, work: RoundWork | None) -> _Start:
-        before = self._read(ended.master)
-        moved = before if work is None else next_adapter(self._bundle.manifest, before, work)
-        return _Start(moved, before, self.published(ended))
+    def _moved(self, ended: RoundRecord, work: RoundWork | None, updates: list[UpdateRecord] | None) -> _Start:
+        before, published = self._read(ended.master), self.published(ended)
+        if work is None:
+            return _Start(before, before, published)
+        again = None
+        if updates is not None:  # by device: sums of floating-point numbers depend on their order
+            updates = sorted(updates, key=lambda update: update.receipt.device)
+            again = open_stored(work, self._blobs.sealed(updates))
+        return _Start(next_adapter(self._bundle.manifest, before, work, again), before, published)
 
     async def _make(self, state: TaskState, start: _Start, *, now: float) -> MadeRound:
         config, bundle = self._config, self._bundle

@@ -110,6 +110,8 @@ def _cooling(config: Config, round_: int) -> tuple[float | None, float | None]:
         return None, share
     if policy == "annealed-kill-revive":
         return temperature(settings, round_, rounds), share
+    if policy == "lora-a2":
+        return None, settings.budget_end
     if policy == "kill-revive":
         initiating = round_ < settings.initiating_rounds
         return settings.temperature_start, settings.budget_start if initiating else settings.budget_end

@@ -10,7 +10,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from msgspec import UNSET
 
-from cloud.aggregate import largest_changes, module_energies, module_movement, with_ranks
+from cloud.aggregate import component_movement, largest_changes, module_energies, module_movement, with_ranks
 from cloud.config import Config
 from cloud.errors import ConfigError
 from cloud.measuring import (
@@ -46,12 +46,14 @@ class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         energies: Singular values of what every module adds to its layer, falling.
         moved: By how much the round before moved what every module adds, a Frobenius norm; empty in the first round.
         largest: The largest absolute mean change of every tensor that the round before moved.
+        components: By how much it moved each component of every module that moved; four digits.
     """
 
     ranks: dict[str, int]
     energies: dict[str, tuple[float, ...]]
     moved: dict[str, float] = {}
     largest: dict[str, float] = {}
+    components: dict[str, tuple[float, ...]] = {}
 
 
 def gather_evidence(bundle: Bundle, tensors: dict[str, Array], before: dict[str, Array] | None) -> Evidence:
@@ -61,7 +63,8 @@ def gather_evidence(bundle: Bundle, tensors: dict[str, Array], before: dict[str,
     if before is None:
         return evidence
     moved, largest = module_movement(manifest, before, tensors), largest_changes(before, tensors)
-    return msgspec.structs.replace(evidence, moved=moved, largest=largest)
+    components = component_movement(manifest, before, tensors)
+    return msgspec.structs.replace(evidence, moved=moved, largest=largest, components=components)
 
 
 def past_rounds(records: Sequence[RoundRecord], key: Ed25519PublicKey, current: Evidence) -> tuple[PastRound, ...]:
@@ -75,7 +78,7 @@ def past_rounds(records: Sequence[RoundRecord], key: Ed25519PublicKey, current: 
     after = [*(read_evidence(record) for record in records[1:]), current]
     plans = [wire.open_plan(record.plan, key).plan for record in records]
     return tuple(
-        PastRound(plan.modules, made.moved, largest=made.largest, training=plan.training)
+        PastRound(plan.modules, made.moved, made.components, made.largest, plan.training)
         for plan, made in zip(plans, after, strict=False)  # before the first round there is nothing to pair
         if plan.state == "train"
     )

@@ -27,7 +27,7 @@ class ReplayedRound(msgspec.Struct, frozen=True):
 
     Attributes:
         round: From 0.
-        parameters: Alive ones of the signed plan's modules, without the head.
+        parameters: Those of the signed plan's modules that are trained, without the head.
         lowest_rank: Of the signed plan.
         highest_rank: The same.
         state: Of the signed plan: ``measure`` or ``train``.
@@ -68,7 +68,7 @@ def _replayed(
         training = planning.training_of(config, bundle, plan.round, choice)
         again = msgspec.structs.replace(plan, modules=choice.modules, head_alive=choice.head_alive, training=training)
         again = with_quantisation(config, bundle, again, past)
-        sides = [(module.alive, module.rank, features[module.name]) for module in plan.modules]
+        sides = [(module.alive, module.trained_rank, features[module.name]) for module in plan.modules]
         yield ReplayedRound(
             round=plan.round,
             parameters=sum(rank * (("A" in alive) * size[0] + ("B" in alive) * size[1]) for alive, rank, size in sides),
@@ -86,10 +86,7 @@ def _differences(plan: wire.Plan, choice: Choice, mu: float) -> Iterator[str]:
         yield f"mu: signed {plan.training.mu:g}, replayed {mu:g}"
     for signed, wanted in zip(plan.modules, choice.modules, strict=True):
         if signed != wanted:
-            yield (
-                f"{signed.name}: signed rank {signed.rank} alive {signed.alive or 'none'}, "
-                f"replayed rank {wanted.rank} alive {wanted.alive or 'none'}"
-            )
+            yield f"{signed.name}: signed {_module(signed)}, replayed {_module(wanted)}"
 
 
 def _range_differences(bundle: Bundle, signed: wire.Plan, replayed: wire.Plan) -> Iterator[str]:
@@ -108,6 +105,11 @@ def _ranges(bundle: Bundle, plan: wire.Plan) -> dict[str, float]:
         return {}
     blocks = planning.plan_layout(bundle, plan).blocks
     return {name: range_ for (name, _), range_ in zip(blocks, plan.quantisation.ranges, strict=True)}
+
+
+def _module(module: wire.ModulePlan) -> str:
+    some = "" if module.trained is msgspec.UNSET else f" components {', '.join(map(str, module.trained))}"
+    return f"rank {module.rank} alive {module.alive or 'none'}{some}"
 
 
 def _alive(alive: bool) -> str:

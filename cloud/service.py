@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cloud import events, planning
 from cloud.config import Config
 from cloud.download import PatchBook
-from cloud.errors import CloudError, DataMissingError
+from cloud.errors import CloudError
 from cloud.keys import Keys
 from cloud.making import RoundMaker
 from cloud.members import Members
@@ -36,7 +36,7 @@ from cloud.rounds import (
     first_state,
 )
 from cloud.store import OBJECTS, UPDATES, Blobs, Database, Identity, RoundRecord, UpdateRecord
-from cloud.work import RoundWork, open_update, start_work
+from cloud.work import RoundWork, open_stored, open_update, start_work
 from edge_runtime import wire
 from edge_runtime.bundle import MANIFEST_NAME, Array, Bundle
 from edge_runtime.wire.patch import OWN
@@ -152,13 +152,8 @@ class Aggregator:
 
     def _sum_again(self, work: RoundWork, updates: list[UpdateRecord]) -> None:
         """Open the stored updates of a round once more; the sum is the same, whatever the order."""
-        for update in updates:
-            sealed = self._blobs.get(UPDATES, update.receipt.digest)
-            try:
-                opened = open_update(work, update.receipt.device, sealed)
-            except wire.UpdateError as error:
-                raise DataMissingError(f"stored {error}") from error
-            work.total.add(opened.values, opened.weight)
+        for update in open_stored(work, self._blobs.sealed(updates)):
+            work.total.add(update.values, update.weight)
 
     # Devices
 

@@ -5,11 +5,13 @@ Functions here take no lock and touch no disk; they are what runs in worker thre
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from cloud.aggregate import UpdateSum, apply_mean
+from cloud.aggregate import ProductMean, UpdateSum, apply_mean
+from cloud.errors import DataMissingError
 from cloud.measuring import with_class_means
 from cloud.planning import plan_layout
 from edge_runtime import wire
@@ -53,6 +55,23 @@ def open_update(work: RoundWork, device: str, sealed: bytes) -> wire.Update:
     return update
 
 
+def open_stored(work: RoundWork, stored: Iterable[tuple[str, bytes]]) -> Iterator[wire.Update]:
+    """Open counted updates once more, one at a time.
+
+    Args:
+        work: Their round.
+        stored: Device and sealed update.
+
+    Raises:
+        DataMissingError: an update that was opened before no longer opens.
+    """
+    for device, sealed in stored:
+        try:
+            yield open_update(work, device, sealed)
+        except wire.UpdateError as error:
+            raise DataMissingError(f"stored {error}") from error
+
+
 def read_adapter(bundle: Bundle, data: bytes) -> dict[str, Array]:
     """The tensors of an adapter file of this bundle, whatever its ranks.
 
@@ -64,8 +83,24 @@ def read_adapter(bundle: Bundle, data: bytes) -> dict[str, Array]:
     return tensors
 
 
-def next_adapter(manifest: Manifest, master: dict[str, Array], work: RoundWork) -> dict[str, Array]:
-    """The round's master adapter moved by the round's mean, or with the head that was measured."""
+def next_adapter(
+    manifest: Manifest, master: dict[str, Array], work: RoundWork, updates: Iterable[wire.Update] | None = None
+) -> dict[str, Array]:
+    """The round's master adapter moved by the round's mean, or with the head that was measured.
+
+    Args:
+        manifest: The bundle's.
+        master: What the round started from.
+        work: The round; every update is summed.
+        updates: All of them, one by one, where a module that trained both factors is to be the mean of the devices'
+            products instead of the product of the factors' means.
+    """
     if work.signed.plan.state == "measure":
         return with_class_means(manifest, master, work.layout, work.total.sums())
-    return apply_mean(master, work.layout, work.total.mean())
+    averaged = apply_mean(master, work.layout, work.total.mean())
+    if updates is None:
+        return averaged
+    products = ProductMean(master, work.layout)
+    for update in updates:
+        products.add(update.values, work.total.capped(update.weight) / work.total.weight)
+    return averaged | products.factors()

@@ -2,12 +2,15 @@
 
 from cloud.aggregate.apply import apply_mean, largest_changes
 from cloud.aggregate.class_means import linear_discriminant
-from cloud.aggregate.factors import module_energies, module_movement, refactor, with_ranks
+from cloud.aggregate.factors import component_movement, module_energies, module_movement, refactor, with_ranks
 from cloud.aggregate.fixed_point import UpdateSum
+from cloud.aggregate.stack import ProductMean
 
 __all__ = [
+    "ProductMean",
     "UpdateSum",
     "apply_mean",
+    "component_movement",
     "largest_changes",
     "linear_discriminant",
     "module_energies",

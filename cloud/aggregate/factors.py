@@ -26,7 +26,7 @@ class Components:
     right: Double
 
 
-def components(lora_a: Array, lora_b: Array) -> Components:
+def components(lora_a: Array | Double, lora_b: Array | Double) -> Components:
     """The singular components of B·A.
 
     Args:
@@ -56,12 +56,26 @@ def refactor(lora_a: Array, lora_b: Array, rank: int, *, rng: np.random.Generato
     Returns:
         A (rank, in) and B (out, rank), float32.
     """
+    return written_anew(components(lora_a, lora_b), lora_a, rank, rng=rng)
+
+
+def written_anew(found: Components, lora_a: Array, rank: int, *, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Factors of the components with most energy; see :func:`refactor`.
+
+    Args:
+        found: What the module is to be.
+        lora_a: Rows of the module before, shape (r, in): their norm is kept, and those where no energy is stay.
+        rank: Wanted, at least 1.
+        rng: For the rows that are added.
+
+    Returns:
+        A (rank, in) and B (out, rank), float32.
+    """
     size = float(np.sqrt(np.mean(np.sum(np.square(lora_a, dtype=np.float64), axis=1))))
-    found = components(lora_a, lora_b)
     living = int(np.sum(found.values > found.values[0] * 1e-7)) if found.values[0] > 0 else 0
     kept = min(rank, living)
     a = np.zeros((rank, lora_a.shape[1]))
-    b = np.zeros((lora_b.shape[0], rank))
+    b = np.zeros((len(found.left), rank))
     a[:kept] = size * found.right[:kept]
     b[:, :kept] = found.left[:, :kept] * found.values[:kept] / size if kept else 0.0
     spare = lora_a[living:].astype(np.float64)[: rank - kept]
@@ -93,6 +107,32 @@ def module_movement(manifest: Manifest, before: Mapping[str, Array], after: Mapp
             continue
         stacked = np.concatenate([new_a, -old_a]), np.concatenate([new_b, old_b], axis=1)
         found[name] = float(manifest.scale * np.linalg.norm(components(*stacked).values))
+    return found
+
+
+def component_movement(
+    manifest: Manifest, before: Mapping[str, Array], after: Mapping[str, Array]
+) -> dict[str, tuple[float, ...]]:
+    """‖Δ(s·b_j·a_j)‖ (Frobenius) of every component of the modules that moved, in four significant digits.
+
+    Where one factor moved that is s times the norm of its change times the norm of the other factor's row or column.
+    """
+    found = {}
+    for name in manifest.module_names:
+        (old_a, old_b), (new_a, new_b) = (
+            tuple(factor.astype(np.float64) for factor in _factors(tensors, name)) for tensors in (before, after)
+        )
+        delta_a, delta_b = new_a - old_a, new_b - old_b
+        if not (delta_a.any() or delta_b.any()):
+            continue
+        # Δ(b·a) = Δb·a' + b·Δa: nothing large is subtracted, and where one factor stayed one term is left.
+        squares = (
+            np.sum(delta_b**2, axis=0) * np.sum(new_a**2, axis=1)
+            + np.sum(old_b**2, axis=0) * np.sum(delta_a**2, axis=1)
+            + 2 * np.sum(delta_b * old_b, axis=0) * np.sum(delta_a * new_a, axis=1)
+        )
+        norms = manifest.scale * np.sqrt(np.maximum(squares, 0.0))
+        found[name] = tuple(float(f"{norm:.4g}") for norm in norms)
     return found
 
 

@@ -7,6 +7,7 @@ from cloud.planner.annealing import Annealing, annealing_problems
 from cloud.planner.choice import Choice, Policy, Situation
 from cloud.planner.fixed import fixed
 from cloud.planner.kill_revive import kill_revive
+from cloud.planner.lora_a2 import lora_a2
 from cloud.planner.ranges import update_ranges
 from cloud.planner.scores import PastRound
 
@@ -15,6 +16,7 @@ POLICIES: dict[str, Policy] = {
     "anneal": anneal,
     "kill-revive": kill_revive,
     "annealed-kill-revive": annealed_kill_revive,
+    "lora-a2": lora_a2,
 }
 
 

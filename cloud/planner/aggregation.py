@@ -6,6 +6,9 @@ A device k of weight p_k holds the product B_k·A_k at the end of a round; the a
 - ``b-only`` (FFA-LoRA, arXiv 2403.12313): B always. Exact; A stays as it began.
 - ``both`` (FedIT, arXiv 2305.05644): both factors, each averaged by itself. **Inexact**: mean(B)·mean(A) lacks
   Σ p_k (B_k − B̄)(A_k − Ā). It is here to be compared with.
+- ``stack`` (FLoRA, FlexLoRA): both factors, and the mean of the products, cut to the module's rank; see
+  :mod:`cloud.aggregate.stack`. Exact up to the cut. Updates have to be opened one by one, and components are new after
+  every round.
 """
 
 from __future__ import annotations
@@ -20,4 +23,5 @@ AGGREGATIONS: dict[str, tuple[Alive, ...]] = {
     "alternate": ("B", "A"),
     "b-only": ("B",),
     "both": ("AB",),
+    "stack": ("AB",),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from obstore.exceptions import BaseError
 from obstore.store import LocalStore
 
 from cloud.errors import DataError, DataMissingError
+from cloud.store.records import UpdateRecord
 
 Kind = Literal["objects", "updates"]
 OBJECTS: Kind = "objects"
@@ -73,6 +75,15 @@ class Blobs:
         if found != digest:
             raise DataMissingError(f"blob {digest[:12]}: damaged on disk: its digest is {found[:12]}")
         return data
+
+    def sealed(self, updates: Iterable[UpdateRecord]) -> Iterator[tuple[str, bytes]]:
+        """Device and sealed bytes of counted updates, read one at a time.
+
+        Raises:
+            DataMissingError: see :meth:`get`.
+        """
+        for update in updates:
+            yield update.receipt.device, self.get(UPDATES, update.receipt.digest)
 
     def keep_only(self, kind: Kind, digests: set[str]) -> None:
         """Delete every blob of a kind but these, half-written ones included.

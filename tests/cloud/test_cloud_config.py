@@ -41,7 +41,12 @@ def test_sample_gives_the_defaults() -> None:
         (BASE + "min_examples = 0", "task.min_examples"),
         (BASE + "devices_per_round = 100000", "task.weight_cap .* task.devices_per_round"),
         (BASE + 'policy = "magic"', "task.policy: expected one of fixed"),
-        (BASE + 'aggregation = "stack"', "task.aggregation: expected one of alternate"),
+        (BASE + 'aggregation = "heap"', "task.aggregation: expected one of alternate"),
+        (BASE + 'policy = "lora-a2"\naggregation = "stack"', r"task.policy \(lora-a2\) .* task.aggregation \(stack\)"),
+        (
+            BASE + 'upload = "int8"\naggregation = "stack"',
+            r"task.upload \(int8\) must be float32 with task.aggregation",
+        ),
         (BASE + 'upload = "int2"', r"Invalid enum value 'int2' - at `\$.task.upload`"),
         (BASE + 'head_init = "zero"', r"\$.task.head_init"),
         (BASE + 'head = "dead"', r"\$.task.head"),

@@ -78,6 +78,19 @@ async def test_the_log_is_what_plans_and_evidence_say(
     assert upload == "int4" or log[-1].modules[0].score is not None
 
 
+async def test_a_budget_of_components_is_logged(tmp_path: Path, session: aiohttp.ClientSession) -> None:
+    """With lora-a2 every round trains the end's share of all components and has no temperature."""
+    bundle = make_bundle(tmp_path / "bundle", r_max=3)
+    site = Site.make(
+        tmp_path, bundle=bundle, policy="lora-a2", rounds=4, devices_per_round=1, annealing={"budget_end": 0.5}
+    )
+    await run_task(site, session)
+    log = plan_log(site.config, await read_kept(site.config))
+    await site.close()
+    assert [(round_.temperature, round_.budget_share) for round_ in log] == [(None, 0.5)] * 4
+    assert [sum(m.trained for m in round_.modules) for round_ in log] == [6] * 4
+
+
 async def test_the_command_shows_rounds_modules_json_and_a_page(tmp_path: Path, session: aiohttp.ClientSession) -> None:
     site = Site.make(
         tmp_path,
