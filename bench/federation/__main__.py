@@ -25,7 +25,8 @@ DEVICES, COHORT, ROUNDS, EXAMPLES = 20, 5, 30, 4_000
 QUICK_ROUNDS = 12
 ALPHAS = ("0.5", "0.1")
 SEEDS = (0, 1, 2)
-CORE = ("lora-r8", "lora-r1", "rolora-r8", "annealed-kill-revive")
+CORE = ("lora-r8", "lora-r1", "rolora-r8", "lora-a2", "annealed-kill-revive")
+QUICK = ("lora-r8", "rolora-r8", "annealed-kill-revive")  # four rows, as the last has two budgets
 _NUMPY_SETTINGS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # set on some machines; they would handicap numpy
 _SHOWN_LINES = 3  # of a process that failed
 
@@ -182,7 +183,7 @@ def main(
             for seed in seeds or (SEEDS[:1] if quick else SEEDS)
             for dataset in datasets or (DATASETS[1:] if quick else DATASETS)
             for alpha in chosen_alphas
-            for method in methods or CORE
+            for method in methods or (QUICK if quick else CORE)
             for budget in METHODS[method].budgets
         ]
         failed = complete(bench, wanted, results, jobs)

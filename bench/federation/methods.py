@@ -57,6 +57,12 @@ METHODS: dict[str, Method] = {
         {"policy": "fixed", "aggregation": "alternate"},
         {"lr_a": 1e-3, "lr_b": 2e-3},
     ),
+    "lora-a2": Method(
+        "factors take turns; an eighth of all components, chosen by what they moved (after LoRA-A²)",
+        {"policy": "lora-a2", "aggregation": "alternate"},
+        {"lr_a": 1e-3, "lr_b": 5e-3},  # the paper's ratio
+        {"budget_end": 0.125},
+    ),
     "annealed-kill-revive": Method(
         "a cooling budget goes to the modules that still move; int4 up, int8 down",
         {"policy": "annealed-kill-revive", "aggregation": "alternate", "upload": "int4", "download": "int8"},
