@@ -71,6 +71,8 @@ def make_root(root: Path, mmdebstrap: Path) -> None:
         "--architectures=arm64",
     ]
     call([*command, f"--include={','.join(PACKAGES)}", SUITE, root], what="unpacking Debian's arm64 packages")
+    # Made for root only, and then qemu prefers them to the machine's: its terminals would not be found.
+    shutil.rmtree(root / "dev", ignore_errors=True)
     board.write(root)
 
 

@@ -75,15 +75,19 @@ def measuring(bundle: Bundle, adapter: dict[str, Array]) -> BlockEngine:
     return engine
 
 
-def test_sums_are_those_of_torch(
-    bundle: Bundle, measuring: BlockEngine, adapter: dict[str, Array], bert_folder: Path, made: Any, tmp_path: Path
-) -> None:
-    """Sums, counts and second moments of what the plan's adapter makes of the examples."""
+@pytest.fixture
+def answer(bundle: Bundle, adapter: dict[str, Array], bert_folder: Path, made: Any, tmp_path: Path) -> Path:
+    """What torch makes of the examples; a fixture, so that it is there for runs without torch too."""
     dataset = random_dataset(bundle, LENGTHS)
-    answer = made(
+    return made(
         "bert-pooled.npz",
         lambda path: write_array(path, pooled(bert_folder, bundle, adapter, dataset, tmp_path / "peft")),
     )
+
+
+def test_sums_are_those_of_torch(bundle: Bundle, measuring: BlockEngine, answer: Path) -> None:
+    """Sums, counts and second moments of what the plan's adapter makes of the examples."""
+    dataset = random_dataset(bundle, LENGTHS)
     with np.load(answer) as stored:
         inputs = stored["inputs"].astype(np.float64)
     labels = np.array([int(example.labels[0]) for example in dataset.examples])
