@@ -14,13 +14,13 @@ from typing import Literal
 import msgspec
 
 from cloud.errors import ConfigError
-from cloud.planner import AGGREGATIONS, POLICIES, Annealing, annealing_problems
+from cloud.planner import AGGREGATIONS, POLICIES, Annealing, annealing_problems, bytes_problems
 from edge_runtime import wire
 from edge_runtime.wire.patch import PatchBits
 
 CONFIG_NAME = "emberlora.toml"
-Upload = Literal["float32", "int8", "int4"]
-Download = Literal["float32", "int8", "int4"]
+Upload = Literal["float32", "int8", "int4", "auto"]
+Download = Literal["float32", "int8", "int4", "auto"]
 DOWNLOAD_BITS: dict[Download, PatchBits] = {"float32": 32, "int8": 8, "int4": 4}
 
 
@@ -85,7 +85,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def download_bits(self) -> PatchBits:
-        """Bits of a value of a changed matrix on its way to the devices."""
+        """Bits of a value of a changed matrix on its way to the devices; "auto" is settled before this is asked."""
         return DOWNLOAD_BITS[self.task.download]
 
     @property
@@ -154,6 +154,7 @@ def config_problems(config: Config) -> list[str]:
         *_task_problems(config.task),
         *_training_problems(config.training),
         *(annealing_problems(config.annealing, config.task.rounds) if config.task.policy != "fixed" else []),
+        *_bytes_problems(config),
         *_server_problems(config.server),
     ]
 
@@ -184,6 +185,16 @@ def _task_problems(task: TaskConfig) -> list[str]:
         <= 2**27,
     }
     return [message for message, broken in rules.items() if broken] + _head_problems(task)
+
+
+def _bytes_problems(config: Config) -> list[str]:
+    settings, task = config.annealing, config.task
+    given = settings.bytes_per_device_per_round is not None or settings.total_bytes is not None
+    return bytes_problems(settings, task.policy) + [
+        f"{key} is auto, which needs annealing.bytes_per_device_per_round or annealing.total_bytes"
+        for key, value in {"task.upload": task.upload, "task.download": task.download}.items()
+        if value == "auto" and not given
+    ]
 
 
 def _head_problems(task: TaskConfig) -> list[str]:
@@ -298,6 +309,13 @@ final_rounds = 2               # at the end's budget
 initiating_mu = 0.0            # FedProx pull in the initiating rounds; 0: that of [training]
 temperature_start = 0.5        # of reviving: how much weaker, in parts of the mean, a dead module may be
 temperature_end = 0.02
+
+# A budget in bytes, up and down, the mean of the training rounds. budget_start and budget_end are then scaled to fit it
+# and only give the shape. [task] upload and download may be "auto" then: the most precise of float32, int8 and int4,
+# download at least as precise as upload, with which every module could have rank 1 in the last round; if there is none,
+# upload int4 and download int8.
+# bytes_per_device_per_round = 500000
+# total_bytes = 24000000       # instead: of devices_per_round devices in all training rounds together
 
 [server]
 host = "127.0.0.1"

@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 from cloud import planning
+from cloud.budgeting import with_budget
 from cloud.config import Config
 from cloud.kept import Kept
 from cloud.measuring import training_round
@@ -72,6 +73,7 @@ class RoundLog(msgspec.Struct, frozen=True):
 
 def plan_log(config: Config, kept: Kept) -> list[RoundLog]:
     """Every round of a task whose plan asked for work, in order."""
+    config = with_budget(config, kept.bundle.manifest)
     found = []
     for number, record in enumerate(kept.records):
         plan = wire.open_plan(record.plan, kept.key).plan
@@ -111,10 +113,10 @@ def _cooling(config: Config, round_: int) -> tuple[float | None, float | None]:
     if policy == "annealed-kill-revive":
         return temperature(settings, round_, rounds), share
     if policy == "lora-a2":
-        return None, settings.budget_end
+        return None, min(1.0, settings.budget_end)
     if policy == "kill-revive":
         initiating = round_ < settings.initiating_rounds
-        return settings.temperature_start, settings.budget_start if initiating else settings.budget_end
+        return settings.temperature_start, min(1.0, settings.budget_start if initiating else settings.budget_end)
     return None, None
 
 

@@ -12,6 +12,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from cloud import planning
+from cloud.budgeting import with_budget
 from cloud.config import Config
 from cloud.kept import read_kept
 from cloud.planner import Choice
@@ -48,8 +49,10 @@ async def replay(config: Config) -> list[ReplayedRound]:
     Raises:
         DataError: the data folder holds no task, or one of another version or bundle.
         BundleError: the bundle cannot be opened.
+        ConfigError: the budget in bytes is too small.
     """
     kept = await read_kept(config)
+    config = with_budget(config, kept.bundle.manifest)
     return list(_replayed(config, kept.bundle, kept.records, kept.key))
 
 

@@ -17,6 +17,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from cloud import events, planning
+from cloud.budgeting import with_budget
 from cloud.config import Config
 from cloud.download import PatchBook
 from cloud.errors import CloudError
@@ -58,7 +59,7 @@ class Aggregator:
     """One task. :meth:`start` before use, :meth:`close` after; both on the loop that serves it."""
 
     def __init__(self, config: Config, bundle: Bundle, *, keys: Keys, folder: Path, surroundings: Surroundings) -> None:
-        self.config = config
+        self.config = config = with_budget(config, bundle.manifest)
         self._bundle = bundle
         self._keys = keys
         self._folder = folder

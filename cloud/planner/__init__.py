@@ -3,8 +3,10 @@
 from cloud.planner.aggregation import AGGREGATIONS
 from cloud.planner.anneal import anneal
 from cloud.planner.annealed_kill_revive import annealed_kill_revive
-from cloud.planner.annealing import Annealing, annealing_problems
+from cloud.planner.annealing import Annealing, annealing_problems, bytes_problems
+from cloud.planner.byte_budget import afford
 from cloud.planner.choice import Choice, Policy, Situation
+from cloud.planner.costs import Traffic
 from cloud.planner.fixed import fixed
 from cloud.planner.kill_revive import kill_revive
 from cloud.planner.lora_a2 import lora_a2
@@ -33,7 +35,10 @@ __all__ = [
     "PastRound",
     "Policy",
     "Situation",
+    "Traffic",
+    "afford",
     "annealing_problems",
+    "bytes_problems",
     "choose",
     "update_ranges",
 ]

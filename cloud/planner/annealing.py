@@ -20,7 +20,12 @@ CURVES: dict[str, Callable[[float], float]] = {
 
 
 class Annealing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The operator's settings; budgets are shares of the adapter at the task's rank."""
+    """The operator's settings; budgets are shares of the adapter at the task's rank.
+
+    Where a budget in bytes is given, ``budget_start`` and ``budget_end`` only say how rounds compare with one another:
+    both are scaled so that the mean of what the training rounds may cost a device, up and down, is at most the budget.
+    See :mod:`cloud.planner.byte_budget`.
+    """
 
     budget_start: float = 1.0  # of the parameters at the task's rank; the first rounds find out what matters
     budget_end: float = 0.25  # a quarter of the rank serves most modules as well
@@ -30,6 +35,8 @@ class Annealing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     initiating_mu: float = 0.0  # FedProx pull in the initiating rounds, against client drift; 0: training.mu
     temperature_start: float = 0.5  # a dead module half the mean weaker than a living one wins with exp(-1)
     temperature_end: float = 0.02  # nearly none comes back unless it is stronger
+    bytes_per_device_per_round: int | None = None  # the mean over the training rounds; None: shares are what they say
+    total_bytes: int | None = None  # the same for devices_per_round devices and all training rounds together
 
 
 def cooled(settings: Annealing, round_: int, rounds: int) -> float:
@@ -41,9 +48,14 @@ def cooled(settings: Annealing, round_: int, rounds: int) -> float:
 
 
 def budget_share(settings: Annealing, round_: int, rounds: int) -> float:
-    """Share of the adapter at the task's rank that may be alive in a round."""
+    """Share of the adapter at the task's rank that may be alive in a round; at most 1, whatever bytes allow."""
     left = CURVES[settings.curve](cooled(settings, round_, rounds))
-    return settings.budget_end + (settings.budget_start - settings.budget_end) * left
+    return min(1.0, settings.budget_end + (settings.budget_start - settings.budget_end) * left)
+
+
+def known_from(settings: Annealing, cycle: int) -> int:
+    """The first round for which every module has trained each of its factors equally often, in ``cycle`` rounds."""
+    return cycle * max(1, math.ceil(settings.initiating_rounds / cycle))  # nothing is known before the first cycle
 
 
 def temperature(settings: Annealing, round_: int, rounds: int) -> float:
@@ -76,3 +88,18 @@ def annealing_problems(settings: Annealing, rounds: int) -> list[str]:
         ),
     }
     return [message for message, broken in rules.items() if broken]
+
+
+def bytes_problems(settings: Annealing, policy: str) -> list[str]:
+    """Every way in which the budget in bytes is wrong, before the bundle is known."""
+    amounts = {
+        f"annealing.{name}": value
+        for name in ("bytes_per_device_per_round", "total_bytes")
+        if (value := getattr(settings, name)) is not None
+    }
+    problems = [f"{key}: expected at least 1, got {value}" for key, value in amounts.items() if value < 1]
+    if len(amounts) > 1:
+        problems.append(f"{' and '.join(amounts)}: give one of them, not both")
+    if amounts and policy == "fixed":
+        problems.append(f"{next(iter(amounts))} is for a policy with a budget, and task.policy is fixed")
+    return problems

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Set
 
 import numpy as np
 
+from cloud.planner.annealing import known_from
 from cloud.planner.choice import Choice, Situation
 from cloud.planner.scores import scores
 from edge_runtime.wire import ModulePlan
@@ -46,8 +47,7 @@ def choose_lives(situation: Situation, share: Callable[[int], float], heat: floa
 
 def _living(situation: Situation, share: Callable[[int], float], heat: float) -> set[str]:
     round_, cycle = situation.round, situation.cycle
-    cycles = max(1, math.ceil(situation.annealing.initiating_rounds / cycle))  # nothing is known before the first
-    if round_ < cycles * cycle:
+    if round_ < known_from(situation.annealing, cycle):
         return set(situation.names)
     costs = {name: situation.ranks[name] * size for name, size in situation.component_sizes.items()}
     known = scores(situation.past, situation.component_sizes)

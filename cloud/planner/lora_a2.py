@@ -33,8 +33,12 @@ def lora_a2(situation: Situation) -> Choice:
 def component_budget(situation: Situation) -> int:
     """How many components may be trained in a round; one at least."""
     whole = (situation.full_rank or situation.manifest.r_max) * len(situation.names)
-    share = int(situation.annealing.budget_end * whole + 1e-9)  # 0.29 of 100 is 29
-    return min(max(share, 1), sum(situation.ranks.values()))
+    return min(components_of(situation.annealing.budget_end, whole), sum(situation.ranks.values()))
+
+
+def components_of(share: float, whole: int) -> int:
+    """How many components a share of the whole is; one at least."""
+    return max(int(share * whole + 1e-9), 1)  # 0.29 of 100 is 29
 
 
 def _held(situation: Situation) -> set[Component]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -69,6 +69,12 @@ def fewest_bits(tensors: Mapping[str, Values], bits: PatchBits) -> PatchBits:
     ):
         return bits
     return 32
+
+
+def patch_bytes(names: Collection[str], layout: Layout, bits: PatchBits) -> int:
+    """Exact length of a patch with the tensors of these names, of an adapter of this layout, in this many bits."""
+    bodies = sum(_bytes_of(name, shape, bits) for name, shape in layout.blocks if name in names)
+    return _HEADER.size + (len(layout.blocks) + 7) // 8 + bodies
 
 
 def encode_patch(head: PatchHead, changed: Mapping[str, Values], layout: Layout) -> bytes:
