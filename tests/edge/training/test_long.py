@@ -20,13 +20,13 @@ from tests.edge.training.random_learning import alive_from, random_dataset, rand
 
 TOKENS = 2048
 VOCABULARY = 8192  # four chunks
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.needs_torch("exports and checks a model of its own")]
 
 
 @pytest.fixture(scope="module")
 def folder(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tests' Llama with two blocks, 2,048 positions and more words than its tokenizer knows."""
-    torch = pytest.importorskip("torch")
+    import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("long")
