@@ -1,9 +1,11 @@
 """Policy ``lora-a2``: a budget of components over all modules together, after LoRA-A² (arXiv 2410.22815).
 
 Every module keeps the task's rank in the forward pass. The components that matter most are trained and sent; a module
-may get many of them or none. In the paper every device ranks components by its own gradients and sends those it chose.
-Here the server chooses, the same for all devices, by what their mean moved, so that it goes on seeing sums alone and
-the average stays exact. What is not trained does not move, so a part of the budget goes to components at random.
+may get many of them or none. Importance is movement, |ΔB_:,j|·|A_j,:| or |B_:,j|·|ΔA_j,:|. In the paper every device
+ranks components by what an epoch of its own moved, in which it trains all of them, and sends those it chose; devices
+with different data so send different ones, which is part of the paper's point. Here the server chooses, the same for
+all devices, by what their mean moved: no extra epoch, and sums are all it sees. What is not trained does not move, so
+scores fade and a part of the budget goes to components at random, where the paper scores all of them anew each round.
 
 It reads ``budget_end`` of ``[annealing]``, a share of all components, in every round; it neither anneals nor initiates.
 """

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import aiohttp
 import numpy as np
 import pytest
 from cloud_fleet import Site, make_bundle, values_for
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cloud.aggregate import ProductMean, apply_mean
+from cloud.errors import DataMissingError
+from cloud.work import open_stored, start_work
 from edge_runtime.bundle import Array, parse_tensors
 from edge_runtime.wire import Layout, SignedPlan
 
@@ -105,6 +109,55 @@ def test_only_modules_that_train_both_factors_are_stacked(still: str) -> None:
     adapter, layout = module(2, 5, 7, np.random.default_rng(0))
     one = Layout(tuple(block for block in layout.blocks if block[0] != still))
     assert stacked(adapter, one, [np.ones(one.count, np.float32)], [1.0]) == {}
+
+
+def test_without_energy_the_rows_stay() -> None:
+    """B is zero and no device moved it: A is what it was, row by row."""
+    adapter, layout = module(3, 8, 40, np.random.default_rng(0))
+    adapter["m.lora_b"][...] = 0
+    found = stacked(adapter, layout, [np.zeros(layout.count, np.float32)] * 2, [0.25, 0.75])
+    np.testing.assert_array_equal(found["m.lora_a"], adapter["m.lora_a"])
+    assert not found["m.lora_b"].any()
+
+
+def test_components_that_are_not_trained_count_as_they_are() -> None:
+    """Of rank 2 the second component is trained; the first stays in every device's product."""
+    adapter, _ = module(2, 13, 7, np.random.default_rng(0))
+    names = ("m.lora_a", "m.lora_b")
+    layout = Layout(((names[0], (1, 7)), (names[1], (13, 1))), components=dict.fromkeys(names, (1,)))
+    change = np.random.default_rng(1).normal(size=20).astype(np.float32)
+    a, b = (adapter[name].astype(np.float64) for name in names)
+    wanted = np.outer(b[:, 0], a[0]) + np.outer(b[:, 1] + change[7:], a[1] + change[:7])
+    found = product(stacked(adapter, layout, [change], [1.0]))
+    assert np.linalg.norm(found - wanted) <= 1e-6 * np.linalg.norm(wanted)
+
+
+def test_memory_stops_growing_with_devices() -> None:
+    """What is held is no more than the stacked factors, and no more than the matrix."""
+    rank, out, inner = 4, 96, 160
+    layout = Layout((("m.lora_a", (rank, inner)), ("m.lora_b", (out, rank))))
+    adapter = {name: np.ones(shape, np.float32) for name, shape in layout.blocks}
+    change = np.ones(layout.count, np.float32)
+    tracemalloc.start()
+    try:
+        mean = ProductMean(adapter, layout)
+        before = tracemalloc.get_traced_memory()[0]
+        for devices in range(1, 101):
+            mean.add(change, 0.01)
+            held = tracemalloc.get_traced_memory()[0] - before
+            assert held <= 8 * min(devices * rank * (out + inner), out * inner) + 8192
+    finally:
+        tracemalloc.stop()
+
+
+async def test_a_stored_update_that_does_not_open_is_named(tmp_path: Path, session: aiohttp.ClientSession) -> None:
+    site = Site.make(tmp_path, aggregation="stack")
+    await site.start()
+    signed = await (await site.device(session, "one")).plan()
+    await site.close()
+    work = start_work(site.bundle, signed, key=X25519PrivateKey.generate(), opened=0.0)
+    with pytest.raises(DataMissingError, match="stored update of one for round 0: cannot be opened"):
+        list(open_stored(work, [("one", bytes(work.sealed_bytes))]))
 
 
 async def run_task(site: Site, session: aiohttp.ClientSession, order: list[int], *, restart: bool) -> dict[str, Array]:
