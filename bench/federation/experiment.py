@@ -244,7 +244,10 @@ async def _round(site: Site, round_: int) -> RoundLine:
     await site.aggregator.tick()
     accuracy = await _accuracy(site, site.glimpse) if _measured(setup, round_) else None
     manifest, modules = site.work.bundle.manifest, signed.plan.modules
-    flop = sum(training_flop(manifest, modules, site.texts[name]) for name in cohort)
+    flop = sum(
+        training_flop(manifest, modules, site.texts[name], result.done.spared)
+        for name, result in zip(cohort, results, strict=True)
+    )
     living = [module for module in modules if module.alive]
     made = RoundLine(
         accuracy=accuracy,

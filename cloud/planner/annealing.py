@@ -18,6 +18,8 @@ CURVES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,
 }
 
+_ROUNDING = 1e-9  # a third of six blocks is two
+
 
 class Annealing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The operator's settings; budgets are shares of the adapter at the task's rank.
@@ -35,6 +37,8 @@ class Annealing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     initiating_mu: float = 0.0  # FedProx pull in the initiating rounds, against client drift; 0: training.mu
     temperature_start: float = 0.5  # a dead module half the mean weaker than a living one wins with exp(-1)
     temperature_end: float = 0.02  # nearly none comes back unless it is stronger
+    depth_start: float = 1.0  # share of the blocks, from the last one down, in which anything may be trained
+    depth_end: float = 1.0  # a device computes no backward pass below them, and remembers what they make of its data
     bytes_per_device_per_round: int | None = None  # the mean over the training rounds; None: shares are what they say
     total_bytes: int | None = None  # the same for devices_per_round devices and all training rounds together
 
@@ -51,6 +55,16 @@ def budget_share(settings: Annealing, round_: int, rounds: int) -> float:
     """Share of the adapter at the task's rank that may be alive in a round; at most 1, whatever bytes allow."""
     left = CURVES[settings.curve](cooled(settings, round_, rounds))
     return min(1.0, settings.budget_end + (settings.budget_start - settings.budget_end) * left)
+
+
+def lowest_block(settings: Annealing, blocks: int, round_: int, rounds: int) -> int:
+    """The first block in which anything may be trained in a round; one block at least. It never falls.
+
+    Kills from the bottom up save compute: see ``docs/adr/0018-depth-falls-with-the-budget.md``.
+    """
+    left = CURVES[settings.curve](cooled(settings, round_, rounds))
+    depth = settings.depth_end + (settings.depth_start - settings.depth_end) * left
+    return blocks - max(1, min(blocks, math.ceil(depth * blocks - _ROUNDING)))
 
 
 def known_from(settings: Annealing, cycle: int) -> int:
@@ -83,6 +97,11 @@ def annealing_problems(settings: Annealing, rounds: int) -> list[str]:
         f"annealing.temperature_start ({settings.temperature_start})": not (
             0 < settings.temperature_end <= settings.temperature_start < math.inf
         ),
+        f"annealing.depth_start: expected more than 0 and at most 1, got {settings.depth_start}": not (
+            0 < settings.depth_start <= 1
+        ),
+        f"annealing.depth_end ({settings.depth_end}) must be more than 0 and at most annealing.depth_start "
+        f"({settings.depth_start})": not 0 < settings.depth_end <= settings.depth_start,
         f"annealing.initiating_mu: expected 0 or more, got {settings.initiating_mu}": not (
             math.isfinite(settings.initiating_mu) and settings.initiating_mu >= 0
         ),
