@@ -309,6 +309,8 @@ final_rounds = 2               # at the end's budget
 initiating_mu = 0.0            # FedProx pull in the initiating rounds; 0: that of [training]
 temperature_start = 0.5        # of reviving: how much weaker, in parts of the mean, a dead module may be
 temperature_end = 0.02
+depth_start = 1.0              # share of the blocks, from the last one down, in which anything may be trained
+depth_end = 1.0                # falls as the budget does: devices compute no backward pass below, and remember the rest
 
 # A budget in bytes, up and down, the mean of the training rounds. budget_start and budget_end are then scaled to fit it
 # and only give the shape. [task] upload and download may be "auto" then: the most precise of float32, int8 and int4,

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.data import Batch, Dataset, evaluation_batches, training_batches
 from edge_runtime.engine.block import OrtValues, Session
-from edge_runtime.engine.model import BlockEngine
 from edge_runtime.engine.hidden_file import KEY_BYTES
+from edge_runtime.engine.model import BlockEngine
 from edge_runtime.engine.remembered import RememberedHidden, Start, memory_limit
 from tests.edge.training.random_learning import alive_from, random_dataset, random_parameters, relative_error
 
@@ -346,9 +346,7 @@ def test_a_limit_of_zero_removes_it(computer: Computer, tmp_path: Path) -> None:
     assert computer.asked == [[1], [1]]
 
 
-def test_a_full_disk_gives_the_file_back(
-    computer: Computer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_gives_the_file_back(computer: Computer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int, data: bytes, offset: int) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -473,7 +471,9 @@ def test_a_batch_remembered_in_part(
     (batch,) = evaluation_batches(dataset, len(LENGTHS))
     plain = BlockEngine(bundle)
     plain.use(parameters)
-    with RememberedHidden(tmp_path, max_bytes=44 + sum(28 + tokens * (2 * 32 + 4) for tokens in sorted(LENGTHS)[:7])) as memory:
+    with RememberedHidden(
+        tmp_path, max_bytes=44 + sum(28 + tokens * (2 * 32 + 4) for tokens in sorted(LENGTHS)[:7])
+    ) as memory:
         engine.use(parameters, memory)
         engine.gradients(batch)
         assert memory.examples == 7
