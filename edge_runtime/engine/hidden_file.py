@@ -118,10 +118,10 @@ class HiddenFile:
     def append(self, key: bytes, rows: Array) -> None:
         """Keep an example's hidden state, shape (tokens, width), finite and below 2**127."""
         payload = _pack(rows)
-        checksum = zlib.crc32(payload)
-        at = self.bytes + _RECORD.size
-        self._append(_RECORD.pack(key, *rows.shape, checksum) + payload)
-        self._places[key] = _Place(at, *rows.shape, checksum)
+        tokens, width = rows.shape
+        place = _Place(self.bytes + _RECORD.size, tokens, width, zlib.crc32(payload))
+        self._append(_RECORD.pack(key, tokens, width, place.checksum) + payload)
+        self._places[key] = place
 
     def read(self, key: bytes) -> Array | None:
         """An example's hidden state, shape (tokens, width), float32; None, and forgotten, where it is damaged."""
