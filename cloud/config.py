@@ -305,6 +305,7 @@ budget_start = 1.0
 budget_end = 0.25              # "lora-a2": of all components, in every round; it reads nothing else here
 curve = "cubic"                # or "cosine", "linear"
 initiating_rounds = 2          # at the full budget
+heating_rounds = 0             # after them, in which the budget climbs from its end to its start; best without them
 final_rounds = 2               # at the end's budget
 initiating_mu = 0.0            # FedProx pull in the initiating rounds; 0: that of [training]
 temperature_start = 0.5        # of reviving: how much weaker, in parts of the mean, a dead module may be

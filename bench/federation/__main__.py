@@ -144,6 +144,7 @@ def summary(line: Line) -> str:
 @click.option("--dataset", "datasets", type=click.Choice(DATASETS), multiple=True, help="[default: all]")
 @click.option("--alpha", "alphas", multiple=True, help=f"Of the split, or {NATURAL!r}.  [default: {' '.join(ALPHAS)}]")
 @click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, help="[default: the core table]")
+@click.option("--budget", "budgets", multiple=True, help="Of a method with several.  [default: all of them]")
 @click.option("--seed", "seeds", type=click.IntRange(0), multiple=True, help="[default: 0 1 2]")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of one run.")
 @click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Runs at once.")
@@ -158,6 +159,7 @@ def main(
     datasets: tuple[str, ...],
     alphas: tuple[str, ...],
     methods: tuple[str, ...],
+    budgets: tuple[str, ...],
     seeds: tuple[int, ...],
     threads: int,
     jobs: int,
@@ -185,6 +187,7 @@ def main(
             for alpha in chosen_alphas
             for method in methods or (QUICK if quick else CORE)
             for budget in METHODS[method].budgets
+            if not budgets or budget in budgets
         ]
         failed = complete(bench, wanted, results, jobs)
     except (RequestError, ValueError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cloud.planner.annealing import budget_share
+from cloud.planner.annealing import budget_share, hottest
 from cloud.planner.choice import Choice, Situation
 from edge_runtime.wire import ModulePlan
 
@@ -12,8 +12,8 @@ from edge_runtime.wire import ModulePlan
 def anneal(situation: Situation) -> Choice:
     """All modules that do not lie too deep at ranks that fit the round's budget, and the head if the bundle trains one.
 
-    Ranks change in even rounds only, so that a pair of rounds that trains B and then A sees one rank. They never rise.
-    A module that has become too deep ends its pair, and keeps its rank: what it has learned stays.
+    Ranks change in even rounds only, so that a pair of rounds that trains B and then A sees one rank. They rise while
+    the budget does: what is added has no effect until it has learned, so modules take turns. A module that has become too deep ends its pair, and keeps its rank: what it has learned stays.
     """
     round_ = situation.round
     share = budget_share(situation.annealing, round_, situation.rounds)
@@ -21,8 +21,11 @@ def anneal(situation: Situation) -> Choice:
     ranks = dict(situation.ranks)
     if round_ % 2 == 0 and situation.energies:
         energies = {name: situation.energies[name] for name in living}
+        if situation.annealing.heating_rounds and round_ <= hottest(situation.annealing):
+            most = situation.full_rank or situation.manifest.r_max
+            energies = {name: (*found, *[0.0] * (most - len(found))) for name, found in energies.items()}
         fitting = fit_ranks(energies, situation.component_sizes, share * situation.full_parameters)
-        ranks.update({name: min(rank, ranks[name]) for name, rank in fitting.items()})
+        ranks.update(fitting)
     modules = tuple(
         ModulePlan(name, ranks[name], situation.factor(name) if name in living else "") for name in situation.names
     )

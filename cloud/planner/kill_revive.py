@@ -34,7 +34,7 @@ def choose_lives(situation: Situation, share: Callable[[int], float], heat: floa
 
     Args:
         situation: What is known.
-        share: Of the adapter at the task's rank that may be alive in a round after the initiating ones; it never rises.
+        share: Of the adapter at the task's rank that may be alive in a round after the initiating ones.
         heat: Temperature of revival.
     """
     living = _living(situation, share, heat)

@@ -134,6 +134,7 @@ def budgets(draw: st.DrawFn) -> tuple[Annealing, str, str, PatchBits, PatchBits]
         budget_end=start * draw(st.floats(0.1, 1.0)),
         curve=draw(st.sampled_from(sorted(CURVES))),
         initiating_rounds=initiating,
+        heating_rounds=draw(st.sampled_from([0, 0, 2])),
         final_rounds=draw(st.integers(0, 3)),
         temperature_start=draw(st.floats(0.01, 100.0)),
         temperature_end=0.01,

@@ -65,11 +65,12 @@ class Task:
 
 def tasks() -> st.SearchStrategy[Task]:
     annealings = st.builds(
-        lambda start, part, curve, initiating, final, heat, deep, deeper: Annealing(
+        lambda start, part, curve, initiating, heating, final, heat, deep, deeper: Annealing(
             budget_start=start,
             budget_end=start * part,
             curve=curve,
             initiating_rounds=initiating,
+            heating_rounds=heating,
             final_rounds=final,
             temperature_start=heat,
             temperature_end=heat / 10,
@@ -80,6 +81,7 @@ def tasks() -> st.SearchStrategy[Task]:
         st.floats(0.3, 1.0),
         st.sampled_from(sorted(CURVES)),
         st.integers(0, 3),
+        st.sampled_from([0, 0, 3]),
         st.integers(0, 3),
         st.floats(0.01, 100.0),
         st.sampled_from([1.0, 0.6]),
