@@ -189,6 +189,8 @@ def main(
             for budget in METHODS[method].budgets
             if not budgets or budget in budgets
         ]
+        if not wanted:
+            raise RequestError(f"--budget {' '.join(budgets)}: none of the methods has such a size")
         failed = complete(bench, wanted, results, jobs)
     except (RequestError, ValueError) as error:
         raise click.UsageError(str(error)) from error
