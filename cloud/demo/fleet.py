@@ -21,7 +21,7 @@ _SILENCE_S = 300.0  # longest time without any event before the demo gives up
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the aggregator knows at the end, the devices' downloads of each round in bytes, and why it was so planned."""
+    """What the aggregator knows at the end, what devices fetched in each round in bytes, and the log of its plans."""
 
     status: dict[str, Any]  # as `emberlora cloud status --json` prints it
     round_bytes_down: tuple[int, ...]

@@ -13,7 +13,8 @@ def anneal(situation: Situation) -> Choice:
     """All modules that do not lie too deep at ranks that fit the round's budget, and the head if the bundle trains one.
 
     Ranks change in even rounds only, so that a pair of rounds that trains B and then A sees one rank. They rise while
-    the budget does: what is added has no effect until it has learned, so modules take turns. A module that has become too deep ends its pair, and keeps its rank: what it has learned stays.
+    the budget does: what is added has no effect until it has learned, so modules take turns. A module that has become
+    too deep ends its pair, and keeps its rank: what it has learned stays.
     """
     round_ = situation.round
     share = budget_share(situation.annealing, round_, situation.rounds)

@@ -1,7 +1,8 @@
 """The annealing schedule: how far a task has cooled, and what may be trained then. Pure functions of the round.
 
 After SA-FedLoRA (arXiv 2405.09394): initiating rounds at the full budget, rounds of heating if there are any, then a
-budget that falls to its end, and final rounds that stay there. The curve is ours to choose; ``cubic`` is AdaLoRA's (arXiv 2303.10512).
+budget that falls to its end, and final rounds that stay there. The curve is ours to choose; ``cubic`` is AdaLoRA's
+(arXiv 2303.10512).
 """
 
 from __future__ import annotations

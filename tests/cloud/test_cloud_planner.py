@@ -150,7 +150,7 @@ def test_heating_climbs_to_the_start_and_then_cools() -> None:
 
 
 def test_anneal_grows_while_it_heats(bundle: Bundle) -> None:
-    """From the end's budget to the start's, modules in turns, and from then on down; a rank never exceeds the task's."""
+    """From the end's budget to the start's, modules in turns, and then down; a rank never exceeds the task's."""
     settings = Annealing(budget_start=1.0, budget_end=0.34, initiating_rounds=0, heating_rounds=4, final_rounds=2)
     ranks, totals = dict.fromkeys(bundle.manifest.module_names, 3), []
     for round_ in range(10):
