@@ -24,7 +24,7 @@ from bench.federation.equal_bytes import rivals_of
 from bench.federation.experiment import Setup, run
 from bench.federation.lines import Key, Line, RoundLine, append_line, read_lines
 from bench.federation.links import Link, seconds_to
-from bench.federation.methods import METHODS, config_text
+from bench.federation.methods import METHODS, WITHOUT, config_text
 from bench.federation.summary import Split, rows_of
 from cloud.config import parse_config
 from edge_runtime.bundle import open_bundle
@@ -241,7 +241,13 @@ def test_what_is_there_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--alpha", "few"], "few"), (["--set", "rank"], "expected table.key=value"), (["--dataset", "x"], "x")],
+    [
+        (["--alpha", "few"], "few"),
+        (["--without", "luck"], "a known name"),
+        (["--without", "depth"], "a known name"),
+        (["--set", "rank"], "expected table.key=value"),
+        (["--dataset", "x"], "x"),
+    ],
 )
 def test_bad_arguments_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(command.main, ["--data", str(tmp_path), *arguments])
@@ -351,6 +357,18 @@ def test_every_method_is_a_config_that_the_aggregator_takes(method: str, budget:
     config = parse_config(text.encode(), path=tmp_path / "emberlora.toml")
     assert (config.task.head, config.task.head_init, config.task.seed) == ("frozen", "class-means", 3)
     assert config.task.rounds == 20  # what is tried out replaces what follows from the fleet
+
+
+@pytest.mark.parametrize("without", list(WITHOUT))
+def test_every_variant_is_a_config_that_the_aggregator_takes(without: str, tmp_path: Path) -> None:
+    """And, but for what devices choose, another one than that of the method."""
+    method = METHODS["annealed-kill-revive"]
+    texts = [
+        config_text(method, "small", bundle="b", seed=3, fleet={"rounds": 30}, extra=extra)
+        for extra in ({}, WITHOUT[without])
+    ]
+    whole, variant = (parse_config(text.encode(), path=tmp_path / "emberlora.toml") for text in texts)
+    assert (whole == variant) == (without == "remembering")
 
 
 @pytest.mark.needs_torch("trains the whole model by PyTorch")
