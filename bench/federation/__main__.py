@@ -18,7 +18,7 @@ from bench.errors import RequestError
 from bench.federation.data import DATASETS, NATURAL, read_corpus, write_records
 from bench.federation.experiment import Setup
 from bench.federation.lines import Key, Line, append_line, read_lines
-from bench.federation.methods import METHODS, RANK, WITHOUT
+from bench.federation.methods import METHODS, RANK, VARIED, WITHOUT
 from edge_runtime.wire import Products
 
 DEVICES, COHORT, ROUNDS, EXAMPLES = 20, 5, 30, 4_000
@@ -185,6 +185,8 @@ def main(
         raise click.UsageError(
             f"--without {without}: expected --set, or --method annealed-kill-revive and a known name"
         )
+    if without and not settings:
+        budgets = budgets or (VARIED,)
     bench = Bench(data, out, threads, products, _extra(settings) if settings else dict(WITHOUT.get(without, {})))
     chosen_alphas = alphas or (ALPHAS[:1] if quick else ALPHAS)
     try:

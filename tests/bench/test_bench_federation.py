@@ -24,7 +24,7 @@ from bench.federation.equal_bytes import rivals_of
 from bench.federation.experiment import Setup, run
 from bench.federation.lines import Key, Line, RoundLine, append_line, read_lines
 from bench.federation.links import Link, seconds_to
-from bench.federation.methods import METHODS, WITHOUT, config_text
+from bench.federation.methods import METHODS, VARIED, WITHOUT, config_text
 from bench.federation.summary import Split, rows_of
 from cloud.config import parse_config
 from edge_runtime.bundle import open_bundle
@@ -364,7 +364,7 @@ def test_every_variant_is_a_config_that_the_aggregator_takes(without: str, tmp_p
     """And, but for what devices choose, another one than that of the method."""
     method = METHODS["annealed-kill-revive"]
     texts = [
-        config_text(method, "small", bundle="b", seed=3, fleet={"rounds": 30}, extra=extra)
+        config_text(method, VARIED, bundle="b", seed=3, fleet={"rounds": 30}, extra=extra)
         for extra in ({}, WITHOUT[without])
     ]
     whole, variant = (parse_config(text.encode(), path=tmp_path / "emberlora.toml") for text in texts)
