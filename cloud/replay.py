@@ -15,7 +15,6 @@ from cloud import planning
 from cloud.budgeting import with_budget
 from cloud.config import Config
 from cloud.kept import read_kept
-from cloud.planner import Choice
 from cloud.quantising import with_quantisation
 from cloud.rounds import TaskState
 from cloud.store import RoundRecord
@@ -69,7 +68,10 @@ def _replayed(
         past = planning.past_rounds(records[:number], key, evidence)
         choice = planning.choose_modules(config, bundle, state, evidence, past)
         training = planning.training_of(config, bundle, plan.round, choice)
-        again = msgspec.structs.replace(plan, modules=choice.modules, head_alive=choice.head_alive, training=training)
+        tiers = planning.tiers_of(config, bundle, state, choice)
+        again = msgspec.structs.replace(
+            plan, modules=choice.modules, head_alive=choice.head_alive, training=training, tiers=tiers
+        )
         again = with_quantisation(config, bundle, again, past)
         sides = [(module.alive, module.trained_rank, features[module.name]) for module in plan.modules]
         yield ReplayedRound(
@@ -78,18 +80,20 @@ def _replayed(
             lowest_rank=min(module.rank for module in plan.modules),
             highest_rank=max(module.rank for module in plan.modules),
             state=plan.state,
-            differences=(*_differences(plan, choice, training.mu), *_range_differences(bundle, plan, again)),
+            differences=(*_differences(plan, again), *_range_differences(bundle, plan, again)),
         )
 
 
-def _differences(plan: wire.Plan, choice: Choice, mu: float) -> Iterator[str]:
-    if plan.head_alive != choice.head_alive:
-        yield f"head: signed {_alive(plan.head_alive)}, replayed {_alive(choice.head_alive)}"
-    if plan.training.mu != mu:
-        yield f"mu: signed {plan.training.mu:g}, replayed {mu:g}"
-    for signed, wanted in zip(plan.modules, choice.modules, strict=True):
-        if signed != wanted:
-            yield f"{signed.name}: signed {_module(signed)}, replayed {_module(wanted)}"
+def _differences(signed: wire.Plan, replayed: wire.Plan) -> Iterator[str]:
+    if signed.head_alive != replayed.head_alive:
+        yield f"head: signed {_alive(signed.head_alive)}, replayed {_alive(replayed.head_alive)}"
+    if signed.training.mu != replayed.training.mu:
+        yield f"mu: signed {signed.training.mu:g}, replayed {replayed.training.mu:g}"
+    if signed.tiers != replayed.tiers:
+        yield f"tiers: signed {_tiers(signed)}, replayed {_tiers(replayed)}"
+    for ours, wanted in zip(signed.modules, replayed.modules, strict=True):
+        if ours != wanted:
+            yield f"{ours.name}: signed {_module(ours)}, replayed {_module(wanted)}"
 
 
 def _range_differences(bundle: Bundle, signed: wire.Plan, replayed: wire.Plan) -> Iterator[str]:
@@ -108,6 +112,20 @@ def _ranges(bundle: Bundle, plan: wire.Plan) -> dict[str, float]:
         return {}
     blocks = planning.plan_layout(bundle, plan).blocks
     return {name: range_ for (name, _), range_ in zip(blocks, plan.quantisation.ranges, strict=True)}
+
+
+def _tiers(plan: wire.Plan) -> str:
+    return (
+        "; ".join(
+            " ".join(
+                f"{name} {value:g}"
+                for name, value in msgspec.structs.asdict(tier).items()
+                if value is not msgspec.UNSET
+            )
+            for tier in plan.tiers or ()
+        )
+        or "none"
+    )
 
 
 def _module(module: wire.ModulePlan) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +78,7 @@ def run_round(
         score = _evaluate(work, adapter, plan, job, emit)
         make = _measure if plan.state == "measure" else _train
         made = make(work, adapter, dataset, _Errand(plan, job, emit))
-    metrics = _metrics(made.trained, score, memory, time.perf_counter() - began)
+    metrics = replace(_metrics(made.trained, score, memory, time.perf_counter() - began), tier=job.tier)
     values = made.values
     check_values(values, dataset.weight, plan.update)
     if plan.quantisation:
@@ -108,7 +108,7 @@ class _Made:
 
 def _train(work: WorkingBundle, adapter: dict[str, Array], dataset: Dataset, errand: _Errand) -> _Made:
     plan, emit = errand.plan, errand.emit
-    parameters = AdapterParameters(adapter, work.plan_layout(plan))
+    parameters = AdapterParameters(adapter, work.plan_layout(plan, errand.job.tier))
     course = _course(work, dataset, plan, errand.job)
     trained = train(work.engine, parameters, course, on_step=lambda step, steps, loss: emit(Stepped(step, steps, loss)))
     if course.remembered is not None and course.remembered.trouble:
@@ -140,7 +140,7 @@ def _round_off(change: Flat, work: WorkingBundle, plan: Plan, job: TrainingJob, 
     if others:
         named = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         emit(Notice(f"what earlier updates left out is dropped where ranks changed: {named}"))
-    layout = work.plan_layout(plan)
+    layout = work.plan_layout(plan, job.tier)
     for name in layout.components:  # of these, only some components are sent
         residual.setdefault(name, np.zeros(shapes[name], np.float32))
     rng = np.random.default_rng([job.rounding_seed, plan.round])

@@ -200,7 +200,7 @@ class LocalMetrics:
     seconds: float | None = None
     peak_private_mb: float | None = None
     peak_total_mb: float | None = None
-    tier: int = 0
+    tier: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True)
