@@ -23,7 +23,8 @@ from cloud.config import parse_config
 from cloud.console import describe
 from cloud.errors import ConfigError
 from cloud.events import RoundApplied
-from cloud.planner import PastRound, Situation, Tiers, plan_tiers
+from cloud.planner import Annealing, PastRound, Situation, Tiers, Traffic, choose, plan_tiers
+from cloud.planner.costs import plan_bytes
 from cloud.planner.scores import component_scores, scores
 from cloud.planning import plan_layouts
 from edge_runtime.bundle import Array, Bundle, parse_tensors
@@ -216,6 +217,33 @@ def test_what_nobody_carried_begins_anew_and_is_not_judged(bundle: Bundle) -> No
     found = scores(past, dict.fromkeys(names, 1))
     assert names[0] not in found
     assert found[names[1]] == pytest.approx(2 * found[names[2]])  # the same from half of its components
+
+
+def test_what_came_late_does_not_break_the_first_budget(bundle: Bundle) -> None:
+    """All but one were carried for the first time in the last initiating round: they are in the middle of their cycles,
+    and yet no more may live than the budget allows."""
+    names = bundle.manifest.module_names
+    modules = tuple(ModulePlan(name, 2, "B") for name in names)
+    moved = dict.fromkeys(names, 1.0)
+    past = (PastRound(modules, moved, idle=dict.fromkeys(names[1:], (0, 1))), PastRound(modules, moved))
+    settings = Annealing(budget_start=1.0, budget_end=0.3, initiating_rounds=2)
+    situation = Situation(
+        bundle.manifest, dict.fromkeys(names, 2), "alternate", 2, 9, 0, settings, full_rank=2, past=past
+    )
+    alive = [module.name for module in choose("kill-revive", situation).modules if module.alive]
+    spent = 2 * sum(situation.component_sizes[name] for name in alive)
+    assert 0 < spent <= 0.3 * situation.full_parameters
+
+
+def test_tiers_are_counted_in_the_bytes_of_a_plan(bundle: Bundle) -> None:
+    modules = modules_of(bundle, 0, 1)
+    settings = Tiers(enabled=True, max_rank=(2, 1))
+    with_tiers, without = (
+        plan_bytes(Traffic(bundle.manifest, "tiny", "both", 3, True, 32, 32, tiers), modules)
+        for tiers in (settings, Tiers())
+    )
+    text = msgspec.json.encode({"tiers": plan_tiers(settings, bundle.manifest, modules)})
+    assert with_tiers - without == len(text) - 2 + 1  # without its braces, with a comma
 
 
 def test_components_that_nobody_carried_are_not_judged() -> None:
