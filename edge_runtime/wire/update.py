@@ -28,6 +28,7 @@ from edge_runtime.wire.errors import (
 )
 from edge_runtime.wire.plan import ModulePlan, Plan, SignedPlan, UpdateRules
 from edge_runtime.wire.quantisation import Quantisation, decode_codes, encode_codes, payload_bytes
+from edge_runtime.wire.tiers import Tier
 
 if TYPE_CHECKING:
     import numpy as np
@@ -164,11 +165,8 @@ def tier_layouts(
     whole = layout_of(plan.modules, features, head, plan.quantisation or None)
     names = [name for name, _ in whole.blocks]
     found = [whole]
-    for number, tier in enumerate(plan.tiers or (), start=1):
-        carried = [
-            _carried(module, tier.rank_bound) for module in plan.modules if places[module.name] >= tier.lowest_block
-        ]
-        part = layout_of(carried, features, head)
+    for number in range(1, 1 + len(plan.tiers or ())):
+        part = layout_of(carried_modules(plan, number, places), features, head)
         quantisation = whole.quantisation
         if quantisation is not None:
             ranges = dict(zip(names, quantisation.ranges, strict=True))
@@ -177,11 +175,22 @@ def tier_layouts(
     return tuple(found)
 
 
-def _carried(module: ModulePlan, most: int) -> ModulePlan:
-    """A module of which the first ``most`` of its trained components are trained."""
-    if not module.alive or module.trained_rank <= most:
+def carried_modules(plan: Plan, number: int, places: Mapping[str, int]) -> tuple[ModulePlan, ...]:
+    """A plan's modules as a tier of it trains them; ``places`` are the numbers of their blocks."""
+    if number == 0 or plan.tiers is msgspec.UNSET:
+        return plan.modules
+    tier = plan.tiers[number - 1]
+    return tuple(_carried(module, tier, places[module.name]) for module in plan.modules)
+
+
+def _carried(module: ModulePlan, tier: Tier, place: int) -> ModulePlan:
+    if not module.alive:
         return module
-    return msgspec.structs.replace(module, trained=module.trained_components[:most])
+    if place < tier.lowest_block:
+        return ModulePlan(module.name, module.rank, "")
+    if module.trained_rank <= tier.rank_bound:
+        return module
+    return msgspec.structs.replace(module, trained=module.trained_components[: tier.rank_bound])
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from edge_runtime.bundle import encode_tensors, open_bundle
 from edge_runtime.training.job import FRAME_NAME, RESIDUAL_NAME, Done, Failed, Notice, Stepped, TrainingJob
 from edge_runtime.training.quantise import quantise, read_residual
-from edge_runtime.wire import LocalMetrics, Update, encode_update, layout_of, open_plan
+from edge_runtime.wire import LocalMetrics, Update, encode_update, open_plan, tier_layouts
 
 WEIGHT = 5
 
@@ -33,8 +33,8 @@ def make_frame(job: TrainingJob, weight: int = WEIGHT) -> Done:
     signed = open_plan(Path(job.plan).read_bytes(), key)
     bundle = open_bundle(Path(job.bundle), expected_digest=signed.plan.bundle)
     assert Path(job.adapter).stem == signed.plan.adapter
-    features = {module.name: (module.in_features, module.out_features) for module in bundle.manifest.modules}
-    layout = layout_of(signed.plan.modules, features, {}, signed.plan.quantisation or None)
+    manifest = bundle.manifest
+    layout = tier_layouts(signed.plan, features=manifest.features, places=manifest.places, head={})[job.tier]
     values = np.full(layout.count, 0.25 * (signed.plan.round + 1), dtype=np.float32)
     if layout.quantisation is not None:
         assert job.residual is not None
@@ -42,7 +42,7 @@ def make_frame(job: TrainingJob, weight: int = WEIGHT) -> Done:
         found = quantise(values, layout, read_residual(Path(job.residual)), rng=rng)
         (Path(job.out) / RESIDUAL_NAME).write_bytes(encode_tensors(found.residual))
         values = found.values
-    metrics = LocalMetrics(steps=3, loss_start=2.0, loss_end=1.0, seconds=0.5)
+    metrics = LocalMetrics(steps=3, loss_start=2.0, loss_end=1.0, seconds=0.5, tier=job.tier)
     frame = encode_update(Update(values, max(weight, 1), metrics), signed_plan=signed, layout=layout)
     (Path(job.out) / FRAME_NAME).write_bytes(frame)
     return Done(weight, metrics)
