@@ -184,6 +184,7 @@ class Members:
                 peak_private_mb=last.get(record.name, nothing).peak_private_mb,
                 peak_total_mb=last.get(record.name, nothing).peak_total_mb,
                 train_s=last.get(record.name, nothing).seconds,
+                tier=last[record.name].tier if record.name in last else None,
             )
             for record in records
         )

@@ -113,12 +113,13 @@ class _Resources:
         if isinstance(answer, wire.UpdateReceipt):
             return _message(answer, status=200)
         length = body_length(request)
-        if length != answer:
+        if length not in answer:
+            expected = " or ".join(map(str, answer))
             raise wire.UpdateFormatError(
-                f"update of {device} for round {round_}: length: expected {answer} bytes, got {length}"
+                f"update of {device} for round {round_}: length: expected {expected} bytes, got {length}"
             )
         async with self._slots:
-            sealed = await read_body(request, limit=answer, timeout_s=self._timeout_s, digest=caller.body_digest)
+            sealed = await read_body(request, limit=length, timeout_s=self._timeout_s, digest=caller.body_digest)
             receipt, new = await self._aggregator.submit(
                 device, round_=round_, digest=caller.body_digest, sealed=sealed
             )

@@ -152,6 +152,13 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
     help="Disk for what the frozen lower blocks make of the examples, during a round; 0 computes it every time.  "
     "[default: 2048, or a tenth of the free disk if that is less]",
 )
+@click.option(
+    "--tier",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Carry less of each plan than this device could: tier 1 or more, where the plan has tiers.  "
+    "[default: what the plan means for a device with --memory-mb]",
+)
 @click.option("--skip-bad-lines", is_flag=True, help="Train on the good lines of a file that has bad ones.")
 @click.option("--once", is_flag=True, help="Stop after one round.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON event a line for machines.")
@@ -165,6 +172,7 @@ def run(  # noqa: PLR0913  # click passes each option as an argument
     packed_weights: bool,
     micro_tokens: int | None,
     remember_mb: int | None,
+    tier: int,
     skip_bad_lines: bool,
     once: bool,
     as_json: bool,
@@ -188,6 +196,7 @@ def run(  # noqa: PLR0913  # click passes each option as an argument
     from edge_runtime.device.loop import RunOptions, Tools
     from edge_runtime.device.running import check_settings, run_device, until_signal
     from edge_runtime.device.trainer import ChildTrainer
+    from edge_runtime.wire import Capability
 
     place = Home(home)
     display = JsonDisplay() if as_json else TerminalDisplay()
@@ -205,6 +214,8 @@ def run(  # noqa: PLR0913  # click passes each option as an argument
                 packed_weights=packed_weights,
                 micro_tokens=micro_tokens,
                 remember_mb=remember_mb,
+                capability=Capability(memory_mib=memory_mb),
+                tier=tier,
                 once=once,
             )
             tools = Tools(trainer=ChildTrainer(), inspector=ChildInspector(), host=Host(), report=display.show)

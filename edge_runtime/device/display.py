@@ -119,6 +119,8 @@ class TerminalDisplay:
             if trained.seconds is not None:
                 done = "class means measured" if self._state == "measure" else f"{trained.steps} steps"
                 parts.append(f"{done} in {duration(trained.seconds)}")
+            if trained.tier:
+                parts.append(f"tier {trained.tier}")
         if self._evaluated:
             parts.append(self._evaluated)
         self._evaluated = ""

@@ -83,6 +83,7 @@ class TrainedRound(DeviceEvent, frozen=True, tag="trained"):
     peak_private_mb: float | None
     peak_total_mb: float | None
     spared: dict[int, int] = {}  # tokens whose lowest blocks were read and not computed, by how many blocks
+    tier: int = 0  # of the plan's, that was carried; 0: all of the plan
 
 
 class Uploaded(DeviceEvent, frozen=True, tag="uploaded"):

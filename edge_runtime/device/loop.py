@@ -40,6 +40,7 @@ from edge_runtime.training.job import (
     TrainingJob,
 )
 from edge_runtime.wire import (
+    Capability,
     EnvelopeContext,
     NotFoundError,
     PlanError,
@@ -52,6 +53,7 @@ from edge_runtime.wire import (
     SignedPlan,
     UpdateDigestError,
     UpdateError,
+    choose_tier,
     problem_for,
     seal,
 )
@@ -72,6 +74,8 @@ class RunOptions:
     packed_weights: bool = False
     micro_tokens: int | None = None  # None: what suits model and budget
     remember_mb: int | None = None  # None: what suits the disk
+    capability: Capability = field(default_factory=Capability)  # says which tier of a plan is meant for this device
+    tier: int = 0  # the least the user wants to carry; a weaker one where the plan means this device to
     once: bool = False  # stop after one round
     wait_s: int = 30  # how long a poll may be held by the server
     backoff_s: float = 1.0  # first wait after a failure
@@ -215,6 +219,7 @@ class Device:
             micro_tokens=self._options.micro_tokens,
             remember_mb=self._options.remember_mb,
             remembered=str(self._home.remembered),
+            tier=choose_tier(plan.tiers or (), self._options.capability, wanted=self._options.tier),
             residual=str(self._home.residual),
             personal=str(self._home.personal),
             rounding_seed=int.from_bytes(self._tools.host.entropy(8), "big"),
@@ -341,4 +346,5 @@ def _trained(round_: int, result: Done) -> events.TrainedRound:
         peak_private_mb=m.peak_private_mb,
         peak_total_mb=m.peak_total_mb,
         spared=result.spared,
+        tier=m.tier,
     )

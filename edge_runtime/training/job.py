@@ -41,6 +41,7 @@ class TrainingJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     remembered: str | None = None  # file: the same from round to round; None: forgotten when the training ends
     residual: str | None = None  # file: what updates before did not say; None, or no such file: nothing
     personal: str | None = None  # file: what this device keeps for itself; None, or no such file: nothing yet
+    tier: int = 0  # of the plan's, that this device carries
     rounding_seed: int = 0  # for stochastic rounding; of the device's own entropy, so that no two devices round alike
 
 

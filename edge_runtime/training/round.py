@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +94,7 @@ def run_round(
         score = _evaluate(work, adapter, plan, job, emit)
         make = _measure if plan.state == "measure" else _train
         made = make(work, adapter, dataset, _Errand(plan, job, emit, personal))
-    metrics = _metrics(made.trained, score, memory, time.perf_counter() - began)
+    metrics = replace(_metrics(made.trained, score, memory, time.perf_counter() - began), tier=job.tier)
     values = made.values
     check_values(values, dataset.weight, plan.update)
     if plan.quantisation:
@@ -125,13 +125,13 @@ class _Made:
 
 def _train(work: WorkingBundle, adapter: dict[str, Array], dataset: Dataset, errand: _Errand) -> _Made:
     plan, emit = errand.plan, errand.emit
-    parameters = AdapterParameters(adapter, work.trained_layout(plan))
+    parameters = AdapterParameters(adapter, work.trained_layout(plan, errand.job.tier))
     course = _course(work, dataset, plan, errand.job)
     trained = train(work.engine, parameters, course, on_step=lambda step, steps, loss: emit(Stepped(step, steps, loss)))
     if course.remembered is not None and course.remembered.trouble:
         emit(Notice(course.remembered.trouble))
     _keep_personal(parameters, errand)
-    layout = work.plan_layout(plan)
+    layout = work.plan_layout(plan, errand.job.tier)
     return _Made(layout, parameters.change_of(layout), trained)
 
 
@@ -177,7 +177,7 @@ def _round_off(change: Flat, work: WorkingBundle, plan: Plan, job: TrainingJob, 
     residual, others = fitting(stored, shapes)
     if others:
         emit(Notice(f"what earlier updates left out is dropped where ranks changed: {some(others)}"))
-    layout = work.plan_layout(plan)
+    layout = work.plan_layout(plan, job.tier)
     for name in layout.components:  # of these, only some components are sent
         residual.setdefault(name, np.zeros(shapes[name], np.float32))
     rng = np.random.default_rng([job.rounding_seed, plan.round])

@@ -78,6 +78,7 @@ class DeviceStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     peak_private_mb: float | None = None
     peak_total_mb: float | None = None
     train_s: float | None = None  # of its last update
+    tier: int | None = None  # of its last update; None before it has sent any
 
 
 class RoundStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,6 +95,8 @@ class RoundStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seconds: float
     adapter: str  # digest of the adapter it produced
     state: str = "train"  # of its plan; one that was measured has no losses, and a device weighs 1 in it
+    # Components that it was to train and did not move, because fewer than two devices carried them, by module.
+    idle: dict[str, tuple[int, ...]] = {}
 
 
 class TaskStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

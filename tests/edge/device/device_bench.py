@@ -19,6 +19,7 @@ from edge_runtime.device.loop import RunOptions, Tools
 from edge_runtime.device.records import Settings
 from edge_runtime.device.running import run_device
 from edge_runtime.training.job import Done, Event, Stepped, TrainingJob
+from edge_runtime.wire import Capability
 
 
 class InProcessInspector:
@@ -54,6 +55,8 @@ class Bench:
     seen: list[events.DeviceEvent] = field(default_factory=list)
     on_event: Callable[[events.DeviceEvent], None] | None = None
     slept: list[float] = field(default_factory=list)
+    capability: Capability = field(default_factory=Capability)
+    tier: int = 0
 
     async def run(self, *, limit_s: float = 10, once: bool = False) -> None:
         """One process's life on this home, sleeps shortened."""
@@ -69,7 +72,9 @@ class Bench:
 
         host = Host(rng=random.Random(5), sleep=sleep)
         tools = Tools(self.trainer, InProcessInspector(), host, report)
-        options = RunOptions(Settings(data=("data.jsonl",)), once=once, wait_s=1)
+        options = RunOptions(
+            Settings(data=("data.jsonl",)), once=once, wait_s=1, capability=self.capability, tier=self.tier
+        )
         with self.home.locked():
             await asyncio.wait_for(run_device(self.home, tools, options), limit_s)
 

@@ -10,12 +10,14 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 from device_bench import FakeTrainer, InProcessInspector
 from device_bundle import TinyBundle
 from device_server import Aggregator, Serving
 
+from edge_runtime import wire
 from edge_runtime.device import commands, inspector, trainer, trial
 from edge_runtime.device.commands import enroll, leave, run, status
 from edge_runtime.device.display import TerminalDisplay
@@ -156,6 +158,21 @@ def test_what_the_user_decides_about_training_reaches_it(enrolled: User, monkeyp
         0,
         True,
     )
+
+
+@pytest.mark.parametrize(("options", "tier"), [((), 0), (("--memory-mb", 300), 1), (("--tier", 2), 2)])
+def test_a_weak_device_carries_less(
+    enrolled: User, server: Aggregator, monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...], tier: int
+) -> None:
+    """What it may plan with says which tier is meant for it; its user may want a weaker one."""
+    jobs: list[TrainingJob] = []
+    monkeypatch.setattr(trainer, "ChildTrainer", lambda: FakeTrainer(before=jobs.append))
+    tiers = (wire.Tier(0, max_rank=2, memory_mib=512), wire.Tier(1, max_rank=2))
+    server.plans[-1] = wire.sign_plan(msgspec.structs.replace(server.plans[-1].plan, tiers=tiers), server.key)
+    result = enrolled.types(run, *options)
+    assert result.exit_code == 0
+    assert [job.tier for job in jobs] == [tier]
+    assert (f"tier {tier}" in result.stdout) == bool(tier)
 
 
 def test_a_notice_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:

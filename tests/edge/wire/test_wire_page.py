@@ -16,6 +16,7 @@ from edge_runtime.wire import (
     ModulePlan,
     Plan,
     Quantisation,
+    Tier,
     TokenAnswer,
     TokenRequest,
     Training,
@@ -59,7 +60,7 @@ def test_problem_table() -> None:
 
 def test_plan_fields() -> None:
     said = [name for row in rows(section("## Plan")) for name in re.findall(r"`(\w+)`", row[0])]
-    meant = [name for kind in (Plan, Training, UpdateRules, Quantisation) for name in kind.__struct_fields__]
+    meant = [name for kind in (Plan, Training, UpdateRules, Quantisation, Tier) for name in kind.__struct_fields__]
     assert said == meant
 
 
