@@ -40,6 +40,7 @@ class Bench:
     threads: int
     products: Products
     extra: dict[str, dict[str, object]]
+    grades: tuple[int, ...] = (0,)
 
     def run(self, key: Key) -> Line | str:
         """The line of a run, or why there is none."""
@@ -58,6 +59,7 @@ class Bench:
             threads=self.threads,
             products=self.products,
             extra=self.extra,
+            grades=self.grades,
         )
         path = folder / "setup.json"
         path.write_bytes(msgspec.json.encode(setup))
@@ -150,7 +152,14 @@ def summary(line: Line) -> str:
 @click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Runs at once.")
 @click.option("--products", type=click.Choice(["exact", "int8"]), default="exact", show_default=True)
 @click.option("--set", "settings", multiple=True, help="table.key=value in JSON, over the method's config: to try out.")
-@click.option("--without", default="", help="A name for what --set turns off.")
+@click.option(
+    "--grade",
+    "grades",
+    type=click.IntRange(0),
+    multiple=True,
+    help="Tiers of the devices, in turn; needs tiers by --set.",
+)
+@click.option("--without", default="", help="A name for what --set or --grade changes.")
 @click.option("--quick", is_flag=True, help="One seed, one split, fewer rounds.")
 def main(
     data: Path,
@@ -165,6 +174,7 @@ def main(
     jobs: int,
     products: Products,
     settings: tuple[str, ...],
+    grades: tuple[int, ...],
     without: str,
     quick: bool,
 ) -> None:
@@ -176,8 +186,10 @@ def main(
     \b
     Example:
       python -m bench.federation --data data --dataset banking77 --alpha 0.1 --method lora-r8 --seed 0
+      python -m bench.federation --data data --method rolora-r8 --without strong-devices \\
+          --set tiers.enabled=true --grade 0 --grade 1 --grade 2
     """
-    bench = Bench(data, out, threads, products, _extra(settings))
+    bench = Bench(data, out, threads, products, _extra(settings), grades or (0,))
     chosen_alphas = alphas or (ALPHAS[:1] if quick else ALPHAS)
     try:
         wanted = [

@@ -16,14 +16,14 @@ import numpy as np
 from bench.federation.compute import Texts, training_flop
 from bench.federation.data import Labelled, divide, read_corpus, write_records
 from bench.federation.drift import drift
-from bench.federation.fleet import Fleet, Result
+from bench.federation.fleet import Fleet, Grades, Result
 from bench.federation.full_model import FullModel
 from bench.federation.lines import Key, Line, RoundLine
 from bench.federation.methods import FULL_MODEL, METHODS, config_text
 from bench.host import commit, describe_host
 from cloud.config import CONFIG_NAME, Config, parse_config
 from cloud.keys import KEYS_FOLDER, load_keys, make_keys
-from cloud.planning import plan_layout
+from cloud.planning import plan_layouts
 from cloud.service import Aggregator, Surroundings
 from cloud.work import read_adapter
 from edge_runtime import wire
@@ -52,6 +52,7 @@ class Setup(msgspec.Struct, frozen=True):
     products: wire.Products
     model: str = "minilm"  # preset or folder that the bundle was made from, for methods that train all of it
     extra: dict[str, dict[str, object]] = {}  # config keys of a variant
+    grades: tuple[int, ...] = (0,)  # tiers that the devices take, in turn
 
 
 @dataclass
@@ -180,7 +181,7 @@ async def _open(setup: Setup, say: Callable[[str], None]) -> Site:
         surroundings=Surroundings(time.time, secrets.token_bytes, lambda _event: None),
     )
     await aggregator.start()
-    fleet = Fleet(aggregator, work, folder / "devices", files, seed=key.seed)
+    fleet = Fleet(aggregator, work, folder / "devices", files, seed=key.seed, grades=Grades(setup.grades))
     await fleet.enrol()
     named = dict(zip(fleet.names, data, strict=True))
     texts = {name: Texts.of([len(example.ids) for example in mine.examples]) for name, mine in named.items()}
@@ -235,25 +236,26 @@ async def _round(site: Site, round_: int) -> RoundLine:
     setup = site.setup
     cohort = _cohort(site, round_)
     signed = await _plan(site)
-    layout = plan_layout(site.work.bundle, signed.plan)
+    layouts = plan_layouts(site.work.bundle, signed.plan)
     results: list[Result] = []
     values = []
     for name in cohort:
         results.append(await site.fleet.take_part(name))
-        values.append(site.fleet.values(signed, layout))
+        values.append(site.fleet.values(signed, layouts))
     await site.aggregator.tick()
     accuracy = await _accuracy(site, site.glimpse) if _measured(setup, round_) else None
     manifest, modules = site.work.bundle.manifest, signed.plan.modules
+    carried = [wire.carried_modules(signed.plan, result.done.metrics.tier, manifest.places) for result in results]
     flop = sum(
-        training_flop(manifest, modules, site.texts[name], result.done.spared)
-        for name, result in zip(cohort, results, strict=True)
+        training_flop(manifest, mine, site.texts[name], result.done.spared)
+        for name, mine, result in zip(cohort, carried, results, strict=True)
     )
     living = [module for module in modules if module.alive]
     made = RoundLine(
         accuracy=accuracy,
         bytes_up=sum(result.up for result in results),
         bytes_down=sum(result.down - result.head_down for result in results),
-        params_up=layout.count * len(results),
+        params_up=sum(layouts[result.done.metrics.tier].count for result in results),
         params_down=sum(result.params_down for result in results),
         gflop=round(flop / 1e9, 1),
         drift=round(drift(values, [result.done.weight for result in results]), 4),

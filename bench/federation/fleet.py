@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,12 +80,31 @@ class SharedInspector:
         return self._bundles[request.digest]
 
 
+@dataclass(frozen=True)
+class Grades:
+    """Tiers that the devices of a mixed fleet take, in turn: the first device the first one."""
+
+    tiers: tuple[int, ...] = (0,)
+
+    def of(self, device: int) -> int:
+        """The tier of device number ``device``."""
+        return self.tiers[device % len(self.tiers)]
+
+
 class Fleet:
     """The devices of one task. ``files`` are their training data, one a device."""
 
     def __init__(
-        self, aggregator: Aggregator, work: WorkingBundle, folder: Path, files: tuple[Path, ...], *, seed: int
+        self,
+        aggregator: Aggregator,
+        work: WorkingBundle,
+        folder: Path,
+        files: tuple[Path, ...],
+        *,
+        seed: int,
+        grades: Grades | None = None,
     ) -> None:
+        self._grades = grades or Grades()
         self._aggregator = aggregator
         self._folder = folder
         self._files = files
@@ -127,7 +146,8 @@ class Fleet:
         transport = MemoryTransport(self._aggregator, name, self._work.bundle.manifest)
         before = home.state()
         tools = Tools(self.trainer, self._inspector, self._host, said.append)
-        await Device(home, transport, tools, RunOptions(home.settings(), once=True)).run()
+        options = RunOptions(home.settings(), once=True, tier=self._grades.of(self.names.index(name)))
+        await Device(home, transport, tools, options).run()
         trouble = [event for event in said if isinstance(event, Skipped | Waiting)]
         state = home.state()
         if trouble or state.counted != before.counted + 1 or self.trainer.done is None:
@@ -135,9 +155,12 @@ class Fleet:
         up, down = state.bytes_up - before.bytes_up, state.bytes_down - before.bytes_down
         return Result(name, self.trainer.done, up, down, transport.params_down, transport.head_down)
 
-    def values(self, signed: wire.SignedPlan, layout: wire.Layout) -> Values:
-        """What the last device's update says has changed, shape (layout.count,)."""
-        return wire.decode_update(self.trainer.frame, signed_plan=signed, layout=layout).values
+    def values(self, signed: wire.SignedPlan, layouts: Sequence[wire.Layout]) -> Values:
+        """What the last device's update says has changed of what all tiers carry, shape (count of the weakest,)."""
+        mine, least = wire.layout_for(self.trainer.frame, layouts), layouts[-1]
+        parts = mine.split(wire.decode_update(self.trainer.frame, signed_plan=signed, layout=mine).values)
+        common = [parts[name][tuple(map(slice, shape))].ravel() for name, shape in least.blocks]
+        return np.concatenate(common).astype(np.float32)
 
     def _home(self, name: str) -> Home:
         return Home(self._folder / name)

@@ -174,6 +174,25 @@ def test_a_task_is_learned_counted_and_can_be_replayed(tmp_path: Path, bert_bund
     assert [made.accuracy for made in again.curve] == [made.accuracy for made in line.curve]
 
 
+def test_a_mixed_fleet_carries_less_where_it_is_weak(tmp_path: Path, bert_bundle: Path) -> None:
+    """Real devices of two tiers: the weak ones send one block of three, at rank 2, and compute less."""
+    tiers = {"enabled": True, "blocks": [0.3], "max_rank": [2], "memory_mib": [], "step_s": []}
+    setup = a_setup(tmp_path, bert_bundle, "mixed", tiers=tiers)
+    line = asyncio.run(run(msgspec.structs.replace(setup, cohort=4, grades=(0, 1)), lambda text: None))
+    manifest = open_bundle(bert_bundle, verify=False).manifest
+    # In the first round two devices carry all of B at rank 4, and two the last block's at rank 2.
+    outs = {name: features[1] for name, features in manifest.features.items()}
+    last = sum(size for name, size in outs.items() if manifest.places[name] == len(manifest.blocks) - 1)
+    assert line.curve[0].params_up == 2 * (4 * sum(outs.values()) + 2 * last)
+    assert line.bytes_up == 4 * line.params_up + 16 * (148 + 48)
+    everyone = msgspec.structs.replace(a_setup(tmp_path, bert_bundle, "strong"), cohort=4)
+    whole = asyncio.run(run(everyone, lambda text: None))
+    # Forward through all blocks, backward through three of three or one of three.
+    assert 0.6 * whole.device_gflop < line.device_gflop < 0.9 * whole.device_gflop
+    assert line.accuracy >= line.accuracy_start
+    assert all(made.drift for made in line.curve)
+
+
 def a_line(key: Key) -> Line:
     made = RoundLine(0.5, 10, 20, 3, 4, 0.1, 1.5, 0.5, 8.0, 1.0)
     values = {name: getattr(key, name) for name in key.__struct_fields__}
