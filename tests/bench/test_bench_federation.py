@@ -187,8 +187,8 @@ def test_a_mixed_fleet_carries_less_where_it_is_weak(tmp_path: Path, bert_bundle
     assert line.bytes_up == 4 * line.params_up + 16 * (148 + 48)
     everyone = msgspec.structs.replace(a_setup(tmp_path, bert_bundle, "strong"), cohort=4)
     whole = asyncio.run(run(everyone, lambda text: None))
-    # Forward through all blocks, backward through three of three or one of three.
-    assert 0.6 * whole.device_gflop < line.device_gflop < 0.9 * whole.device_gflop
+    # No backward pass through two blocks of three, nor a forward one where they are remembered.
+    assert line.device_gflop < 0.9 * whole.device_gflop
     assert line.accuracy >= line.accuracy_start
     assert all(made.drift for made in line.curve)
 
