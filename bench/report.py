@@ -147,7 +147,11 @@ def _apart(lines: Sequence[Line]) -> str:
     largest = max(line.bytes_first_download for line in lines) / 1e6
     return "\n".join(
         [
-            *(f"- Head of {dataset}: {size / 1e6:.2f} MB for all devices." for dataset, size in dict(heads).items()),
+            *(
+                f"- Head of {dataset}: {size / 1e6:.2f} MB for all devices."
+                for dataset, size in dict(heads).items()
+                if size
+            ),
             f"- First download: at most {largest:,.0f} MB for all devices together.",
             f"- Commits: {commits}. Machines: {hosts}.",
         ]

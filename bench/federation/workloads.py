@@ -94,7 +94,7 @@ WORKLOADS: dict[str, Workload] = {
         task="lm",
         metric=LOSS,
         sizes=Sizes(devices=20, cohort=5, rounds=12, examples=400, glimpse=120, every=3),
-        quick=Sizes(devices=20, cohort=5, rounds=2, examples=160, glimpse=40, every=2),
+        quick=Sizes(devices=20, cohort=5, rounds=6, examples=160, glimpse=40, every=3),
         alphas=(None,),
         natural=True,
         seeds=(0,),
