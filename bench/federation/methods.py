@@ -10,9 +10,9 @@ Table = Mapping[str, object]
 
 RANK = 8  # of the bundle; a method may ask for less
 
-# What all methods share. The head is made of class means before the first round and stays as it is in every row.
-_TASK: Table = {"name": "bench", "rank": RANK, "head_init": "class-means", "head": "frozen"}
-_TRAINING: Table = {"batch_size": 16, "epochs": 1, "max_tokens": 64, "lr_schedule": "cosine"}
+# What all methods share on all data sets.
+_TASK: Table = {"name": "bench", "rank": RANK}
+_TRAINING: Table = {"lr_schedule": "cosine"}
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def config_text(
     *,
     bundle: str,
     seed: int,
-    fleet: Table,
+    shared: Mapping[str, Table],
     extra: Mapping[str, Table] | None = None,
 ) -> str:
     """The aggregator's config file.
@@ -110,16 +110,17 @@ def config_text(
         budget: One of its sizes.
         bundle: Folder, relative to the file.
         seed: Of the task.
-        fleet: Keys of ``[task]`` that follow from the size of the fleet.
+        shared: Tables that all methods share on this data set and with this fleet.
         extra: Tables that replace single keys, for a variant of the method.
     """
     tables: dict[str, dict[str, object]] = {
-        "task": {**_TASK, "bundle": bundle, "seed": seed, **fleet, **method.task},
-        "training": {**_TRAINING, **method.training},
-        "annealing": dict(method.annealing),
+        "task": {**_TASK, "bundle": bundle, "seed": seed},
+        "training": {**_TRAINING},
+        "annealing": {},
         "server": {"port": 0},
     }
-    for more in (method.budgets[budget], extra or {}):
+    own = {"task": method.task, "training": method.training, "annealing": method.annealing}
+    for more in (shared, own, method.budgets[budget], extra or {}):
         for name, keys in more.items():
             tables.setdefault(name, {}).update(keys)
     return "\n".join(_table(name, keys) for name, keys in tables.items() if keys)
