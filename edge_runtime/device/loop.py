@@ -37,6 +37,7 @@ from edge_runtime.training.job import (
     MeasuredPart,
     Notice,
     Stepped,
+    Stilled,
     TrainingJob,
 )
 from edge_runtime.wire import (
@@ -310,6 +311,8 @@ class Device:
             self._tools.report(events.MeasuredPart(round_, event.examples, event.of))
         elif isinstance(event, Stepped):
             self._tools.report(events.StepDone(round_, event.step, event.steps, event.loss))
+        elif isinstance(event, Stilled):
+            self._tools.report(events.ModulesStilled(round_, event.step, event.modules))
 
 
 def _planned(signed: SignedPlan) -> events.Planned:
@@ -338,4 +341,5 @@ def _trained(round_: int, result: Done) -> events.TrainedRound:
         seconds=m.seconds,
         peak_private_mb=m.peak_private_mb,
         peak_total_mb=m.peak_total_mb,
+        skipped=result.skipped,
     )

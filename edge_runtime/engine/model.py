@@ -100,7 +100,9 @@ class BlockEngine:
 
         Args:
             parameters: What is trained, and the rest of the adapter.
-            remembered: For :meth:`gradients` of batches of one dataset, until the next call closes it.
+            remembered: For :meth:`gradients` of batches of one dataset, until the next call closes it. Given again
+                with the same parameters, of which some have been frozen, it stays open, and is believed as far as
+                the same blocks lie below the lowest alive one.
 
         Raises:
             EngineInputError: an adapter tensor is missing, or an alive name is none of the bundle's.
@@ -128,6 +130,7 @@ class BlockEngine:
         self._head_alive = bool(alive)
         self._head.use(tensors)
         self._lora = lora
+        lowest_before = self._lowest
         self._lowest = next((i for i, slots in enumerate(alive_slots) if slots), len(alive_slots))
         self._variants = [
             Variant(frozenset(slots), input_gradient=index > self._lowest, keep=True)
@@ -135,10 +138,12 @@ class BlockEngine:
         ]
         kinds = (block.kind for block in self._manifest.blocks)
         self._size_keys = list(zip(kinds, self._variants, strict=True))[self._lowest :]
-        self._parameters = parameters
         if self._remembered is not None:
-            self._remembered.close()  # even when it is given again: it holds what another adapter made
-        self._remembered = remembered
+            if self._remembered is not remembered or self._parameters is not parameters:
+                self._remembered.close()  # even when it is given again: it holds what another adapter made
+            elif self._lowest != lowest_before:
+                self._remembered.forget()
+        self._parameters, self._remembered = parameters, remembered
 
     @property
     def lowest_alive(self) -> int:

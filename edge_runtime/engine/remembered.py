@@ -92,6 +92,11 @@ class RememberedHidden:
             self._file.close()
             self._file = None
 
+    def forget(self) -> None:
+        """Begin anew, with the same limit: what is remembered is of other blocks than those asked about from now on."""
+        self._places.clear()
+        self.used_bytes = 0
+
     def recall(self, examples: Examples, wanted: Flags, compute: Callable[[Flags], Array]) -> Array:
         """Hidden states of a batch: read where they are remembered, computed and remembered where not.
 

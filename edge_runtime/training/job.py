@@ -64,6 +64,13 @@ class Stepped(msgspec.Struct, frozen=True, tag="stepped"):
     loss: float  # mean nats of this batch
 
 
+class Stilled(msgspec.Struct, frozen=True, tag="stilled"):
+    """These modules stand still; they are not trained after this step of the round."""
+
+    step: int  # counted from 1
+    modules: tuple[str, ...]
+
+
 class MeasuredPart(msgspec.Struct, frozen=True, tag="measured"):
     """So many of the device's examples are measured, in a round that measures class means."""
 
@@ -76,6 +83,7 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
 
     weight: int
     metrics: LocalMetrics
+    skipped: int = 0  # steps of modules that were left out because the module stood still
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -85,7 +93,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     input: bool
 
 
-Event = Notice | Evaluated | Stepped | MeasuredPart | Done | Failed
+Event = Notice | Evaluated | Stepped | Stilled | MeasuredPart | Done | Failed
 
 
 def decode_event(line: bytes) -> Event:

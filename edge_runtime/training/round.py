@@ -37,6 +37,7 @@ from edge_runtime.training.job import (
     MeasuredPart,
     Notice,
     Stepped,
+    Stilled,
     TrainingJob,
 )
 from edge_runtime.training.local import Course, Trained, evaluate, train
@@ -100,7 +101,9 @@ def run_round(
     if plan.quantisation:
         values = _round_off(values, work, plan, job, emit)
     update = Update(values, dataset.weight, metrics)
-    return encode_update(update, signed_plan=signed, layout=made.layout), Done(update.weight, metrics)
+    return encode_update(update, signed_plan=signed, layout=made.layout), Done(
+        update.weight, metrics, skipped=made.trained.skipped if made.trained else 0
+    )
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,13 @@ def _train(work: WorkingBundle, adapter: dict[str, Array], dataset: Dataset, err
     plan, emit = errand.plan, errand.emit
     parameters = AdapterParameters(adapter, work.trained_layout(plan))
     course = _course(work, dataset, plan, errand.job)
-    trained = train(work.engine, parameters, course, on_step=lambda step, steps, loss: emit(Stepped(step, steps, loss)))
+    trained = train(
+        work.engine,
+        parameters,
+        course,
+        on_step=lambda step, steps, loss: emit(Stepped(step, steps, loss)),
+        on_still=lambda step, modules: emit(Stilled(step, tuple(sorted(modules)))),
+    )
     if course.remembered is not None and course.remembered.trouble:
         emit(Notice(course.remembered.trouble))
     _keep_personal(parameters, errand)
@@ -146,7 +155,8 @@ def _keep_personal(parameters: AdapterParameters, errand: _Errand) -> None:
     """Write what the device keeps for itself; the shared part is checked where the frame is made."""
     if not errand.personal.names:
         return
-    kept = trained_personal(errand.personal, parameters.tensors, parameters.alive)
+    trained = [name for name, _ in parameters.layout.blocks]
+    kept = trained_personal(errand.personal, parameters.tensors, trained)
     broken = sorted(name for name, array in kept.items() if not np.isfinite(array).all())
     if broken:
         raise DivergedError(f"training: {broken[0]} is no longer finite: lower the learning rates")
