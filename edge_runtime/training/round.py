@@ -42,7 +42,7 @@ from edge_runtime.training.job import (
 )
 from edge_runtime.training.local import Course, Trained, evaluate, train
 from edge_runtime.training.memory import MemorySampler
-from edge_runtime.training.personal import Personal, read_personal, trained_personal
+from edge_runtime.training.personal import PersonalTensors, read_personal, trained_personal
 from edge_runtime.training.quantise import Flat, quantise
 from edge_runtime.training.session import WorkingBundle
 from edge_runtime.wire import Layout, LocalMetrics, Plan, Update, check_values, encode_update, open_plan
@@ -113,7 +113,7 @@ class _Errand:
     plan: Plan
     job: TrainingJob
     emit: Callable[[Event], None]
-    personal: Personal
+    personal: PersonalTensors
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _train(work: WorkingBundle, adapter: dict[str, Array], dataset: Dataset, err
     return _Made(layout, parameters.change_of(layout), trained)
 
 
-def _personal(work: WorkingBundle, plan: Plan, job: TrainingJob, emit: Callable[[Event], None]) -> Personal:
+def _personal(work: WorkingBundle, plan: Plan, job: TrainingJob, emit: Callable[[Event], None]) -> PersonalTensors:
     file = Path(job.personal) if job.personal else None
     found = read_personal(file, plan.personal_parts, work.bundle.manifest, plan.ranks)
     for text in found.notices:
