@@ -239,6 +239,7 @@ def training_of(config: Config, bundle: Bundle, round_: int, choice: Choice) -> 
         weight_decay=training.weight_decay,
         mu=training.mu if choice.mu is None else choice.mu,
         clip_norm=training.clip_norm,
+        local_kill=UNSET if training.local_kill is None else training.local_kill,
         products="int8" if training.products == "int8" else UNSET,
     )
 

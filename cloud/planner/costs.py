@@ -121,6 +121,7 @@ def plan_bytes(traffic: Traffic, modules: Sequence[wire.ModulePlan]) -> int:
             epochs=small,
             clip_norm=_LONGEST,
             products="int8",
+            local_kill=_LONGEST,
         ),
         update=wire.UpdateRules(weight_cap=small, max_devices=small),
         seed=whole,

@@ -37,6 +37,7 @@ from edge_runtime.training.job import (
     MeasuredPart,
     Notice,
     Stepped,
+    Stilled,
     TrainingJob,
 )
 from edge_runtime.wire import (
@@ -317,6 +318,8 @@ class Device:
             self._tools.report(events.MeasuredPart(round_, event.examples, event.of))
         elif isinstance(event, Stepped):
             self._tools.report(events.StepDone(round_, event.step, event.steps, event.loss))
+        elif isinstance(event, Stilled):
+            self._tools.report(events.ModulesStilled(round_, event.step, event.modules))
 
 
 def _planned(signed: SignedPlan) -> events.Planned:
@@ -347,4 +350,5 @@ def _trained(round_: int, result: Done) -> events.TrainedRound:
         peak_total_mb=m.peak_total_mb,
         spared=result.spared,
         tier=m.tier,
+        skipped=result.skipped,
     )

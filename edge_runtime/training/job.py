@@ -67,6 +67,13 @@ class Stepped(msgspec.Struct, frozen=True, tag="stepped"):
     loss: float  # mean nats of this batch
 
 
+class Stilled(msgspec.Struct, frozen=True, tag="stilled"):
+    """These modules stand still; they are not trained after this step of the round."""
+
+    step: int  # counted from 1
+    modules: tuple[str, ...]
+
+
 class MeasuredPart(msgspec.Struct, frozen=True, tag="measured"):
     """So many of the device's examples are measured, in a round that measures class means."""
 
@@ -80,6 +87,7 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     weight: int
     metrics: LocalMetrics
     spared: dict[int, int] = {}  # tokens whose lowest blocks were read and not computed, by how many blocks
+    skipped: int = 0  # steps of modules that were left out because the module stood still
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -89,7 +97,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     input: bool
 
 
-Event = Notice | Evaluated | Stepped | MeasuredPart | Done | Failed
+Event = Notice | Evaluated | Stepped | Stilled | MeasuredPart | Done | Failed
 
 
 def decode_event(line: bytes) -> Event:

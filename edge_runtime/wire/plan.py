@@ -79,6 +79,9 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # With frozen weights; left out: exact. int8 is faster, its gradients a few per cent off. A plan without it is one
     # that devices from before this field understand.
     products: Literal["int8"] | msgspec.UnsetType = msgspec.UNSET
+    # A module that moves less than this share of what all moved at the round's start is trained no longer on this
+    # device in this round. Left out: all are trained to the end. Devices from before this field obey such plans.
+    local_kill: float | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def products_wanted(self) -> Products:
@@ -232,6 +235,9 @@ def plan_problems(plan: Plan) -> list[str]:
         ),
         "betas must be at least 0 and below 1": any(not 0 <= beta < 1 for beta in (training.beta1, training.beta2)),
         "clip_norm must be positive": training.clip_norm is not None and not training.clip_norm > 0,
+        "local_kill must be more than 0 and at most 1": not (
+            training.local_kill is msgspec.UNSET or 0 < training.local_kill <= 1
+        ),
         "update bounds do not fit 63 bits": not _sum_fits(rules),
         "a plan that is answered needs a round key of 64 hex digits": (
             plan.state != "finished" and not _is_digest(plan.round_key)

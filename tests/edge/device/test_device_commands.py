@@ -21,7 +21,7 @@ from edge_runtime import wire
 from edge_runtime.device import commands, inspector, trainer, trial
 from edge_runtime.device.commands import enroll, leave, run, status
 from edge_runtime.device.display import TerminalDisplay
-from edge_runtime.device.events import MeasuredPart, Noticed, Planned, TrainedRound, Uploaded
+from edge_runtime.device.events import MeasuredPart, ModulesStilled, Noticed, Planned, TrainedRound, Uploaded
 from edge_runtime.device.home import Home, default_home
 from edge_runtime.device.trial import try_engine
 from edge_runtime.training.job import TrainingJob
@@ -192,7 +192,8 @@ def test_a_round_that_measures_is_told(capsys: pytest.CaptureFixture[str]) -> No
         TrainedRound(0, 40, 0, None, None, 2.5, None, None),
         Uploaded(0, 1500, 1),
         Planned(1, 13, "train", "d" * 64, 36, 72, True, 10),
-        TrainedRound(1, 40, 6, 2.0, 1.0, 2.5, None, None),
+        ModulesStilled(1, 4, ("layer.0.query",)),
+        TrainedRound(1, 40, 6, 2.0, 1.0, 2.5, None, None, skipped=2),
         Uploaded(1, 1500, 40),
     ):
         display.show(event)
@@ -200,7 +201,8 @@ def test_a_round_that_measures_is_told(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out.splitlines() == [
         "round 1 of 13: measuring class means",
         "round 1 of 13: update sent, 1.5 kB, weight 1 · class means measured in 2.5 s",
-        "round 2 of 13: update sent, 1.5 kB, weight 40 · loss 2.000 → 1.000 · 6 steps in 2.5 s",
+        "round 2 of 13: update sent, 1.5 kB, weight 40 · loss 2.000 → 1.000 · 6 steps in 2.5 s · "
+        "2 steps of still modules left out",
     ]
 
 

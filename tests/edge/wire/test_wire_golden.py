@@ -53,6 +53,10 @@ PLAN_DIGEST = "5f1e885de64fb7a03fb8b4bcd7eedd24d90a1be968db80f7b57f774d35ca89c4"
 PERSONAL_END = b'"min_examples":1,"tier":0,"personal":["head","B"]}'
 PERSONAL_DIGEST = "ed7a6ee742c3e6c00eb283bcee238eab70e8869470eec80a7e5cf94986c9f99c"
 
+LOCAL_KILL_DIGEST = (
+    "5c1dc426398600330a045a08c8f89c1753ccdabe6665f49df895a77fbd7ccd39"  # of the plan with local_kill 0.25
+)
+
 FRAME = bytes.fromhex(
     "454d424552555044"  # 0: "EMBERUPD"
     "0100"  # 8: version 1
@@ -121,6 +125,15 @@ def test_personal_plan_bytes(plan: Plan, signing_key: Ed25519PrivateKey) -> None
     assert signed.digest == PERSONAL_DIGEST
     assert open_plan(signed.data, signing_key.public_key()).plan == personal
     assert b"personal" not in PLAN
+
+
+def test_local_kill_plan_bytes(plan: Plan, signing_key: Ed25519PrivateKey) -> None:
+    """It stands at the end of the training, and nowhere in a plan without it."""
+    training = msgspec.structs.replace(plan.training, local_kill=0.25)
+    signed = sign_plan(msgspec.structs.replace(plan, training=training), signing_key)
+    assert signed.data[64:] == PLAN[64:].replace(b'"clip_norm":null}', b'"clip_norm":null,"local_kill":0.25}')
+    assert signed.digest == LOCAL_KILL_DIGEST
+    assert b"local_kill" not in PLAN
 
 
 def test_update_bytes(signed: SignedPlan, layout: Layout, update: Update) -> None:
