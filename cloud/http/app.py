@@ -33,6 +33,7 @@ def make_app(aggregator: Aggregator, *, clock: Callable[[], float], report: even
             web.get(resources.HEALTH, handlers.health),
             web.post(resources.ENROLMENTS, handlers.enrol),
             web.delete(resources.DEVICE, handlers.leave),
+            web.put(resources.CAPABILITY, handlers.tell),
             web.get(resources.PLAN, handlers.plan),
             web.get(resources.BLOB, handlers.blob),
             web.get(resources.PATCH, handlers.patch),
@@ -70,6 +71,16 @@ class _Resources:
         if caller.device not in (device, OPERATOR):
             raise wire.NotPermittedError(f"device {device}: may leave by itself or be sent away by the operator")
         await self._members.leave(device)
+        return web.Response(status=204)
+
+    async def tell(self, request: web.Request) -> web.Response:
+        caller = self._device(request)
+        device = request.match_info["device"]
+        if device != caller.device:
+            raise wire.NotPermittedError(f"capability of {device}: signed by {caller.device}")
+        body = await read_body(request, limit=MAX_MESSAGE_BYTES, timeout_s=self._timeout_s, digest=caller.body_digest)
+        capability = wire.decode_message(body, wire.Capability)
+        await self._aggregator.tell(device, task=request.match_info["task"], capability=capability)
         return web.Response(status=204)
 
     async def plan(self, request: web.Request) -> web.Response:

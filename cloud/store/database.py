@@ -20,8 +20,8 @@ from sqlalchemy.pool import StaticPool
 
 from cloud.errors import DataError, DataSchemaError
 from cloud.store import schema as t
-from cloud.store.records import DeviceRecord, RoundRecord, TokenRecord, UpdateRecord
-from edge_runtime.wire import LocalMetrics, RoundStatus, UpdateReceipt
+from cloud.store.records import CapabilityRecord, DeviceRecord, RoundRecord, TokenRecord, UpdateRecord
+from edge_runtime.wire import Capability, LocalMetrics, RoundStatus, UpdateReceipt
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -64,7 +64,7 @@ class Database:
         self._thread.shutdown()
 
     def open(self, identity: Identity) -> None:
-        """Make the tables, or check that they are those of this version, task and bundle.
+        """Make the tables that are missing, or check that they are those of this version, task and bundle.
 
         Raises:
             DataSchemaError: they are not.
@@ -81,6 +81,8 @@ class Database:
                 f"{self._path}: belongs to another task or bundle: expected {identity.task} on "
                 f"{identity.bundle[:12]}, got {row.task} on {row.bundle[:12]}"
             )
+        with self._engine.begin() as connection:
+            t.metadata.create_all(connection)  # tables that a version since then has added
 
     # Rounds
 
@@ -218,9 +220,25 @@ class Database:
         return record
 
     def leave(self, device: str, now: float) -> None:
-        """Note that a device left."""
+        """Note that a device left; what it measured of itself is forgotten, as another machine may take its name."""
         with self._engine.begin() as connection:
+            connection.execute(t.capabilities.delete().where(t.capabilities.c.device == device))
             connection.execute(t.devices.update().where(t.devices.c.name == device).values(left_at=now))
+
+    def put_capability(self, device: str, record: CapabilityRecord) -> None:
+        """Keep what a device measured of itself in place of what it said before."""
+        text = msgspec.json.encode(record.capability).decode()
+        with self._engine.begin() as connection:
+            connection.execute(t.capabilities.delete().where(t.capabilities.c.device == device))
+            connection.execute(t.capabilities.insert().values(device=device, told=record.told, capability=text))
+
+    def capabilities(self) -> dict[str, CapabilityRecord]:
+        """What devices measured of themselves, by name; those that never said so are left out."""
+        with self._engine.begin() as connection:
+            rows = connection.execute(sa.select(t.capabilities)).all()
+        return {
+            row.device: CapabilityRecord(msgspec.json.decode(row.capability, type=Capability), row.told) for row in rows
+        }
 
     def note_traffic(self, traffic: Iterable[tuple[str, float, int]]) -> None:
         """Add (device, last seen, further bytes sent to it)."""

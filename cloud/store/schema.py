@@ -1,4 +1,5 @@
-"""The tables. Times are Unix seconds, digests SHA-256 in hex. Changing anything here raises ``SCHEMA``."""
+"""The tables. Times are Unix seconds, digests SHA-256 in hex. Changing a table raises ``SCHEMA``; a new one does not,
+as nothing here needs it to be there before and :meth:`cloud.store.Database.open` makes it."""
 
 from __future__ import annotations
 
@@ -34,6 +35,14 @@ devices = Table(
     Column("last_seen", REAL),
     Column("left_at", REAL),
     Column("bytes_down", Integer, nullable=False),
+    sqlite_strict=True,
+)
+capabilities = Table(
+    "capabilities",
+    metadata,
+    Column("device", Text, ForeignKey("devices.name"), primary_key=True),
+    Column("told", REAL, nullable=False),
+    Column("capability", Text, nullable=False),  # wire.Capability as JSON, the newest
     sqlite_strict=True,
 )
 rounds = Table(

@@ -17,6 +17,7 @@ import msgspec
 
 from edge_runtime.device import events
 from edge_runtime.device.artifacts import Request
+from edge_runtime.device.capability import SelfReport
 from edge_runtime.device.errors import ArtifactError, CorruptFileError, RefusedError, TrainingError, TransportError
 from edge_runtime.device.fetch import Store
 from edge_runtime.device.files import sync_folder, write_record
@@ -103,6 +104,7 @@ class Device:
         self._options = options
         self._outbox = Outbox(home.outbox)
         self._store = Store(home, client, tools.inspector, options.floors)
+        self._self_report = SelfReport(home, client, self._identity.task, tools.host.clock)
         self._signed: SignedPlan | None = None
         self._backoffs: dict[type[Action], Backoff] = {}
         self._reported = ""  # digest of the plan the user was told about last
@@ -121,6 +123,8 @@ class Device:
             events.Started(identity.device, identity.task, identity.server, round=self._state.done_round)
         )
         try:
+            if not self._state.finished:
+                await self._self_report.tell()
             while not (self._options.once and self._rounds):
                 action = decide(self._state, self._outbox.first(), self._signed)
                 if isinstance(action, Stop):
@@ -259,6 +263,7 @@ class Device:
             self._outbox.keep_residual(pending.round, self._home.residual)  # first: see the outbox
             self._end_round(done(self._state, pending.round, counted=True), pending.round)
             self._tools.report(events.Uploaded(pending.round, pending.bytes, receipt.weight))
+            await self._self_report.tell()
 
     async def _publish(self, signed: SignedPlan) -> None:
         plan = signed.plan
@@ -308,6 +313,7 @@ class Device:
         elif isinstance(event, MeasuredPart):
             self._tools.report(events.MeasuredPart(round_, event.examples, event.of))
         elif isinstance(event, Stepped):
+            self._self_report.stepped(event.step)
             self._tools.report(events.StepDone(round_, event.step, event.steps, event.loss))
 
 

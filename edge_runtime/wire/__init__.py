@@ -1,5 +1,6 @@
 """The contract between devices and aggregator: plans, updates, envelopes, requests, problems."""
 
+from edge_runtime.wire.capability import Capability
 from edge_runtime.wire.envelope import EnvelopeContext, seal, unseal
 from edge_runtime.wire.errors import (
     EnvelopeError,
@@ -78,6 +79,7 @@ __all__ = [
     "CLASS_COUNTS",
     "CLASS_SUMS",
     "SECOND_MOMENTS",
+    "Capability",
     "DeviceStatus",
     "Enrolled",
     "Enrolment",
