@@ -183,6 +183,25 @@ def status(config_path: Path, as_json: bool, watch: bool) -> None:
 @config_option
 @json_option
 @_one_line_errors
+def devices(config_path: Path, as_json: bool) -> None:
+    """Show every device: when it enrolled and was seen, rounds counted, what it measured of itself, bytes.
+
+    Figures of a device are its own word. With --json, an object a line. The server may run.
+
+    \b
+    Example:
+      emberlora cloud devices --config server
+    """
+    from cloud.devices_command import show_devices
+
+    for line in asyncio.run(show_devices(_load(config_path), as_json=as_json, now=time.time())):
+        click.echo(line)
+
+
+@cloud.command()
+@config_option
+@json_option
+@_one_line_errors
 def stop(config_path: Path, as_json: bool) -> None:
     """End the task: publish the last adapter and tell every device that it is over.
 

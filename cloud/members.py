@@ -6,6 +6,7 @@ The decision whether an enrolment holds is :func:`judge_enrolment`, pure; the da
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -69,6 +70,8 @@ class Members:
         self._report = report
         self._devices: dict[str, DeviceRecord] = {}
         self._traffic: dict[str, tuple[float, int]] = {}
+        self._arrivals: dict[tuple[int, str], float] = {}
+        self._refusals: Counter[tuple[str, str]] = Counter()
 
     async def start(self) -> None:
         """Read who is enrolled."""
@@ -161,12 +164,28 @@ class Members:
             _, sent = self._traffic.get(name, (0.0, 0))
             self._traffic[name] = (self._clock(), sent + sent_bytes)
 
+    def arrived(self, name: str, round_: int, seconds: float) -> None:
+        """Note how long the body of a counted update took; a clock that was set back meanwhile tells nothing."""
+        if seconds > 0:
+            self._arrivals[round_, name] = seconds
+
+    def refused(self, name: str, problem: str) -> None:
+        """Note that an update of a known device was refused, with the name of the problem."""
+        if name in self._devices:
+            self._refusals[name, problem] += 1
+
     async def flush(self) -> None:
-        """Write what :meth:`saw` noted. These figures are for people: a kill may lose the last seconds of them."""
+        """Write what was noted. These figures are for people: a kill may lose the last seconds of them."""
         traffic, self._traffic = self._traffic, {}
         if traffic:
             rows = [(name, seen, sent) for name, (seen, sent) in traffic.items()]
             await self._database.call(self._database.note_traffic, rows)
+        arrivals, self._arrivals = self._arrivals, {}
+        if arrivals:
+            await self._database.call(self._database.note_arrivals, arrivals)
+        refusals, self._refusals = self._refusals, Counter()
+        if refusals:
+            await self._database.call(self._database.note_refusals, refusals)
 
     async def statuses(self) -> tuple[wire.DeviceStatus, ...]:
         """Every device as the operator sees it, by name."""

@@ -52,6 +52,7 @@ class _Resources:
         self._aggregator = aggregator
         self._members = aggregator.members
         self._gate = Gate(self._members.key_of, clock)
+        self._clock = clock
         self._timeout_s = server.request_timeout_s
         self._slots = asyncio.Semaphore(server.max_uploads_at_once)
 
@@ -116,6 +117,13 @@ class _Resources:
 
     async def update(self, request: web.Request) -> web.Response:
         caller = self._device(request)
+        try:
+            return await self._take_update(request, caller)
+        except wire.WireError as error:
+            self._members.refused(caller.device, wire.problem_for(error).name)
+            raise
+
+    async def _take_update(self, request: web.Request, caller: wire.SignedRequest) -> web.Response:
         device, round_ = request.match_info["device"], _round(request)
         if device != caller.device:
             raise wire.NotPermittedError(f"update of {device}: signed by {caller.device}")
@@ -128,11 +136,15 @@ class _Resources:
             raise wire.UpdateFormatError(
                 f"update of {device} for round {round_}: length: expected {answer} bytes, got {length}"
             )
+        began = self._clock()
         async with self._slots:
             sealed = await read_body(request, limit=answer, timeout_s=self._timeout_s, digest=caller.body_digest)
+            seconds = self._clock() - began
             receipt, new = await self._aggregator.submit(
                 device, round_=round_, digest=caller.body_digest, sealed=sealed
             )
+        if new:
+            self._members.arrived(device, round_, seconds)
         return _message(receipt, status=201 if new else 200)
 
     async def status(self, request: web.Request) -> web.Response:

@@ -7,7 +7,7 @@ method is one transaction (``BEGIN IMMEDIATE``, synchronous=FULL): when it retur
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -149,6 +149,10 @@ class Database:
         """The counted updates of a round in the order they came."""
         return self._updates(sa.select(t.updates).where(t.updates.c.round == round_).order_by(t.updates.c.received))
 
+    def updates(self) -> list[UpdateRecord]:
+        """The counted updates of all rounds."""
+        return self._updates(sa.select(t.updates).order_by(t.updates.c.round, t.updates.c.received))
+
     def receipt_of(self, round_: int, device: str) -> UpdateReceipt | None:
         """The receipt a device got for a round."""
         query = sa.select(t.updates).where(t.updates.c.round == round_, t.updates.c.device == device)
@@ -246,6 +250,38 @@ class Database:
             for device, seen, sent in traffic:
                 values = {"last_seen": seen, "bytes_down": t.devices.c.bytes_down + sent}
                 connection.execute(t.devices.update().where(t.devices.c.name == device).values(values))
+
+    def note_arrivals(self, arrivals: Mapping[tuple[int, str], float]) -> None:
+        """Keep how many seconds the body of a counted update took to arrive, by round and device."""
+        rows = [
+            {"round": round_, "device": device, "seconds": seconds} for (round_, device), seconds in arrivals.items()
+        ]
+        with self._engine.begin() as connection:
+            connection.execute(t.arrivals.insert(), rows)
+
+    def arrivals(self) -> dict[tuple[int, str], float]:
+        """Seconds by round and device; see :meth:`note_arrivals`."""
+        with self._engine.begin() as connection:
+            return {(row.round, row.device): row.seconds for row in connection.execute(sa.select(t.arrivals))}
+
+    def note_refusals(self, refusals: Mapping[tuple[str, str], int]) -> None:
+        """Add refused updates, by device and name of the problem."""
+        with self._engine.begin() as connection:
+            for (device, problem), count in refusals.items():
+                row = t.refusals.c.device == device, t.refusals.c.problem == problem
+                changed = connection.execute(
+                    t.refusals.update().where(*row).values(updates=t.refusals.c.updates + count)
+                )
+                if not changed.rowcount:
+                    connection.execute(t.refusals.insert().values(device=device, problem=problem, updates=count))
+
+    def refusals(self) -> dict[str, dict[str, int]]:
+        """How many updates of a device were refused, by the name of the problem."""
+        found: dict[str, dict[str, int]] = {}
+        with self._engine.begin() as connection:
+            for row in connection.execute(sa.select(t.refusals)):
+                found.setdefault(row.device, {})[row.problem] = row.updates
+        return found
 
 
 def _round(row: sa.Row[Any]) -> RoundRecord:

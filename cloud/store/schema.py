@@ -45,6 +45,14 @@ capabilities = Table(
     Column("capability", Text, nullable=False),  # wire.Capability as JSON, the newest
     sqlite_strict=True,
 )
+refusals = Table(
+    "refusals",
+    metadata,
+    Column("device", Text, ForeignKey("devices.name"), primary_key=True),
+    Column("problem", Text, primary_key=True),  # its name in the contract, so a device makes only a few rows
+    Column("updates", Integer, nullable=False),  # so many
+    sqlite_strict=True,
+)
 rounds = Table(
     "rounds",
     metadata,
@@ -70,5 +78,13 @@ updates = Table(
     Column("bytes", Integer, nullable=False),
     Column("received", REAL, nullable=False),
     Column("metrics", Text, nullable=False),  # LocalMetrics as JSON
+    sqlite_strict=True,
+)
+arrivals = Table(
+    "arrivals",
+    metadata,
+    Column("round", Integer, ForeignKey("rounds.round"), primary_key=True),
+    Column("device", Text, ForeignKey("devices.name"), primary_key=True),
+    Column("seconds", REAL, nullable=False),  # from the request's head to the last byte of the update that counts
     sqlite_strict=True,
 )
