@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import click
 
 from bench.errors import RequestError
+from bench.federation.equal_bytes import rivals_of
+from bench.federation.experiment import CURVE_TEXTS
 from bench.federation.lines import Line, read_lines
+from bench.federation.methods import METHODS
 from bench.federation.picture import write_picture
-from bench.federation.summary import LINKS, Row, rows_of, splits_of
+from bench.federation.summary import LINKS, Name, Row, rows_of, splits_of
 
+_OURS: tuple[Name, ...] = tuple(("annealed-kill-revive", b, "") for b in METHODS["annealed-kill-revive"].budgets)
 _HEAD = (
     "method",
     "seeds",
@@ -49,26 +53,48 @@ def markdown(lines: Sequence[Line]) -> str:
     """The page."""
     parts = [_INTRODUCTION]
     for split in splits_of(lines):
-        parts.append(f"## {split}\n\n{_table(rows_of(lines, split))}")
+        parts.append(f"## {split}\n\n{_table(_HEAD, map(_cells, rows_of(lines, split)))}")
+    parts.append(f"## All splits together\n\n{_table(_HEAD, map(_cells, rows_of(lines, None)))}")
+    parts += [_equal_bytes(lines, name) for name in _OURS if rivals_of(lines, name)]
     parts.append(f"## Apart\n\n{_apart(lines)}")
     return "\n\n".join(parts) + "\n"
 
 
-def _table(rows: Sequence[Row]) -> str:
-    lines = ["| " + " | ".join(_HEAD) + " |", "|---|" + "---:|" * (len(_HEAD) - 1)]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    method, budget, without = row.name
-    name = f"`{method}`" + (f" {budget}" if budget else "") + (f", without {without}" if without else "")
-    apart = _number(row.apart, "+.4f") + (f" ± {row.apart_95:.4f}" if row.apart_95 is not None else "")
+def _equal_bytes(lines: Sequence[Line], name: Name) -> str:
+    """What the others had learned for the same bytes."""
+    rows = [
+        (_called(rival.name), str(rival.runs), f"{rival.rounds:.1f}", _interval(rival.apart, rival.apart_95))
+        for rival in rivals_of(lines, name)
+    ]
     return (
-        name,
-        " ".join(map(str, row.seeds)),
+        f"## At the bytes of {_called(name)}\n\nThe best accuracy that each method had measured by the time it had "
+        f"sent and fetched as much as this one has at its end, on the {CURVE_TEXTS} texts that are measured on the "
+        f"way, less this one's last.\n\n{_table(('method', 'runs', 'rounds by then', 'difference'), rows)}"
+    )
+
+
+def _called(name: Name) -> str:
+    method, budget, without = name
+    return f"`{method}`" + (f" {budget}" if budget else "") + (f", without {without}" if without else "")
+
+
+def _interval(value: float | None, half: float | None) -> str:
+    return _number(value, "+.4f") + (f" ± {half:.4f}" if half is not None else "")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    seeds = dict.fromkeys(row.seeds)
+    return (
+        _called(row.name),
+        " ".join(map(str, seeds)) if len(seeds) == len(row.seeds) else f"{len(row.seeds)} runs",
         f"{row.accuracy:.4f}",
-        apart,
+        _interval(row.apart, row.apart_95),
         f"{row.mb:.2f}",
         _number(row.bytes_ratio, ".1f"),
         _number(row.params_ratio, ".1f"),

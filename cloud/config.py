@@ -305,10 +305,13 @@ budget_start = 1.0
 budget_end = 0.25              # "lora-a2": of all components, in every round; it reads nothing else here
 curve = "cubic"                # or "cosine", "linear"
 initiating_rounds = 2          # at the full budget
+heating_rounds = 0             # after them, in which the budget climbs from its end to its start; best without them
 final_rounds = 2               # at the end's budget
 initiating_mu = 0.0            # FedProx pull in the initiating rounds; 0: that of [training]
 temperature_start = 0.5        # of reviving: how much weaker, in parts of the mean, a dead module may be
 temperature_end = 0.02
+depth_start = 1.0              # share of the blocks, from the last one down, in which anything may be trained
+depth_end = 1.0                # falls as the budget does: devices compute no backward pass below, and remember the rest
 
 # A budget in bytes, up and down, the mean of the training rounds. budget_start and budget_end are then scaled to fit it
 # and only give the shape. [task] upload and download may be "auto" then: the most precise of float32, int8 and int4,

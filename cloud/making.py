@@ -7,7 +7,7 @@ sweeps.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -17,7 +17,7 @@ from cloud import planning
 from cloud.config import Config
 from cloud.download import Published, make_patch, own_adapter, publish_master
 from cloud.keys import Keys
-from cloud.planner import Choice
+from cloud.planner import Choice, PastRound
 from cloud.quantising import with_quantisation
 from cloud.rounds import TaskState
 from cloud.store import OBJECTS, Blobs, Database, RoundRecord, UpdateRecord
@@ -63,6 +63,7 @@ class RoundMaker:
         self._database = database
         self._blobs = blobs
         self._entropy = entropy
+        self._opened: dict[int, planning.OpenedRound] = {}  # by number: a stored round never changes
 
     async def first(self, state: TaskState, *, now: float) -> MadeRound:
         """The round that begins the task, opened at ``now`` (Unix seconds)."""
@@ -122,7 +123,7 @@ class RoundMaker:
         config, bundle = self._config, self._bundle
         evidence = await asyncio.to_thread(planning.gather_evidence, bundle, start.tensors, start.before)
         records = await self._database.call(self._database.rounds)  # the last of them is the round that ends here
-        past = await asyncio.to_thread(planning.past_rounds, records, self._keys.plan.public_key(), evidence)
+        past = await asyncio.to_thread(self._past, records, evidence)
         choice = planning.choose_modules(config, bundle, state, evidence, past)
         published, adapter, master = await asyncio.to_thread(self._store, state, choice, start)
         finished = state.phase == "finished"
@@ -144,6 +145,12 @@ class RoundMaker:
             round_key=None if key is None else key.private_bytes_raw(),
         )
         return MadeRound(record, adapter.digest, published.tensors)
+
+    def _past(self, records: Sequence[RoundRecord], evidence: planning.Evidence) -> tuple[PastRound, ...]:
+        for record in records:
+            if record.round not in self._opened:
+                self._opened[record.round] = planning.open_round(record, self._keys.plan.public_key())
+        return planning.past_rounds([self._opened[record.round] for record in records], evidence)
 
     def _store(self, state: TaskState, choice: Choice, start: _Start) -> tuple[Published, planning.Adapter, str]:
         """Make both forms durable: what is published, as the plan says it, and the master's digest."""

@@ -75,15 +75,14 @@ def plan_log(config: Config, kept: Kept) -> list[RoundLog]:
     """Every round of a task whose plan asked for work, in order."""
     config = with_budget(config, kept.bundle.manifest)
     found = []
-    for number, record in enumerate(kept.records):
-        plan = wire.open_plan(record.plan, kept.key).plan
+    opened = [planning.open_round(record, kept.key) for record in kept.records]
+    for number, round_ in enumerate(opened):
+        plan, evidence = round_.plan, round_.evidence
         if plan.state == "finished":
             continue
-        evidence = planning.read_evidence(record)
-        past = planning.past_rounds(kept.records[:number], kept.key, evidence)
+        past = planning.past_rounds(opened[:number], evidence)
         known = scores(past, _component_sizes(kept))
-        after = kept.records[number + 1] if number + 1 < len(kept.records) else None
-        moved = planning.read_evidence(after).moved if after is not None else {}
+        moved = opened[number + 1].evidence.moved if number + 1 < len(opened) else {}
         layout = planning.plan_layout(kept.bundle, plan)
         heat, share = _cooling(config, training_round(config, plan.round))
         found.append(

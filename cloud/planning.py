@@ -56,6 +56,14 @@ class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     components: dict[str, tuple[float, ...]] = {}
 
 
+@dataclass(frozen=True)
+class OpenedRound:
+    """A stored round's plan, its signature checked, and what it was made from."""
+
+    plan: wire.Plan
+    evidence: Evidence
+
+
 def gather_evidence(bundle: Bundle, tensors: dict[str, Array], before: dict[str, Array] | None) -> Evidence:
     """What a policy may know of an adapter, and of what a round changed: ``before`` has the same ranks."""
     manifest = bundle.manifest
@@ -67,21 +75,24 @@ def gather_evidence(bundle: Bundle, tensors: dict[str, Array], before: dict[str,
     return msgspec.structs.replace(evidence, moved=moved, largest=largest, components=components)
 
 
-def past_rounds(records: Sequence[RoundRecord], key: Ed25519PublicKey, current: Evidence) -> tuple[PastRound, ...]:
+def past_rounds(opened: Sequence[OpenedRound], current: Evidence) -> tuple[PastRound, ...]:
     """What a policy sees of the rounds before.
 
     Args:
-        records: Every applied round, in order; those that measured are left out.
-        key: That signed their plans.
+        opened: Every applied round, in order; those that measured are left out.
         current: What the plan is to be made from now; it knows what the last round moved.
     """
-    after = [*(read_evidence(record) for record in records[1:]), current]
-    plans = [wire.open_plan(record.plan, key).plan for record in records]
+    after = [*(round_.evidence for round_ in opened[1:]), current]
     return tuple(
-        PastRound(plan.modules, made.moved, made.components, made.largest, plan.training)
-        for plan, made in zip(plans, after, strict=False)  # before the first round there is nothing to pair
-        if plan.state == "train"
+        PastRound(round_.plan.modules, made.moved, made.components, made.largest, round_.plan.training)
+        for round_, made in zip(opened, after, strict=False)  # before the first round there is nothing to pair
+        if round_.plan.state == "train"
     )
+
+
+def open_round(record: RoundRecord, key: Ed25519PublicKey) -> OpenedRound:
+    """Read a stored round; ``key`` signed its plan."""
+    return OpenedRound(wire.open_plan(record.plan, key).plan, read_evidence(record))
 
 
 def read_evidence(record: RoundRecord) -> Evidence:

@@ -60,13 +60,13 @@ def _replayed(
     config: Config, bundle: Bundle, records: Sequence[RoundRecord], key: Ed25519PublicKey
 ) -> Iterator[ReplayedRound]:
     features = bundle.manifest.features
-    for number, record in enumerate(records):
-        plan = wire.open_plan(record.plan, key).plan
+    opened = [planning.open_round(record, key) for record in records]
+    for number, round_ in enumerate(opened):
+        plan, evidence = round_.plan, round_.evidence
         if plan.state == "finished":
             continue
         state = TaskState(planning.round_rules(config, plan.round), plan.round, "open", plan.deadline)
-        evidence = planning.read_evidence(record)
-        past = planning.past_rounds(records[:number], key, evidence)
+        past = planning.past_rounds(opened[:number], evidence)
         choice = planning.choose_modules(config, bundle, state, evidence, past)
         training = planning.training_of(config, bundle, plan.round, choice)
         again = msgspec.structs.replace(plan, modules=choice.modules, head_alive=choice.head_alive, training=training)

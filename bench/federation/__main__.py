@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from bench.errors import RequestError
 from bench.federation.data import DATASETS, NATURAL, read_corpus, write_records
 from bench.federation.experiment import Setup
 from bench.federation.lines import Key, Line, append_line, read_lines
-from bench.federation.methods import METHODS, RANK
+from bench.federation.methods import METHODS, RANK, VARIED, WITHOUT
 from edge_runtime.wire import Products
 
 DEVICES, COHORT, ROUNDS, EXAMPLES = 20, 5, 30, 4_000
@@ -39,7 +39,7 @@ class Bench:
     out: Path
     threads: int
     products: Products
-    extra: dict[str, dict[str, object]]
+    extra: Mapping[str, Mapping[str, object]]
 
     def run(self, key: Key) -> Line | str:
         """The line of a run, or why there is none."""
@@ -57,7 +57,7 @@ class Bench:
             examples=EXAMPLES,
             threads=self.threads,
             products=self.products,
-            extra=self.extra,
+            extra={name: dict(keys) for name, keys in self.extra.items()},
         )
         path = folder / "setup.json"
         path.write_bytes(msgspec.json.encode(setup))
@@ -144,12 +144,17 @@ def summary(line: Line) -> str:
 @click.option("--dataset", "datasets", type=click.Choice(DATASETS), multiple=True, help="[default: all]")
 @click.option("--alpha", "alphas", multiple=True, help=f"Of the split, or {NATURAL!r}.  [default: {' '.join(ALPHAS)}]")
 @click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, help="[default: the core table]")
+@click.option("--budget", "budgets", multiple=True, help="Of a method with several.  [default: all of them]")
 @click.option("--seed", "seeds", type=click.IntRange(0), multiple=True, help="[default: 0 1 2]")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of one run.")
 @click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Runs at once.")
 @click.option("--products", type=click.Choice(["exact", "int8"]), default="exact", show_default=True)
 @click.option("--set", "settings", multiple=True, help="table.key=value in JSON, over the method's config: to try out.")
-@click.option("--without", default="", help="A name for what --set turns off.")
+@click.option(
+    "--without",
+    default="",
+    help=f"Of annealed-kill-revive, one of {', '.join(WITHOUT)}; or, beside --set, a name for what that changes.",
+)
 @click.option("--quick", is_flag=True, help="One seed, one split, fewer rounds.")
 def main(
     data: Path,
@@ -158,6 +163,7 @@ def main(
     datasets: tuple[str, ...],
     alphas: tuple[str, ...],
     methods: tuple[str, ...],
+    budgets: tuple[str, ...],
     seeds: tuple[int, ...],
     threads: int,
     jobs: int,
@@ -175,7 +181,13 @@ def main(
     Example:
       python -m bench.federation --data data --dataset banking77 --alpha 0.1 --method lora-r8 --seed 0
     """
-    bench = Bench(data, out, threads, products, _extra(settings))
+    if without and not settings and (without not in WITHOUT or methods != ("annealed-kill-revive",)):
+        raise click.UsageError(
+            f"--without {without}: expected --set, or --method annealed-kill-revive and a known name"
+        )
+    if without and not settings:
+        budgets = budgets or (VARIED,)
+    bench = Bench(data, out, threads, products, _extra(settings) if settings else dict(WITHOUT.get(without, {})))
     chosen_alphas = alphas or (ALPHAS[:1] if quick else ALPHAS)
     try:
         wanted = [
@@ -185,7 +197,10 @@ def main(
             for alpha in chosen_alphas
             for method in methods or (QUICK if quick else CORE)
             for budget in METHODS[method].budgets
+            if not budgets or budget in budgets
         ]
+        if not wanted:
+            raise RequestError(f"--budget {' '.join(budgets)}: none of the methods has such a size")
         failed = complete(bench, wanted, results, jobs)
     except (RequestError, ValueError) as error:
         raise click.UsageError(str(error)) from error

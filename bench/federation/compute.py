@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from edge_runtime.bundle import Manifest, Module
 from edge_runtime.wire import ModulePlan
@@ -15,6 +16,7 @@ from edge_runtime.wire import ModulePlan
 # Slots of a BERT block by what reads their output: attention, the MLP's inner layer, the residual stream.
 _ATTENDED = ("attention.self.query", "attention.self.key", "attention.self.value")
 _MIXED, _INNER, _OUTER = "attention.output.dense", "intermediate.dense", "output.dense"
+_NOTHING: Mapping[int, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,17 @@ class Texts:
         return cls(sum(lengths), sum(length * length for length in lengths))
 
 
-def training_flop(manifest: Manifest, plans: Sequence[ModulePlan], texts: Texts) -> int:
+def training_flop(
+    manifest: Manifest, plans: Sequence[ModulePlan], texts: Texts, spared: Mapping[int, int] = _NOTHING
+) -> int:
     """Operations of one pass over the texts, all blocks together.
 
     Args:
         manifest: Of a BERT-like classifier.
         plans: The round's modules.
         texts: What is trained on.
+        spared: Tokens for which the lowest blocks were read and not computed, by how many blocks these were. They are
+            taken to be from texts of the usual lengths.
     """
     alive = {plan.name: plan.alive for plan in plans}
     ranks = {plan.name: plan.rank for plan in plans}
@@ -44,7 +50,8 @@ def training_flop(manifest: Manifest, plans: Sequence[ModulePlan], texts: Texts)
     total = 0
     for block in range(len(manifest.blocks)):
         modules = [module for module in manifest.modules if module.block == block]
-        total += forward_flop(modules, ranks, texts)
+        read = sum(tokens for level, tokens in spared.items() if level > block)
+        total += round(forward_flop(modules, ranks, texts) * (1 - read / texts.tokens))
         if block >= lowest:
             total += _backward(modules, alive, ranks, texts, below=block > lowest)
     return total

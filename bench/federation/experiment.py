@@ -19,7 +19,7 @@ from bench.federation.drift import drift
 from bench.federation.fleet import Fleet, Result
 from bench.federation.full_model import FullModel
 from bench.federation.lines import Key, Line, RoundLine
-from bench.federation.methods import FULL_MODEL, METHODS, config_text
+from bench.federation.methods import FULL_MODEL, METHODS, REMEMBERING, config_text
 from bench.host import commit, describe_host
 from cloud.config import CONFIG_NAME, Config, parse_config
 from cloud.keys import KEYS_FOLDER, load_keys, make_keys
@@ -180,7 +180,8 @@ async def _open(setup: Setup, say: Callable[[str], None]) -> Site:
         surroundings=Surroundings(time.time, secrets.token_bytes, lambda _event: None),
     )
     await aggregator.start()
-    fleet = Fleet(aggregator, work, folder / "devices", files, seed=key.seed)
+    remember_mb = 0 if key.without == REMEMBERING else None
+    fleet = Fleet(aggregator, work, folder / "devices", files, seed=key.seed, remember_mb=remember_mb)
     await fleet.enrol()
     named = dict(zip(fleet.names, data, strict=True))
     texts = {name: Texts.of([len(example.ids) for example in mine.examples]) for name, mine in named.items()}
@@ -244,7 +245,10 @@ async def _round(site: Site, round_: int) -> RoundLine:
     await site.aggregator.tick()
     accuracy = await _accuracy(site, site.glimpse) if _measured(setup, round_) else None
     manifest, modules = site.work.bundle.manifest, signed.plan.modules
-    flop = sum(training_flop(manifest, modules, site.texts[name]) for name in cohort)
+    flop = sum(
+        training_flop(manifest, modules, site.texts[name], result.done.spared)
+        for name, result in zip(cohort, results, strict=True)
+    )
     living = [module for module in modules if module.alive]
     made = RoundLine(
         accuracy=accuracy,

@@ -84,12 +84,20 @@ class Fleet:
     """The devices of one task. ``files`` are their training data, one a device."""
 
     def __init__(
-        self, aggregator: Aggregator, work: WorkingBundle, folder: Path, files: tuple[Path, ...], *, seed: int
+        self,
+        aggregator: Aggregator,
+        work: WorkingBundle,
+        folder: Path,
+        files: tuple[Path, ...],
+        *,
+        seed: int,
+        remember_mb: int | None = None,
     ) -> None:
         self._aggregator = aggregator
         self._folder = folder
         self._files = files
         self.trainer = SharedTrainer(work)
+        self._remember_mb = remember_mb  # None: what suits the disk
         self._inspector = SharedInspector()
         self._work = work
         entropy = random.Random(seed)  # a run must be repeatable; nothing here is a secret
@@ -127,7 +135,9 @@ class Fleet:
         transport = MemoryTransport(self._aggregator, name, self._work.bundle.manifest)
         before = home.state()
         tools = Tools(self.trainer, self._inspector, self._host, said.append)
-        await Device(home, transport, tools, RunOptions(home.settings(), once=True)).run()
+        await Device(
+            home, transport, tools, RunOptions(home.settings(), once=True, remember_mb=self._remember_mb)
+        ).run()
         trouble = [event for event in said if isinstance(event, Skipped | Waiting)]
         state = home.state()
         if trouble or state.counted != before.counted + 1 or self.trainer.done is None:

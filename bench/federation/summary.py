@@ -15,7 +15,9 @@ REFERENCE = "lora-r8"
 COHORT = 5  # devices a round
 LINKS = (Link(1.0), Link(10.0))
 # Two-sided 95 % points of Student's t by degrees of freedom: seeds are few.
-_T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+_T95 = dict(
+    enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145), 1)
+)
 
 Name = tuple[str, str, str]  # method, budget, what was left out
 
@@ -31,13 +33,16 @@ class Split:
         return f"{self.dataset}, " + ("natural split" if self.alpha is None else f"Dirichlet {self.alpha:g}")
 
 
+Place = tuple[Split, int]  # and the seed
+
+
 @dataclass(frozen=True)
 class Row:
-    """One method on one split, means over its seeds.
+    """One method on one split, or on all of them, means over its runs.
 
     Attributes:
         name: Method, budget, what was left out.
-        seeds: Which seeds.
+        seeds: Of the runs, one a run.
         accuracy: At the end, all test texts.
         apart: Mean difference of accuracy to the reference on the same seeds; None without it.
         apart_95: Half width of that difference's 95 % interval (paired t); None with fewer than two seeds.
@@ -66,26 +71,36 @@ class Row:
 
 def splits_of(lines: Iterable[Line]) -> list[Split]:
     """Every split that there is a line of, in the order of the file."""
-    return list(dict.fromkeys(Split(line.dataset, line.alpha) for line in lines))
+    return list(dict.fromkeys(map(split_of, lines)))
 
 
-def rows_of(lines: Iterable[Line], split: Split) -> list[Row]:
-    """The rows of a split in the order of the file, the reference first."""
-    mine = [line for line in lines if Split(line.dataset, line.alpha) == split]
+def rows_of(lines: Iterable[Line], split: Split | None) -> list[Row]:
+    """The rows of a split in the order of the file, the reference first; None: of all splits together."""
+    mine = [line for line in lines if split in (None, split_of(line))]
     names = dict.fromkeys(_name(line) for line in mine)
     ordered = sorted(mine, key=lambda line: (_name(line) != (REFERENCE, "", ""), list(names).index(_name(line))))
-    reference = {line.seed: line for line in mine if _name(line) == (REFERENCE, "", "")}
+    reference = {place_of(line): line for line in mine if _name(line) == (REFERENCE, "", "")}
     return [_row(name, list(group), reference) for name, group in groupby(ordered, key=_name)]
+
+
+def split_of(line: Line) -> Split:
+    """What a run was made on."""
+    return Split(line.dataset, line.alpha)
+
+
+def place_of(line: Line) -> Place:
+    """What runs of different methods must share to be compared."""
+    return split_of(line), line.seed
 
 
 def _name(line: Line) -> Name:
     return line.method, line.budget, line.without
 
 
-def _row(name: Name, lines: Sequence[Line], reference: dict[int, Line]) -> Row:
-    pairs = [(line, reference[line.seed]) for line in lines if line.seed in reference]
+def _row(name: Name, lines: Sequence[Line], reference: dict[Place, Line]) -> Row:
+    pairs = [(line, reference[place_of(line)]) for line in lines if place_of(line) in reference]
     apart = [line.accuracy - other.accuracy for line, other in pairs]
-    targets = {seed: 0.95 * max(made.accuracy or 0.0 for made in other.curve) for seed, other in reference.items()}
+    targets = {place: 0.95 * max(made.accuracy or 0.0 for made in other.curve) for place, other in reference.items()}
     drifts = [line.drift for line in lines if line.drift is not None]
     return Row(
         name=name,
@@ -97,16 +112,17 @@ def _row(name: Name, lines: Sequence[Line], reference: dict[int, Line]) -> Row:
         bytes_ratio=_ratio([(_bytes(other), _bytes(line)) for line, other in pairs]),
         params_ratio=_ratio([(_params(other), _params(line)) for line, other in pairs]),
         compute=_ratio([(line.device_gflop, other.device_gflop) for line, other in pairs]),
-        rounds_to_95=_mean([_rounds_to(line, targets[line.seed]) for line, _ in pairs]),
+        rounds_to_95=_mean([_rounds_to(line, targets[place_of(line)]) for line, _ in pairs]),
         drift=float(np.mean(drifts)) if drifts else None,
         seconds=tuple(
-            _mean([seconds_to(line, targets[line.seed], link, cohort=COHORT) for line, _ in pairs]) for link in LINKS
+            _mean([seconds_to(line, targets[place_of(line)], link, cohort=COHORT) for line, _ in pairs])
+            for link in LINKS
         ),
     )
 
 
 def half_width(differences: Sequence[float]) -> float | None:
-    """Of the 95 % interval of their mean by Student's t; None for fewer than two, or more than ten."""
+    """Of the 95 % interval of their mean by Student's t; None for fewer than two, or more than fifteen."""
     points = _T95.get(len(differences) - 1)
     return None if points is None else points * float(np.std(differences, ddof=1)) / len(differences) ** 0.5
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from rich.progress import Progress
 
 from cloud.demo.errors import CommandFailedError
@@ -12,6 +13,7 @@ from cloud.demo.folder import DemoFolder, device_names
 from cloud.demo.processes import Processes
 from cloud.demo.progress import Live, Show
 from cloud.demo.recipe import Recipe, config_text
+from cloud.planlog import RoundLog
 
 SERVER = "aggregator"
 _SILENCE_S = 300.0  # longest time without any event before the demo gives up
@@ -19,10 +21,11 @@ _SILENCE_S = 300.0  # longest time without any event before the demo gives up
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the aggregator knows at the end, and the devices' downloads of each round in bytes."""
+    """What the aggregator knows at the end, what devices fetched in each round in bytes, and the log of its plans."""
 
     status: dict[str, Any]  # as `emberlora cloud status --json` prints it
     round_bytes_down: tuple[int, ...]
+    plans: tuple[RoundLog, ...]
 
 
 class Fleet:
@@ -71,7 +74,8 @@ class Fleet:
         status = self._processes.call_json("cloud-status", "cloud", "status", *config)
         self._processes.call("cloud-adapter", "cloud", "adapter", *config, "--out", self._folder.adapter)
         self._processes.end(SERVER)
-        return Outcome(status, tuple(self._down))
+        plans = self._processes.call("cloud-plans", "cloud", "plans", *config, "--json").splitlines()
+        return Outcome(status, tuple(self._down), tuple(msgspec.json.decode(line, type=RoundLog) for line in plans))
 
     def _server_url(self) -> str:
         for event in self._processes.events(timeout_s=60.0):

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 
 from cloud.demo.progress import megabytes
 from cloud.demo.record import Report, cumulated, misses
+from cloud.plans_page import life_map
 
 _BLUE, _ORANGE, _GREY, _GREEN = "#2563eb", "#ea580c", "#6b7280", "#059669"
 _STYLE = """
@@ -35,6 +36,8 @@ def page(report: Report) -> str:
         ("Memory of each device", "Highest while training. Total includes weights mapped from disk.", _memory(report)),
         ("Time", "Of each round, and of each device's training in the last one.", _time_chart(report)),
     ]
+    if report.plans:
+        charts[2:2] = [("What was trained", _plans_note(report), life_map(report.plans))]
     if report.edge_examples:
         charts.append(("Who has what", "Training texts of each device by package.", _holdings_chart(report)))
     sections = "".join(
@@ -104,6 +107,14 @@ def _table(rows: Rows) -> str:
         for what, figure, why in rows
     )
     return f"<div class=scroll><table>{cells}</table></div>"
+
+
+def _plans_note(report: Report) -> str:
+    last = report.plans[-1]
+    return (
+        "Rank that was trained, by module from the bottom of the model up; grey is dead: not trained, not sent. "
+        f"In the last round {last.alive} of {len(last.modules)} modules were alive. A and B are the factor trained."
+    )
 
 
 def _metric_note(report: Report) -> str:

@@ -15,6 +15,13 @@ class Rates(msgspec.Struct, frozen=True):
     head: float
 
 
+class Cooling(msgspec.Struct, frozen=True):
+    """Where the annealing ends: shares of the adapter's parameters and of the model's blocks."""
+
+    budget: float = 0.25
+    depth: float = 0.5
+
+
 class Recipe(msgspec.Struct, frozen=True):
     """Everything a run depends on besides this machine's Python."""
 
@@ -29,6 +36,7 @@ class Recipe(msgspec.Struct, frozen=True):
     steps: int  # optimizer steps of a device in a round
     rates: Rates
     central: Rates  # a pooled run keeps its optimizer and both factors, so smaller rates suit it
+    cooling: Cooling = Cooling()
     home_share: float = 0.6  # of a package's texts at its home device
     heldout_share: float = 0.2
     max_heldout: int | None = None  # None: all of it
@@ -81,8 +89,10 @@ def config_text(recipe: Recipe, *, bundle: str) -> str:
 [task]
 name = "demo"
 bundle = "{bundle}"
-policy = "fixed"
+policy = "annealed-kill-revive"
 aggregation = "alternate"
+upload = "int8"
+download = "int8"
 rounds = {recipe.rounds}
 rank = {recipe.rank}
 devices_per_round = {recipe.devices}
@@ -97,6 +107,12 @@ lr_a = {recipe.rates.a}
 lr_b = {recipe.rates.b}
 lr_head = {recipe.rates.head}
 lr_schedule = "cosine"
+
+[annealing]
+budget_end = {recipe.cooling.budget}
+depth_end = {recipe.cooling.depth}
+initiating_rounds = {min(2, recipe.rounds)}
+final_rounds = {min(2, recipe.rounds - min(2, recipe.rounds))}
 
 [server]
 port = 0

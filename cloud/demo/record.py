@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from cloud.planlog import RoundLog
+
 MIN_AFTER = 0.80  # accuracy of the published adapter
 MAX_BELOW_CENTRAL = 0.03  # what not pooling the data may cost
 MAX_PEFT_GAP = 0.005  # between the devices' engine and torch with peft
@@ -46,6 +48,7 @@ class Report(msgspec.Struct, frozen=True):
     quick: bool = False
     phase_s: dict[str, float] = {}
     versions: dict[str, str] = {}
+    plans: tuple[RoundLog, ...] = ()  # as `emberlora cloud plans --json` prints them
 
 
 def misses(report: Report) -> list[str]:

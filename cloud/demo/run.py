@@ -129,6 +129,7 @@ def _gather(recipe: Recipe, outcome: Outcome, bundle: Bundle) -> Report:
         bundle_bytes=sum(entry.bytes for entry in manifest.files.values()),
         local_steps=recipe.steps,
         seed=recipe.seed,
+        plans=outcome.plans,
         versions={"python": platform.python_version(), **{tool: version(tool) for tool in _TOOLS}},
     )
 

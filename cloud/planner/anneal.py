@@ -1,26 +1,34 @@
-"""Policy ``anneal``: every module lives, and ranks fall with the budget, the components with least energy first."""
+"""Policy ``anneal``: ranks fall with the budget, the components with least energy first; modules die of depth alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cloud.planner.annealing import budget_share
+from cloud.planner.annealing import budget_share, hottest
 from cloud.planner.choice import Choice, Situation
 from edge_runtime.wire import ModulePlan
 
 
 def anneal(situation: Situation) -> Choice:
-    """All modules at ranks that fit the round's budget, and the head if the bundle trains one.
+    """All modules that do not lie too deep at ranks that fit the round's budget, and the head if the bundle trains one.
 
-    Ranks change in even rounds only, so that a pair of rounds that trains B and then A sees one rank. They never rise.
+    Ranks change in even rounds only, so that a pair of rounds that trains B and then A sees one rank. They rise while
+    the budget does: what is added has no effect until it has learned, so modules take turns. A module that has become
+    too deep ends its pair, and keeps its rank: what it has learned stays.
     """
     round_ = situation.round
     share = budget_share(situation.annealing, round_, situation.rounds)
-    ranks = situation.ranks
+    living = [name for name in situation.names if name not in situation.deep or situation.unfinished(name)]
+    ranks = dict(situation.ranks)
     if round_ % 2 == 0 and situation.energies:
-        ranks = fit_ranks(situation.energies, situation.component_sizes, share * situation.full_parameters)
+        energies = {name: situation.energies[name] for name in living}
+        if situation.annealing.heating_rounds and round_ <= hottest(situation.annealing):
+            most = situation.full_rank or situation.manifest.r_max
+            energies = {name: (*found, *[0.0] * (most - len(found))) for name, found in energies.items()}
+        fitting = fit_ranks(energies, situation.component_sizes, share * situation.full_parameters)
+        ranks.update(fitting)
     modules = tuple(
-        ModulePlan(name, min(ranks[name], situation.ranks[name]), situation.factor(name)) for name in situation.names
+        ModulePlan(name, ranks[name], situation.factor(name) if name in living else "") for name in situation.names
     )
     return Choice(modules, head_alive=situation.trains_head, mu=situation.initiating_mu)
 

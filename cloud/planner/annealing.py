@@ -1,7 +1,8 @@
 """The annealing schedule: how far a task has cooled, and what may be trained then. Pure functions of the round.
 
-After SA-FedLoRA (arXiv 2405.09394): initiating rounds at the full budget, then a budget that falls to its end, and
-final rounds that stay there. The curve is ours to choose; ``cubic`` is AdaLoRA's (arXiv 2303.10512).
+After SA-FedLoRA (arXiv 2405.09394): initiating rounds at the full budget, rounds of heating if there are any, then a
+budget that falls to its end, and final rounds that stay there. The curve is ours to choose; ``cubic`` is AdaLoRA's
+(arXiv 2303.10512).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ CURVES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,
 }
 
+_ROUNDING = 1e-9  # a third of six blocks is two
+
 
 class Annealing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The operator's settings; budgets are shares of the adapter at the task's rank.
@@ -31,26 +34,48 @@ class Annealing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     budget_end: float = 0.25  # a quarter of the rank serves most modules as well
     curve: str = "cubic"  # falls early: most of the bytes are sent while the budget is large
     initiating_rounds: int = 2  # one of each factor at the full budget
+    heating_rounds: int = 0  # after them: the budget climbs from its end to its start before it falls
     final_rounds: int = 2  # what is left settles
     initiating_mu: float = 0.0  # FedProx pull in the initiating rounds, against client drift; 0: training.mu
     temperature_start: float = 0.5  # a dead module half the mean weaker than a living one wins with exp(-1)
     temperature_end: float = 0.02  # nearly none comes back unless it is stronger
+    depth_start: float = 1.0  # share of the blocks, from the last one down, in which anything may be trained
+    depth_end: float = 1.0  # a device computes no backward pass below them, and remembers what they make of its data
     bytes_per_device_per_round: int | None = None  # the mean over the training rounds; None: shares are what they say
     total_bytes: int | None = None  # the same for devices_per_round devices and all training rounds together
 
 
+def hottest(settings: Annealing) -> int:
+    """The round from which a task cools, and in which it is heated through."""
+    return settings.initiating_rounds + settings.heating_rounds
+
+
 def cooled(settings: Annealing, round_: int, rounds: int) -> float:
     """How far the task has cooled in a round, from 0 to 1."""
-    span = rounds - settings.final_rounds - settings.initiating_rounds
+    begun = hottest(settings)
+    span = rounds - settings.final_rounds - begun
     if span <= 0:
-        return 0.0 if round_ < settings.initiating_rounds else 1.0
-    return min(max((round_ - settings.initiating_rounds) / span, 0.0), 1.0)
+        return 0.0 if round_ < begun else 1.0
+    return min(max((round_ - begun) / span, 0.0), 1.0)
 
 
 def budget_share(settings: Annealing, round_: int, rounds: int) -> float:
     """Share of the adapter at the task's rank that may be alive in a round; at most 1, whatever bytes allow."""
     left = CURVES[settings.curve](cooled(settings, round_, rounds))
+    heated = (round_ - settings.initiating_rounds + 1) / (settings.heating_rounds + 1)  # 1 in the first round after
+    if 0 < heated < 1:
+        left = heated
     return min(1.0, settings.budget_end + (settings.budget_start - settings.budget_end) * left)
+
+
+def lowest_block(settings: Annealing, blocks: int, round_: int, rounds: int) -> int:
+    """The first block in which anything may be trained in a round; one block at least. It never falls.
+
+    Kills from the bottom up save compute: see ``docs/adr/0018-depth-falls-with-the-budget.md``.
+    """
+    left = CURVES[settings.curve](cooled(settings, round_, rounds))
+    depth = settings.depth_end + (settings.depth_start - settings.depth_end) * left
+    return blocks - max(1, min(blocks, math.ceil(depth * blocks - _ROUNDING)))
 
 
 def known_from(settings: Annealing, cycle: int) -> int:
@@ -66,6 +91,7 @@ def temperature(settings: Annealing, round_: int, rounds: int) -> float:
 
 def annealing_problems(settings: Annealing, rounds: int) -> list[str]:
     """Every way in which the settings are wrong."""
+    stages = settings.initiating_rounds, settings.heating_rounds, settings.final_rounds
     rules = {
         f"annealing.curve: expected one of {', '.join(CURVES)}, got {settings.curve!r}": settings.curve not in CURVES,
         f"annealing.budget_start: expected more than 0 and at most 1, got {settings.budget_start}": not (
@@ -73,16 +99,17 @@ def annealing_problems(settings: Annealing, rounds: int) -> list[str]:
         ),
         f"annealing.budget_end ({settings.budget_end}) must be more than 0 and at most annealing.budget_start "
         f"({settings.budget_start})": not 0 < settings.budget_end <= settings.budget_start,
-        f"annealing.initiating_rounds and annealing.final_rounds: expected 0 or more and together at most task.rounds "
-        f"({rounds}), got {settings.initiating_rounds} and {settings.final_rounds}": not (
-            settings.initiating_rounds >= 0
-            and settings.final_rounds >= 0
-            and settings.initiating_rounds + settings.final_rounds <= rounds
-        ),
+        f"annealing.initiating_rounds, heating_rounds and final_rounds: expected 0 or more and together at most "
+        f"task.rounds ({rounds}), got {', '.join(map(str, stages))}": min(stages) < 0 or sum(stages) > rounds,
         f"annealing.temperature_end ({settings.temperature_end}) must be more than 0 and at most "
         f"annealing.temperature_start ({settings.temperature_start})": not (
             0 < settings.temperature_end <= settings.temperature_start < math.inf
         ),
+        f"annealing.depth_start: expected more than 0 and at most 1, got {settings.depth_start}": not (
+            0 < settings.depth_start <= 1
+        ),
+        f"annealing.depth_end ({settings.depth_end}) must be more than 0 and at most annealing.depth_start "
+        f"({settings.depth_start})": not 0 < settings.depth_end <= settings.depth_start,
         f"annealing.initiating_mu: expected 0 or more, got {settings.initiating_mu}": not (
             math.isfinite(settings.initiating_mu) and settings.initiating_mu >= 0
         ),

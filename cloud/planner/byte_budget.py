@@ -10,13 +10,14 @@ policies that kill, one module in their later rounds, a component of every modul
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from cloud.planner.aggregation import AGGREGATIONS
-from cloud.planner.annealing import Annealing, budget_share, known_from
-from cloud.planner.costs import Traffic, fixed_bytes
+from cloud.planner.annealing import Annealing, budget_share, known_from, lowest_block
+from cloud.planner.costs import Component, Traffic, fixed_bytes
 from cloud.planner.lora_a2 import components_of
 
 _HALVINGS = 50  # of the interval in which the factor is sought: finer than a parameter, and the same everywhere
@@ -82,28 +83,41 @@ def planned_bytes(settings: Annealing, policy: str, traffic: Traffic, rounds: in
     """The most that each training round may cost a device under these settings."""
     fixed = fixed_bytes(traffic, lists_components=policy == "lora-a2")
     cycle = len(AGGREGATIONS[traffic.aggregation])
-    shares = [planned_share(settings, policy, round_, rounds=rounds, cycle=cycle) for round_ in range(rounds)]
-    most = {share: _most(policy, traffic, share) for share in set(shares)}  # many rounds have the same
-    return [fixed + most[share] for share in shares]
+    wanted = [
+        (
+            planned_share(settings, policy, round_, rounds=rounds, cycle=cycle),
+            _lowest_living(settings, policy, traffic, round_ - cycle + 1, rounds),
+        )
+        for round_ in range(rounds)
+    ]
+    most = {each: _most(policy, traffic, *each) for each in set(wanted)}  # many rounds have the same
+    return [fixed + most[each] for each in wanted]
 
 
-def _most(policy: str, traffic: Traffic, share: float) -> int:
-    """The most bytes that what a policy chooses with a share can have."""
-    parts = traffic.components
+def _lowest_living(settings: Annealing, policy: str, traffic: Traffic, begun: int, rounds: int) -> int:
+    """The lowest block with modules that may live when their cycle began in a round."""
+    if policy == "lora-a2":
+        return 0
+    return lowest_block(settings, len(traffic.manifest.blocks), max(begun, 0), rounds)
+
+
+def _most(policy: str, traffic: Traffic, share: float, lowest: int) -> int:
+    """The most bytes that what a policy chooses with a share, from a block up, can have."""
+    parts = traffic.components_from(lowest)
     if policy == "lora-a2":
         count = components_of(share, traffic.rank * len(parts))
         # A patch has a factor whole, whichever of its components were trained.
         downs = sorted((traffic.rank * part.down for part in parts), reverse=True)[:count]
         return count * max(part.up for part in parts) + sum(downs)
     least = sum(part.bytes for part in parts) if policy == "anneal" else traffic.rank * max(p.bytes for p in parts)
-    return max(_dearest(traffic, share), least)
+    return max(_dearest(traffic, share, parts), least)
 
 
-def _dearest(traffic: Traffic, share: float) -> int:
-    """The most bytes that a share of the parameters can have: those of the modules that are dearest per parameter."""
+def _dearest(traffic: Traffic, share: float, parts: Sequence[Component]) -> int:
+    """The most bytes that a share of all parameters can have: those of the modules that are dearest per parameter."""
     left = share * traffic.rank * sum(part.parameters for part in traffic.components)
     found = 0.0
-    for part in sorted(traffic.components, key=lambda part: -part.bytes / part.parameters):
+    for part in sorted(parts, key=lambda part: -part.bytes / part.parameters):
         taken = min(left, traffic.rank * part.parameters)
         found += taken * part.bytes / part.parameters
         left -= taken

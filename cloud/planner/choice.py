@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from cloud.planner.aggregation import AGGREGATIONS, Alive
-from cloud.planner.annealing import Annealing
+from cloud.planner.annealing import Annealing, lowest_block
 from cloud.planner.scores import PastRound
 from edge_runtime.bundle import Manifest
 from edge_runtime.wire import ModulePlan
@@ -50,6 +50,13 @@ class Situation:
     def unfinished(self, name: str) -> bool:
         """Whether a module lives and has not yet trained each of its factors equally often: it may not be killed."""
         return self.ages[name] % self.cycle != 0
+
+    @cached_property
+    def deep(self) -> frozenset[str]:
+        """Modules of blocks that lie too deep to be trained in this round, whatever they move."""
+        manifest = self.manifest
+        lowest = lowest_block(self.annealing, len(manifest.blocks), self.round, self.rounds)
+        return frozenset(module.name for module in manifest.modules if module.block < lowest)
 
     @property
     def trains_head(self) -> bool:

@@ -58,6 +58,11 @@ class Traffic:
         """One of every module, in plan order. Codes are counted as if each component began at a byte."""
         return tuple(self._component(*self.manifest.features[name]) for name in self.manifest.module_names)
 
+    def components_from(self, block: int) -> tuple[Component, ...]:
+        """Those of the modules of a block and of the ones above it."""
+        modules = zip(self.manifest.modules, self.components, strict=True)
+        return tuple(component for module, component in modules if module.block >= block)
+
     @property
     def head(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the head's tensors where it is trained."""

@@ -34,7 +34,7 @@ def choose_lives(situation: Situation, share: Callable[[int], float], heat: floa
 
     Args:
         situation: What is known.
-        share: Of the adapter at the task's rank that may be alive in a round after the initiating ones; it never rises.
+        share: Of the adapter at the task's rank that may be alive in a round after the initiating ones.
         heat: Temperature of revival.
     """
     living = _living(situation, share, heat)
@@ -48,17 +48,22 @@ def choose_lives(situation: Situation, share: Callable[[int], float], heat: floa
 def _living(situation: Situation, share: Callable[[int], float], heat: float) -> set[str]:
     round_, cycle = situation.round, situation.cycle
     if round_ < known_from(situation.annealing, cycle):
-        return set(situation.names)
+        return set(situation.names) - situation.deep | _held(situation)
     costs = {name: situation.ranks[name] * size for name, size in situation.component_sizes.items()}
     known = scores(situation.past, situation.component_sizes)
-    found = {name: known.get(name, 0.0) for name in situation.names}
-    held = {name for name in situation.names if situation.unfinished(name)}
+    held = _held(situation)
+    found = {name: known.get(name, 0.0) for name in situation.names if name in held or name not in situation.deep}
     rooms = [share(later) * situation.full_parameters for later in range(round_, round_ + cycle)]
     if held:
         rooms[0] -= sum(costs[name] for name in held)
         rooms[-1] -= costs[max(sorted(held), key=lambda name: found[name])]
     living = survive(found, costs, min(rooms), held=held)
     return challenge(found, costs, living, held=held, heat=heat, rng=np.random.default_rng([situation.seed, round_]))
+
+
+def _held(situation: Situation) -> set[str]:
+    """Modules in the middle of a cycle."""
+    return {name for name in situation.names if situation.unfinished(name)}
 
 
 def survive(

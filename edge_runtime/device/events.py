@@ -81,6 +81,7 @@ class TrainedRound(DeviceEvent, frozen=True, tag="trained"):
     seconds: float | None
     peak_private_mb: float | None
     peak_total_mb: float | None
+    spared: dict[int, int] = {}  # tokens whose lowest blocks were read and not computed, by how many blocks
 
 
 class Uploaded(DeviceEvent, frozen=True, tag="uploaded"):

@@ -10,6 +10,7 @@ adapters/<digest>.safetensors
 outbox/round-N.sealed|json  an update that is not acknowledged yet
 outbox/round-N.residual     what will be left unsent once it is
 residual.safetensors        what the acknowledged updates left unsent, where plans quantise
+remembered.hidden           what the blocks below all that is trained make of the data; a cache       (0600)
 work/                       what the training child writes; emptied after every round
 published/                  the final adapter as a peft folder
 lock
@@ -29,7 +30,7 @@ from pathlib import Path
 from edge_runtime.device.errors import HomeLockedError, NotEnrolledError, NotPublishedError
 from edge_runtime.device.files import make_folder, read_record, sync_folder, write_bytes, write_record
 from edge_runtime.device.records import DeviceState, Identity, Measured, Published, Settings
-from edge_runtime.training.job import RESIDUAL_NAME
+from edge_runtime.training.job import REMEMBERED_NAME, RESIDUAL_NAME
 
 
 class Home:
@@ -52,6 +53,11 @@ class Home:
     def residual(self) -> Path:
         """What the acknowledged updates left unsent; there once one was quantised."""
         return self.folder / RESIDUAL_NAME
+
+    @property
+    def remembered(self) -> Path:
+        """What frozen blocks make of the device's examples, from round to round; may be removed at any time."""
+        return self.folder / REMEMBERED_NAME
 
     @property
     def published_folder(self) -> Path:
@@ -153,7 +159,7 @@ class Home:
 
     def forget(self) -> None:
         """Remove identity, position and what is unsent: what makes this home one device. Downloads stay."""
-        for name in ("identity.json", "state.json", "capability.json", RESIDUAL_NAME):
+        for name in ("identity.json", "state.json", "capability.json", RESIDUAL_NAME, REMEMBERED_NAME):
             (self.folder / name).unlink(missing_ok=True)
         for folder in (self.outbox, self.work, self.folder / "plans"):
             shutil.rmtree(folder, ignore_errors=True)

@@ -219,6 +219,7 @@ class Device:
             packed_weights=self._options.packed_weights,
             micro_tokens=self._options.micro_tokens,
             remember_mb=self._options.remember_mb,
+            remembered=str(self._home.remembered),
             residual=str(self._home.residual),
             rounding_seed=int.from_bytes(self._tools.host.entropy(8), "big"),
         )
@@ -278,6 +279,7 @@ class Device:
         shutil.rmtree(folder, ignore_errors=True)
         staging.replace(folder)
         sync_folder(folder.parent)
+        self._home.remembered.unlink(missing_ok=True)
         self._save(msgspec.structs.replace(self._state, finished=True, published=plan.adapter))
 
     def _report_finished(self) -> None:
@@ -342,4 +344,5 @@ def _trained(round_: int, result: Done) -> events.TrainedRound:
         seconds=m.seconds,
         peak_private_mb=m.peak_private_mb,
         peak_total_mb=m.peak_total_mb,
+        spared=result.spared,
     )

@@ -34,10 +34,6 @@ class TokenBatch(Protocol):
     def labels(self) -> Ids:
         """Class or next token of each row, shape (n,)."""
 
-    @property
-    def examples(self) -> Ids:
-        """Index of each example in its dataset, shape (b,)."""
-
 
 @dataclass(frozen=True)
 class Score:
@@ -72,7 +68,7 @@ class Engine(Protocol):
 
         Args:
             parameters: What is trained, and the rest of the adapter.
-            remembered: For the training steps that follow, all on one dataset; the engine may leave it unused.
+            remembered: For the training steps that follow; the engine may leave it unused.
         """
 
     def gradients(self, batch: TokenBatch) -> Gradients:

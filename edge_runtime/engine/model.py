@@ -8,6 +8,7 @@ below the lowest alive one make of an example may be remembered, and is then rea
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -21,9 +22,10 @@ from edge_runtime.engine.errors import EngineInputError
 from edge_runtime.engine.frozen import FrozenWeights, bind
 from edge_runtime.engine.graph import JointGraph
 from edge_runtime.engine.head import ClassHead, scatter_rows, select_rows
+from edge_runtime.engine.hidden_file import KEY_BYTES
 from edge_runtime.engine.interface import Gradients, Score, TokenBatch
 from edge_runtime.engine.parameters import AdapterParameters
-from edge_runtime.engine.remembered import Flags, RememberedHidden
+from edge_runtime.engine.remembered import Flags, RememberedHidden, Start
 from edge_runtime.engine.runtime import choose_allocation
 from edge_runtime.engine.vocabulary import VocabularyHead
 from edge_runtime.wire import Products
@@ -61,6 +63,7 @@ class BlockEngine:
         """
         manifest = bundle.manifest
         self._manifest = manifest
+        self._digest = bundle.digest
         weights = bundle.weights()
         allowance = share_out(memory_budget_mb, sum(array.nbytes for array in weights.values()))
         choose_allocation(tight=not allowance.resident)
@@ -100,7 +103,7 @@ class BlockEngine:
 
         Args:
             parameters: What is trained, and the rest of the adapter.
-            remembered: For :meth:`gradients` of batches of one dataset, until the next call closes it.
+            remembered: For :meth:`gradients`, until the next call closes it.
 
         Raises:
             EngineInputError: an adapter tensor is missing, or an alive name is none of the bundle's.
@@ -139,6 +142,18 @@ class BlockEngine:
         if self._remembered is not None:
             self._remembered.close()  # even when it is given again: it holds what another adapter made
         self._remembered = remembered
+        if remembered is not None and self._lowest:
+            remembered.stand_on(self._lowest, self._ground)
+
+    def _ground(self, level: int) -> bytes:
+        """A digest of all that the lowest ``level`` blocks compute with, 32 bytes."""
+        assert self._parameters is not None, "asked in use() alone"
+        digest = hashlib.sha256(f"{self._digest} {level} {bool(self._fast_kinds)}".encode())
+        for module in self._manifest.modules:
+            for factor in ("lora_a", "lora_b") if module.block < level else ():
+                values = self._parameters.tensors[f"{module.name}.{factor}"]
+                digest.update(str(values.shape).encode() + values.tobytes())
+        return digest.digest()
 
     @property
     def lowest_alive(self) -> int:
@@ -204,7 +219,7 @@ class BlockEngine:
         if taped and frozen and self._remembered is not None:
             hidden = self._recalled(self._remembered, batch, hidden, made)
         else:
-            hidden = self._through(frozen, hidden, made, taped=taped)
+            hidden = self._through(range(frozen), hidden, made, taped=taped)
         hidden, tape = self._recorded(hidden, made) if taped else (hidden, [])
         return hidden, made, tape
 
@@ -239,9 +254,9 @@ class BlockEngine:
         made = self._embed.run(given, self._embed_weights)
         return made.pop("hidden"), made
 
-    def _through(self, count: int, hidden: ort.OrtValue, shared: OrtValues, *, taped: bool) -> ort.OrtValue:
-        """What the lowest ``count`` blocks make of a hidden state; nothing is kept."""
-        for index in range(count):
+    def _through(self, blocks: range, hidden: ort.OrtValue, shared: OrtValues, *, taped: bool) -> ort.OrtValue:
+        """What some blocks make of a hidden state; nothing is kept."""
+        for index in blocks:
             block, inputs = self._trained(index, hidden) if taped else self._exact(index, hidden)
             hidden = block.forward().run({"hidden": hidden}, shared, *inputs)["out"]
             self._frozen.used(index)
@@ -257,14 +272,17 @@ class BlockEngine:
             wanted = np.zeros(wanted.shape, dtype=np.bool_)
             wanted.reshape(-1)[batch.rows] = True
 
-        def compute(missing: Flags) -> Array:
-            start = (hidden, shared)
+        def compute(missing: Flags, start: Start | None) -> Array:
+            entering, made = hidden, shared
             if not missing.all():
-                start = self._embedded(batch.input_ids[missing], batch.attention_mask[missing])
-            out: Array = self._through(frozen, *start, taped=True).numpy()
+                entering, made = self._embedded(batch.input_ids[missing], batch.attention_mask[missing])
+            if start is not None:
+                entering = ort.OrtValue.ortvalue_from_numpy(start.hidden)
+            blocks = range(start.level if start else 0, frozen)
+            out: Array = self._through(blocks, entering, made, taped=True).numpy()
             return out
 
-        return ort.OrtValue.ortvalue_from_numpy(remembered.recall(batch.examples, wanted, compute))
+        return ort.OrtValue.ortvalue_from_numpy(remembered.recall(_keys(batch, wanted), wanted, compute))
 
     def _backward(self, d_hidden: Array, shared: OrtValues, tape: Tape) -> dict[str, Array]:
         found: dict[str, Array] = {}
@@ -294,6 +312,16 @@ class BlockEngine:
             return self._exact(index, hidden)
         forms = self._fast_kinds[self._manifest.blocks[index].kind]
         return forms.of(hidden), (self._lora[index], self._frozen.int8(index), self._scales)
+
+
+def _keys(batch: TokenBatch, wanted: Flags) -> list[bytes]:
+    """Digests of each example's tokens, and of which of their states are wanted."""
+    keys = []
+    for ids, mask, flags in zip(batch.input_ids, batch.attention_mask, wanted, strict=True):
+        digest = hashlib.blake2b(ids[mask == 1].tobytes(), digest_size=KEY_BYTES)
+        digest.update(np.flatnonzero(flags).tobytes())
+        keys.append(digest.digest())
+    return keys
 
 
 def _shape(hidden: ort.OrtValue) -> tuple[int, int]:

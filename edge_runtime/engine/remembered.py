@@ -1,37 +1,46 @@
-"""What the frozen lower blocks make of each example, remembered on disk from the first epoch on.
+"""What the frozen lower blocks make of each example, remembered on disk.
 
 Below the lowest alive block nothing changes while an adapter is trained, so what enters that block is the same every
-time an example is seen. It is kept in half precision in one file that has no name, so that the system takes it back
-however the process ends.
+time an example is seen: in every epoch, and in later rounds for as long as nothing below is trained. When the lowest
+alive block has risen, what was remembered further down spares the blocks below that.
 
-A memory serves one dataset, one adapter and one alive set. Nothing in it could tell that it is asked about others, so
-it must not meet them: the training loop makes it part of a course, the engine takes it with ``use`` and closes it at
-the next one, and only training steps read it. A closed memory holds nothing and takes nothing.
+Examples are known by a digest of their tokens, and a memory by what its hidden states follow from, its ground. So what
+belongs to other data, another adapter or another model is never found. The training loop makes a memory part of a
+course, the engine says on which ground it stands, and only training steps read it. A closed memory holds nothing open,
+finds nothing and takes nothing.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_runtime.bundle import Array
-from edge_runtime.engine.errors import EngineInputError
+from edge_runtime.engine.hidden_file import HEADER_BYTES, Ground, HiddenFile, record_bytes
 
 _DEFAULT_BYTES = 2 << 30  # 10,000 examples of 128 tokens at width 768; more would wear flash for little
-_FREE_SHARE = 10  # a tenth of what is free: nobody misses it for the time of a round
+_FREE_SHARE = 10  # a tenth of what is free: nobody misses it
 _LARGEST = 2.0**127  # rounding up from there would leave float32; infinity and NaN are not below it either
-_TOP_EXPONENT = 15  # a token's largest value is scaled below 2**15; half precision ends at 65,504
 
-Examples = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Hidden states of some examples, shape (b, s, width), that have passed the lowest ``level`` blocks."""
+
+    level: int
+    hidden: Array
+
+
+Compute = Callable[[Flags, Start | None], Array]
 
 
 def memory_limit(folder: Path, remember_mb: int | None) -> int:
@@ -47,7 +56,7 @@ def memory_limit(folder: Path, remember_mb: int | None) -> int:
 
 
 class RememberedHidden:
-    """Hidden states of examples by their index in one dataset.
+    """Hidden states of examples at one level of a model.
 
     A token takes 2 bytes a value and 4 for its scale. Its values come back with a relative error of at most 2**-11;
     those below 2**-28 of its largest value with an error of at most 2**-39 of that value. So the massive activations
@@ -55,28 +64,40 @@ class RememberedHidden:
 
     Attributes:
         used_bytes: Bytes in the file, at most the limit; after closing, as they were.
+        spared: Tokens that were not computed from the start, by how many blocks they were spared.
         trouble: Why remembering ended early, None if it did not.
     """
 
-    def __init__(self, folder: Path, *, max_bytes: int) -> None:
+    def __init__(self, folder: Path, *, max_bytes: int, path: Path | None = None) -> None:
         """Nothing is written before there is something to remember.
 
         Args:
             folder: On the disk that is to be used.
             max_bytes: Examples that do not fit into it any more are computed every time; 0 remembers nothing.
+            path: A file that outlives this memory, for the next one; None: one without a name, gone when it is closed.
         """
         self.used_bytes = 0
+        self.spared: Counter[int] = Counter()
         self.trouble: str | None = None
         self._folder = folder
         self._max_bytes = max_bytes
-        self._file: IO[bytes] | None = None
+        self._path = path
+        self._ground = Ground(0, bytes(32))
+        self._file: HiddenFile | None = None
+        self._below: HiddenFile | None = None  # of a lower level, from before the lowest alive block rose
+        self._asked: set[bytes] = set()
+        self._full = False
         self._closed = False
-        self._places: dict[int, tuple[int, int, int]] = {}  # example -> offset in bytes, tokens, width
+
+    @property
+    def lasting(self) -> bool:
+        """Whether the next training may find what this one writes."""
+        return self._path is not None
 
     @property
     def examples(self) -> int:
         """How many examples are remembered."""
-        return len(self._places)
+        return 0 if self._file is None else len(self._file)
 
     def __enter__(self) -> RememberedHidden:
         return self
@@ -84,42 +105,69 @@ class RememberedHidden:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Give the disk back; from now on everything is computed. Closing again changes nothing."""
-        self._closed = True
-        self._places.clear()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    def stand_on(self, level: int, digest: Callable[[int], bytes]) -> None:
+        """Say what the hidden states to come follow from, and take up what an earlier memory left.
 
-    def recall(self, examples: Examples, wanted: Flags, compute: Callable[[Flags], Array]) -> Array:
+        Args:
+            level: How many blocks make them; at least 1.
+            digest: Of so many blocks, from the first one up, with all that they compute with.
+        """
+        self._ground = Ground(level, digest(level))
+        if self._path is None or self._closed:
+            return
+        try:
+            if self._max_bytes == 0:
+                self._path.unlink(missing_ok=True)
+                return
+            found = HiddenFile.open(self._path)
+        except OSError as error:
+            self._give_up(error)
+            return
+        if found is None:
+            return
+        if found.ground == self._ground and found.bytes <= self._max_bytes:
+            self._file, self.used_bytes = found, found.bytes
+        elif found.ground.level < level and found.ground.digest == digest(found.ground.level):
+            self._below = found
+        else:
+            found.close()
+
+    def close(self) -> None:
+        """Let go of the files; from now on everything is computed. Closing again changes nothing.
+
+        A lasting file that is full of what nobody asked for is removed: the data have changed.
+        """
+        if self._file is not None and self._full and 2 * len(self._asked) < len(self._file):
+            self._remove()
+        self._closed = True
+        for file in (self._file, self._below):
+            if file is not None:
+                file.close()
+        self._file = self._below = None
+
+    def recall(self, keys: Sequence[bytes], wanted: Flags, compute: Compute) -> Array:
         """Hidden states of a batch: read where they are remembered, computed and remembered where not.
 
         A batch of which a part is remembered is divided: past the limit nearly every batch has such a part, and would
         otherwise be computed as a whole.
 
         Args:
-            examples: Indices in the dataset, shape (b,).
-            wanted: Which tokens matter, shape (b, s); for an example always equally many.
-            compute: Given which examples are missing, shape (b,), their hidden states, shape (missing, s, width).
+            keys: Of the examples, 16 bytes each, b of them; two with one key have equal tokens, all of which count.
+            wanted: Which tokens matter, shape (b, s).
+            compute: Given which examples are missing, shape (b,), and where to start from, None for the very start,
+                their hidden states, shape (missing, s, width).
 
         Returns:
             Shape (b, s, width), float32; what was read is zero where it is not wanted.
-
-        Raises:
-            EngineInputError: an example is remembered with another number of tokens, so it is of another dataset.
         """
-        missing = np.array([int(example) not in self._places for example in examples])
-        found: dict[int, Array] = {}
-        for row in np.flatnonzero(~missing).tolist():
-            rows = self._read(int(examples[row]), int(wanted[row].sum()))
-            if rows is None:
-                return compute(np.ones_like(missing))
-            found[row] = rows
-        computed = compute(missing) if missing.any() else None
+        self._asked.update(keys)
+        found = self._read_all(self._file, keys, wanted)
+        missing = np.array([row not in found for row in range(len(keys))])
+        self._spare(self._ground.level, wanted[~missing])
+        computed = compute(missing, self._start(keys, wanted, missing)) if missing.any() else None
         if computed is not None:
-            for example, flags, hidden in zip(examples[missing], wanted[missing], computed, strict=True):
-                self._keep(int(example), hidden[flags])
+            for row, hidden in zip(np.flatnonzero(missing).tolist(), computed, strict=True):
+                self._keep(keys[row], hidden[wanted[row]])
             if missing.all():
                 return computed
         width = next(iter(found.values())).shape[-1]
@@ -130,58 +178,67 @@ class RememberedHidden:
             out[row, wanted[row]] = rows
         return out
 
-    def _keep(self, example: int, rows: Array) -> None:
+    def _start(self, keys: Sequence[bytes], wanted: Flags, missing: Flags) -> Start | None:
+        """Where the missing examples can start from; None unless all of them are remembered further down."""
+        if self._below is None:
+            return None
+        flags = wanted[missing]
+        rows = self._read_all(self._below, [key for key, gone in zip(keys, missing, strict=True) if gone], flags)
+        if self._below is None or len(rows) < len(flags):
+            return None
+        hidden = np.zeros((*flags.shape, rows[0].shape[-1]), dtype=np.float32)
+        for row, values in rows.items():
+            hidden[row, flags[row]] = values
+        self._spare(self._below.ground.level, flags)
+        return Start(self._below.ground.level, hidden)
+
+    def _spare(self, level: int, flags: Flags) -> None:
+        if flags.any():
+            self.spared[level] += int(flags.sum())
+
+    def _read_all(self, file: HiddenFile | None, keys: Sequence[bytes], wanted: Flags) -> dict[int, Array]:
+        """The rows of those examples that a file has; none when the disk does not give them back."""
+        found: dict[int, Array] = {}
+        if file is None:
+            return found
+        try:
+            for row, key in enumerate(keys):
+                rows = file.read(key) if key in file else None
+                if rows is not None and len(rows) == wanted[row].sum():
+                    found[row] = rows
+        except OSError as error:
+            self._give_up(error)
+            return {}
+        return found
+
+    def _keep(self, key: bytes, rows: Array) -> None:
         """Remember the wanted tokens of an example, shape (tokens, width); a full disk ends all remembering."""
-        size = len(rows) * (2 * rows.shape[1] + 4)
-        if self._closed or example in self._places or self.used_bytes + size > self._max_bytes:
+        if self._closed or (self._file is not None and key in self._file):
+            return
+        size = record_bytes(*rows.shape) + (HEADER_BYTES if self._file is None else 0)
+        if self.used_bytes + size > self._max_bytes:
+            self._full = True
             return
         if not np.abs(rows).max(initial=0) < _LARGEST:  # nor is NaN
             return
         try:
             if self._file is None:
-                self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115  # open until close()
-            if os.pwrite(self._file.fileno(), _pack(rows), self.used_bytes) != size:
-                raise OSError("the disk took only a part")
+                self._file = HiddenFile.create(self._ground, folder=self._folder, path=self._path)
+            self._file.append(key, rows)
         except OSError as error:
             self._give_up(error)
             return
-        self._places[example] = (self.used_bytes, *rows.shape)
         self.used_bytes += size
-
-    def _read(self, example: int, tokens: int) -> Array | None:
-        """The wanted tokens of an example, shape (tokens, width); None when the disk does not give them back."""
-        place = self._places.get(example)
-        if place is None or self._file is None:
-            return None
-        offset, kept, width = place
-        if kept != tokens:
-            raise EngineInputError(f"remembered: example {example}: expected {tokens} tokens, got {kept}")
-        size = tokens * (2 * width + 4)
-        try:
-            data = os.pread(self._file.fileno(), size, offset)
-            if len(data) != size:
-                raise OSError("the disk gave back only a part")
-        except OSError as error:
-            self._give_up(error)
-            return None
-        return _unpack(data, tokens)
 
     def _give_up(self, error: OSError) -> None:
         # A full disk hurts others more than computing hurts us: everything is given back.
         self.trouble = f"remembering ended, blocks are computed again: {error.strerror or error}"
+        self._remove()
         self.close()
 
-
-def _pack(rows: Array) -> bytes:
-    """Scales of all tokens, then the scaled values in half precision."""
-    exponents = np.frexp(np.abs(rows).max(axis=1))[1] - _TOP_EXPONENT
-    # Powers of two, so that scaling is exact; not below the smallest normal number, whose inverse is finite.
-    scales = np.ldexp(np.float32(1), np.maximum(exponents, -126)).astype(np.float32)
-    return b"".join((scales.tobytes(), (rows / scales[:, None]).astype(np.float16).tobytes()))
-
-
-def _unpack(data: bytes, tokens: int) -> Array:
-    """What :func:`_pack` was given, shape (tokens, width), float32."""
-    scales = np.frombuffer(data, np.float32, tokens)
-    values = np.frombuffer(data, np.float16, offset=scales.nbytes).reshape(tokens, -1)
-    return np.asarray(values.astype(np.float32) * scales[:, None])
+    def _remove(self) -> None:
+        if self._path is not None:
+            try:
+                self._path.unlink(missing_ok=True)
+            except OSError:  # it is a cache, and what can be wrong with it is found out when it is read
+                return

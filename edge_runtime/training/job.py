@@ -13,6 +13,7 @@ import msgspec
 from edge_runtime.wire.update import LocalMetrics
 
 FRAME_NAME = "update.frame"
+REMEMBERED_NAME = "remembered.hidden"
 RESIDUAL_NAME = "residual.safetensors"
 
 
@@ -34,6 +35,7 @@ class TrainingJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     remember_mb: int | None = (
         None  # for what the frozen blocks make of the examples, on disk; None: what suits the disk
     )
+    remembered: str | None = None  # file: the same from round to round; None: forgotten when the training ends
     residual: str | None = None  # file: what updates before did not say; None, or no such file: nothing
     rounding_seed: int = 0  # for stochastic rounding; of the device's own entropy, so that no two devices round alike
 
@@ -72,6 +74,7 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
 
     weight: int
     metrics: LocalMetrics
+    spared: dict[int, int] = {}  # tokens whose lowest blocks were read and not computed, by how many blocks
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

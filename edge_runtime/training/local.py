@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,12 +24,21 @@ OnStep = Callable[[int, int, float], None]  # step from 1, steps, mean loss of t
 
 @dataclass(frozen=True)
 class Trained:
-    """What a local training did. Losses are means over the first and the last quarter of the steps, in nats."""
+    """What a local training did.
+
+    Attributes:
+        steps: Of the optimizer.
+        loss_start: Mean over the first quarter of the steps, in nats.
+        loss_end: The same over the last quarter.
+        seconds: All of it took.
+        spared: Tokens for which the lowest blocks were not computed, by how many blocks these were.
+    """
 
     steps: int
     loss_start: float
     loss_end: float
     seconds: float
+    spared: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,8 +51,7 @@ class Course:
         rng: Order of the examples.
         schedule: How the learning rates fall over the steps; a plan's rates are constant within its round.
         micro_tokens: Tokens that go through the model at once, padding included; larger batches are divided.
-        remembered: What the frozen blocks made of ``dataset``. It is part of the course, so that it meets no other
-            dataset, and serves one training, which closes it.
+        remembered: What the frozen blocks make of examples. It serves one training, which closes it.
     """
 
     dataset: Dataset
@@ -86,7 +94,8 @@ def train(
 def _train(engine: Engine, parameters: AdapterParameters, course: Course, on_step: OnStep | None) -> Trained:
     steps, training = course.steps, course.training
     again = steps > steps_per_epoch(course.dataset, training.batch_size)
-    engine.use(parameters, course.remembered if again else None)  # what is seen once is not worth writing
+    memory = course.remembered
+    engine.use(parameters, memory if memory and (again or memory.lasting) else None)  # not what is never seen again
     optimizer = AdamW(parameters, training)
     losses: list[float] = []
     began = time.perf_counter()
@@ -105,6 +114,7 @@ def _train(engine: Engine, parameters: AdapterParameters, course: Course, on_ste
         float(np.mean(losses[:quarter])),
         float(np.mean(losses[-quarter:])),
         time.perf_counter() - began,
+        dict(memory.spared) if memory else {},
     )
 
 

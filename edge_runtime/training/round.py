@@ -84,7 +84,8 @@ def run_round(
     if plan.quantisation:
         values = _round_off(values, work, plan, job, emit)
     update = Update(values, dataset.weight, metrics)
-    return encode_update(update, signed_plan=signed, layout=made.layout), Done(update.weight, metrics)
+    spared = dict(made.trained.spared) if made.trained else {}
+    return encode_update(update, signed_plan=signed, layout=made.layout), Done(update.weight, metrics, spared)
 
 
 @dataclass(frozen=True)
@@ -150,12 +151,13 @@ def _round_off(change: Flat, work: WorkingBundle, plan: Plan, job: TrainingJob, 
 
 def _course(work: WorkingBundle, dataset: Dataset, plan: Plan, job: TrainingJob) -> Course:
     folder = Path(job.out)
+    path = Path(job.remembered) if job.remembered else None
     return Course(
         dataset,
         plan.training,
         np.random.default_rng([plan.seed, plan.round]),
         micro_tokens=work.micro_tokens(job.micro_tokens),
-        remembered=RememberedHidden(folder, max_bytes=memory_limit(folder, job.remember_mb)),
+        remembered=RememberedHidden(folder, max_bytes=memory_limit(folder, job.remember_mb), path=path),
     )
 
 

@@ -20,10 +20,11 @@ from bench.federation import __main__ as command
 from bench.federation.compute import Texts, full_flop, training_flop
 from bench.federation.data import Corpus, divide, read_corpus
 from bench.federation.drift import drift
+from bench.federation.equal_bytes import rivals_of
 from bench.federation.experiment import Setup, run
 from bench.federation.lines import Key, Line, RoundLine, append_line, read_lines
 from bench.federation.links import Link, seconds_to
-from bench.federation.methods import METHODS, config_text
+from bench.federation.methods import METHODS, VARIED, WITHOUT, config_text
 from bench.federation.summary import Split, rows_of
 from cloud.config import parse_config
 from edge_runtime.bundle import open_bundle
@@ -240,7 +241,13 @@ def test_what_is_there_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--alpha", "few"], "few"), (["--set", "rank"], "expected table.key=value"), (["--dataset", "x"], "x")],
+    [
+        (["--alpha", "few"], "few"),
+        (["--without", "luck"], "a known name"),
+        (["--without", "depth"], "a known name"),
+        (["--set", "rank"], "expected table.key=value"),
+        (["--dataset", "x"], "x"),
+    ],
 )
 def test_bad_arguments_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(command.main, ["--data", str(tmp_path), *arguments])
@@ -272,6 +279,41 @@ def test_rows_compare_with_the_reference_of_the_same_seed() -> None:
     assert second.bytes_ratio == pytest.approx(2.0)
 
 
+def test_all_splits_together_compare_run_with_run() -> None:
+    """The same seed on another split is another run."""
+    lines = [
+        msgspec.structs.replace(a_line(msgspec.structs.replace(KEY, method=method, alpha=alpha)), accuracy=accuracy)
+        for method, alpha, accuracy in (
+            ("lora-r8", 0.5, 0.4),
+            ("lora-r8", 0.1, 0.2),
+            ("lora-r1", 0.5, 0.5),
+            ("lora-r1", 0.1, 0.5),
+        )
+    ]
+    reference, other = rows_of(lines, None)
+    assert (reference.apart, other.apart) == (0.0, pytest.approx(0.2))
+    assert other.seeds == (0, 0)
+
+
+def test_rivals_are_asked_when_they_have_spent_the_same() -> None:
+    """The best they had by then, on the same texts; before the first round where no round fits."""
+
+    def line(method: str, *rounds: tuple[int, float | None]) -> Line:
+        one = a_line(msgspec.structs.replace(KEY, method=method)).curve[0]
+        curve = tuple(
+            msgspec.structs.replace(one, bytes_up=size, bytes_down=0, accuracy=found) for size, found in rounds
+        )
+        made = msgspec.structs.replace(a_line(msgspec.structs.replace(KEY, method=method)), curve=curve)
+        return msgspec.structs.replace(made, accuracy_start=0.1, bytes_up=sum(size for size, _ in rounds), bytes_down=0)
+
+    ours = line("ffa-r8", (50, None), (50, 0.6))
+    lines = [ours, line("lora-r8", (60, 0.5), (40, None), (1, 0.9)), line("lora-r1", (101, 0.8), (1, 0.9))]
+    first, second = rivals_of(lines, ("ffa-r8", "", ""))
+    assert (first.name[0], first.rounds, first.runs, first.apart_95) == ("lora-r8", 2.0, 1, None)
+    assert first.apart == pytest.approx(0.5 - 0.6)
+    assert (second.rounds, second.apart) == (0.0, pytest.approx(0.1 - 0.6))
+
+
 def test_a_link_is_bounded_by_its_losses() -> None:
     assert Link(1.0, loss=0.0).bytes_s == 125_000
     assert Link(10.0).bytes_s == Link(1000.0).bytes_s == pytest.approx(1460 / 0.2 * (1.5 / 0.02) ** 0.5)
@@ -299,6 +341,7 @@ def test_the_report_has_a_table_a_split_and_a_picture(tmp_path: Path) -> None:
     assert "## banking77, Dirichlet 0.5" in text
     assert "## banking77, natural split" in text
     assert "| `rolora-r8` | 0 1 | 0.5000 | +0.0000 ± 0.0000 |" in text
+    assert "| `lora-r8` | 3 runs | 0.5000 | +0.0000 ± 0.0000 |" in text
     assert "plotly" in page.read_text()[:5000]
     (tmp_path / "r.jsonl").write_text("")
     done = CliRunner().invoke(report.main, arguments)
@@ -314,6 +357,18 @@ def test_every_method_is_a_config_that_the_aggregator_takes(method: str, budget:
     config = parse_config(text.encode(), path=tmp_path / "emberlora.toml")
     assert (config.task.head, config.task.head_init, config.task.seed) == ("frozen", "class-means", 3)
     assert config.task.rounds == 20  # what is tried out replaces what follows from the fleet
+
+
+@pytest.mark.parametrize("without", list(WITHOUT))
+def test_every_variant_is_a_config_that_the_aggregator_takes(without: str, tmp_path: Path) -> None:
+    """And, but for what devices choose, another one than that of the method."""
+    method = METHODS["annealed-kill-revive"]
+    texts = [
+        config_text(method, VARIED, bundle="b", seed=3, fleet={"rounds": 30}, extra=extra)
+        for extra in ({}, WITHOUT[without])
+    ]
+    whole, variant = (parse_config(text.encode(), path=tmp_path / "emberlora.toml") for text in texts)
+    assert (whole == variant) == (without == "remembering")
 
 
 @pytest.mark.needs_torch("trains the whole model by PyTorch")

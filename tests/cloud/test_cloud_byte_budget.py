@@ -127,15 +127,19 @@ def test_costs_are_those_of_the_wire(
 def budgets(draw: st.DrawFn) -> tuple[Annealing, str, str, PatchBits, PatchBits]:
     """Shape, policy, aggregation and bits."""
     start = draw(st.floats(0.05, 1.0))
+    depth = draw(st.sampled_from([1.0, 0.7]))
     initiating = draw(st.integers(0, 3))
     settings = Annealing(
         budget_start=start,
         budget_end=start * draw(st.floats(0.1, 1.0)),
         curve=draw(st.sampled_from(sorted(CURVES))),
         initiating_rounds=initiating,
+        heating_rounds=draw(st.sampled_from([0, 0, 2])),
         final_rounds=draw(st.integers(0, 3)),
         temperature_start=draw(st.floats(0.01, 100.0)),
         temperature_end=0.01,
+        depth_start=depth,
+        depth_end=depth * draw(st.sampled_from([1.0, 0.4])),
     )
     policy, aggregation = draw(st.sampled_from(BUDGETED)), draw(st.sampled_from(sorted(AGGREGATIONS)))
     return settings, policy, aggregation, draw(st.sampled_from(BITS)), draw(st.sampled_from(BITS))

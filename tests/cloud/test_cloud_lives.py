@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloud.planner import AGGREGATIONS, Annealing, PastRound, Situation, choose
-from cloud.planner.annealing import CURVES, budget_share
+from cloud.planner.annealing import CURVES, budget_share, lowest_block
 from cloud.planner.scores import scores
 from edge_runtime.bundle import Bundle, Manifest, Module
 from edge_runtime.wire import ModulePlan
@@ -38,7 +38,7 @@ class Task:
 
     def manifest(self, template: Manifest) -> Manifest:
         modules = tuple(Module(f"layer.{i}.q", i, "q", size - 1, 1) for i, size in enumerate(self.sizes))
-        return msgspec.structs.replace(template, modules=modules)
+        return msgspec.structs.replace(template, modules=modules, blocks=template.blocks[:1] * len(self.sizes))
 
     def situation(self, template: Manifest, past: tuple[PastRound, ...]) -> Situation:
         manifest = self.manifest(template)
@@ -65,21 +65,27 @@ class Task:
 
 def tasks() -> st.SearchStrategy[Task]:
     annealings = st.builds(
-        lambda start, part, curve, initiating, final, heat: Annealing(
+        lambda start, part, curve, initiating, heating, final, heat, deep, deeper: Annealing(
             budget_start=start,
             budget_end=start * part,
             curve=curve,
             initiating_rounds=initiating,
+            heating_rounds=heating,
             final_rounds=final,
             temperature_start=heat,
             temperature_end=heat / 10,
+            depth_start=deep,
+            depth_end=deep * deeper,
         ),
         st.floats(0.2, 0.7),
         st.floats(0.3, 1.0),
         st.sampled_from(sorted(CURVES)),
         st.integers(0, 3),
+        st.sampled_from([0, 0, 3]),
         st.integers(0, 3),
         st.floats(0.01, 100.0),
+        st.sampled_from([1.0, 0.6]),
+        st.sampled_from([1.0, 0.5, 0.1]),
     )
     return st.builds(
         Task,
@@ -121,13 +127,58 @@ def test_what_lives_fits_the_budget_of_every_round(bundle: Bundle, task: Task) -
         living = [module.name for module in round_.modules if module.alive]
         assert living
         if number < initiating:
-            assert len(living) == len(task.sizes)
+            assert len(living) >= len(task.sizes) - lowest_block(task.annealing, len(task.sizes), number, ROUNDS)
             continue
         share = task.annealing.budget_end
         if task.policy == "annealed-kill-revive":
             share = budget_share(task.annealing, number, ROUNDS)
         costs = [ranks[name] * size for name, size in zip(ranks, task.sizes, strict=True) if name in living]
         assert sum(costs) <= share * whole or len(living) == 1
+
+
+@given(tasks())
+def test_nothing_is_born_too_deep(bundle: Bundle, task: Task) -> None:
+    """What lives there when the depth falls ends its cycle, and never comes back."""
+    cycle = len(CYCLES[task.aggregation])
+    lowest = [lowest_block(task.annealing, len(task.sizes), number, ROUNDS) for number in range(ROUNDS)]
+    assert lowest == sorted(lowest)
+    history = task.history(bundle.manifest)
+    for number, round_ in enumerate(history):
+        deep = [module.name for module in round_.modules[: lowest[number]] if module.alive]
+        since = history[max(0, number - cycle + 1) : number]
+        begun = [
+            name for name in deep if not any(module.alive for r in since for module in r.modules if module.name == name)
+        ]
+        assert not begun
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "lowest"),
+    [(1.0, 1.0, {0}), (1.0, 1 / 3, {0, 1, 2, 3, 4}), (0.5, 1 / 3, {3, 4}), (0.5, 0.01, {3, 4, 5}), (0.34, 0.34, {3})],
+)
+def test_the_depth_falls_with_the_budget(start: float, end: float, lowest: set[int]) -> None:
+    """Of six blocks: from the start's share to the end's, one block at least, a share of a block counts as one."""
+    settings = Annealing(depth_start=start, depth_end=end)
+    found = [lowest_block(settings, 6, round_, 30) for round_ in range(30)]
+    assert set(found) == lowest
+    assert found[-1] == max(lowest)
+
+
+def test_annealing_leaves_what_is_too_deep_as_it_is(bundle: Bundle) -> None:
+    """Its rank stays, and the budget goes to the others."""
+    settings = Annealing(budget_start=0.4, budget_end=0.4, depth_end=0.4, initiating_rounds=0, final_rounds=2)
+    task = Task("anneal", "alternate", settings, (10,) * 5, 0)
+    start = task.situation(bundle.manifest, ())
+    now = replace(
+        start, ranks=dict.fromkeys(start.names, 3), round=12, energies=dict.fromkeys(start.names, (3.0, 2.0, 1.0))
+    )
+    assert [(module.rank, bool(module.alive)) for module in choose("anneal", now).modules] == [
+        (3, False),
+        (3, False),
+        (3, False),
+        (3, True),
+        (3, True),
+    ]
 
 
 @given(tasks(), st.integers(0, ROUNDS - 1))

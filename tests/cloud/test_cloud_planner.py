@@ -72,8 +72,20 @@ def test_no_room_to_cool_is_a_step() -> None:
 
 
 def test_every_wrong_setting_is_named() -> None:
-    settings = Annealing(0.0, 0.5, "steep", -1, 20, float("nan"), 0.1, 0.2)
-    assert len(annealing_problems(settings, 10)) == 6
+    settings = Annealing(
+        budget_start=0.0,
+        budget_end=0.5,
+        curve="steep",
+        initiating_rounds=-1,
+        heating_rounds=3,
+        final_rounds=20,
+        initiating_mu=float("nan"),
+        temperature_start=0.1,
+        temperature_end=0.2,
+        depth_start=0.0,
+        depth_end=2.0,
+    )
+    assert len(annealing_problems(settings, 10)) == 8
     assert annealing_problems(Annealing(), 10) == []
 
 
@@ -126,6 +138,34 @@ def test_anneal_cools_in_pairs_of_rounds(bundle: Bundle) -> None:
     assert alive[:2] == [1.0, 1.0]
     assert 0.3 < alive[-1] <= 0.5
     assert len({rank for rank in ranks.values()}) > 1, "energies differ, so ranks do"
+
+
+def test_heating_climbs_to_the_start_and_then_cools() -> None:
+    """Initiating at the start's budget, up from the end's in equal steps, then down."""
+    settings = Annealing(
+        budget_start=0.8, budget_end=0.2, curve="linear", initiating_rounds=1, heating_rounds=2, final_rounds=1
+    )
+    found = [budget_share(settings, round_, 7) for round_ in range(7)]
+    assert found == pytest.approx([0.8, 0.4, 0.6, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_anneal_grows_while_it_heats(bundle: Bundle) -> None:
+    """From the end's budget to the start's, modules in turns, and then down; a rank never exceeds the task's."""
+    settings = Annealing(budget_start=1.0, budget_end=0.34, initiating_rounds=0, heating_rounds=4, final_rounds=2)
+    ranks, totals = dict.fromkeys(bundle.manifest.module_names, 3), []
+    for round_ in range(10):
+        now = replace(situation(bundle, round_, ranks=ranks), annealing=settings)
+        energies = {name: tuple(0.5**place for place in range(rank)) for name, rank in ranks.items()}
+        modules = choose("anneal", replace(now, energies=energies)).modules
+        ranks = {module.name: module.rank for module in modules}
+        share = budget_share(settings, round_ - round_ % 2, 10)
+        total = sum(now.component_sizes[name] * rank for name, rank in ranks.items())
+        assert total <= max(share * now.full_parameters, sum(now.component_sizes.values()))
+        assert max(ranks.values()) <= 3
+        totals.append(total)
+    assert totals[0] < totals[2] < totals[4]
+    assert totals[4:] == sorted(totals[4:], reverse=True)
+    assert totals[4] == sum(3 * size for size in now.component_sizes.values())
 
 
 Scores = st.dictionaries(st.sampled_from("abcdefgh"), st.floats(0, 5), min_size=2)

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "edge_runtime.bundle": (),
     "edge_runtime": (),
     "cloud": SHARED,
-    "cloud.demo": SHARED,
+    "cloud.demo": (*SHARED, "cloud.planlog", "cloud.plans_page"),  # it reads and draws what `cloud plans` prints
     "export": SHARED,
 }
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.data import Batch, Dataset, evaluation_batches, training_batches
 from edge_runtime.engine.block import OrtValues, Session
-from edge_runtime.engine.errors import EngineInputError
+from edge_runtime.engine.hidden_file import KEY_BYTES
 from edge_runtime.engine.model import BlockEngine
-from edge_runtime.engine.remembered import RememberedHidden, memory_limit
+from edge_runtime.engine.remembered import RememberedHidden, Start, memory_limit
 from tests.edge.training.random_learning import alive_from, random_dataset, random_parameters, relative_error
 
 HALF = 2e-3  # of a gradient's norm: the state that enters the lowest alive block has 11 bits
@@ -33,15 +33,17 @@ class Computer:
     def __init__(self, states: np.ndarray, wanted: np.ndarray) -> None:
         self.states, self.wanted = states, wanted
         self.asked: list[list[int]] = []
+        self.starts: list[Start | None] = []
 
     def recall(self, memory: RememberedHidden, examples: list[int]) -> np.ndarray:
         index = np.array(examples)
 
-        def compute(missing: np.ndarray) -> np.ndarray:
+        def compute(missing: np.ndarray, start: Start | None) -> np.ndarray:
             self.asked.append(index[missing].tolist())
+            self.starts.append(start)
             return self.states[index[missing]]
 
-        return memory.recall(index, self.wanted[index], compute)
+        return memory.recall([key_of(example) for example in examples], self.wanted[index], compute)
 
 
 @pytest.fixture
@@ -52,8 +54,13 @@ def computer() -> Computer:
     return Computer(rng.normal(size=(8, 8, WIDTH)).astype(np.float32), wanted)
 
 
-def bytes_of(tokens: int) -> int:
-    return tokens * (2 * WIDTH + 4)
+def key_of(example: int) -> bytes:
+    return bytes([example]) * KEY_BYTES
+
+
+def bytes_of(*tokens: int) -> int:
+    """A file with examples of so many tokens."""
+    return 44 + sum(28 + count * (2 * WIDTH + 4) for count in tokens)
 
 
 def test_a_batch_is_computed_once(computer: Computer, tmp_path: Path) -> None:
@@ -62,7 +69,7 @@ def test_a_batch_is_computed_once(computer: Computer, tmp_path: Path) -> None:
         first = computer.recall(memory, [2, 5])
         second = computer.recall(memory, [5, 2])
         assert computer.asked == [[2, 5]]
-        assert memory.used_bytes == bytes_of(3 + 6)
+        assert memory.used_bytes == bytes_of(3, 6)
     np.testing.assert_array_equal(first, computer.states[[2, 5]])
     for row, example in enumerate([5, 2]):
         wanted = computer.wanted[example]
@@ -83,12 +90,12 @@ def test_only_what_is_missing_is_computed(computer: Computer, tmp_path: Path) ->
 
 def test_the_limit_is_kept(computer: Computer, tmp_path: Path) -> None:
     """What does not fit any more is computed every time; what is smaller may still fit."""
-    with RememberedHidden(tmp_path, max_bytes=bytes_of(10)) as memory:
+    with RememberedHidden(tmp_path, max_bytes=bytes_of(4, 3, 2) + 6) as memory:
         for _ in range(2):
-            computer.recall(memory, [3, 6, 2, 1])  # 4, 7, 3 and 2 tokens
-        assert computer.asked == [[3, 6, 2, 1], [6]]
-        assert memory.used_bytes == bytes_of(9)
-        assert os.fstat(memory._file.fileno()).st_size == bytes_of(9)  # type: ignore[union-attr]  # it is open
+            computer.recall(memory, [3, 7, 2, 1])  # 4, 8, 3 and 2 tokens
+        assert computer.asked == [[3, 7, 2, 1], [7]]
+        assert memory.used_bytes == bytes_of(4, 3, 2)
+        assert os.fstat(memory._file._file.fileno()).st_size == bytes_of(4, 3, 2)  # type: ignore[union-attr]  # it is open
         assert memory.trouble is None
 
 
@@ -132,7 +139,7 @@ def test_nothing_overflows_and_half_precision_is_kept(
     state = np.array(rows, dtype=np.float32)[None]
     with RememberedHidden(tmp_path_factory.getbasetemp(), max_bytes=1 << 20) as memory:
         for _ in range(2):
-            found = memory.recall(np.array([0]), np.ones(state.shape[:2], bool), lambda missing: state)
+            found = memory.recall([key_of(0)], np.ones(state.shape[:2], bool), lambda missing, start: state)
     top = np.abs(state).max(axis=2, keepdims=True).astype(np.float64)
     # Beyond 2**127 a token is computed each time, exactly.
     allowed = np.maximum(np.abs(state) * 2.0**-11, top * 2.0**-39) + 1e-41  # the last: float32 ends there
@@ -181,20 +188,28 @@ def test_a_folder_that_is_gone(computer: Computer, tmp_path: Path) -> None:
     assert "No such file" in str(memory.trouble)
 
 
-def test_a_file_cut_short_is_noticed(computer: Computer, tmp_path: Path) -> None:
-    """What the disk does not give back is computed."""
+@pytest.mark.parametrize("harm", ["cut", "other"])
+def test_a_damaged_record_is_noticed(computer: Computer, tmp_path: Path, harm: str) -> None:
+    """What the disk does not give back as it was is computed, and remembered again."""
     memory = RememberedHidden(tmp_path, max_bytes=1 << 20)
     computer.recall(memory, [1, 2])
-    os.ftruncate(memory._file.fileno(), bytes_of(3))  # type: ignore[union-attr]  # it is open
-    np.testing.assert_array_equal(computer.recall(memory, [1, 2]), computer.states[[1, 2]])
-    assert memory.trouble == "remembering ended, blocks are computed again: the disk gave back only a part"
+    descriptor = memory._file._file.fileno()  # type: ignore[union-attr]  # it is open
+    if harm == "cut":
+        os.ftruncate(descriptor, bytes_of(2, 3) - 5)
+    else:
+        os.pwrite(descriptor, b"\x55", bytes_of(2, 3) - 5)
+    np.testing.assert_array_equal(computer.recall(memory, [1, 2])[1], computer.states[2])
+    computer.recall(memory, [1, 2])
+    assert computer.asked == [[1, 2], [2]]
+    assert memory.trouble is None
+    memory.close()
 
 
 def test_the_file_has_no_name_and_ends_with_closing(computer: Computer, tmp_path: Path) -> None:
     """So that nothing is left behind however the process ends."""
     memory = RememberedHidden(tmp_path, max_bytes=1 << 20)
     computer.recall(memory, [1, 2])
-    descriptor = memory._file.fileno()  # type: ignore[union-attr]  # it is open
+    descriptor = memory._file._file.fileno()  # type: ignore[union-attr]  # it is open
     assert list(tmp_path.iterdir()) == []
     assert os.fstat(descriptor).st_nlink == 0
     memory.close()
@@ -206,13 +221,13 @@ def test_the_file_has_no_name_and_ends_with_closing(computer: Computer, tmp_path
     memory.close()
 
 
-def test_another_datasets_example_is_refused(computer: Computer, tmp_path: Path) -> None:
-    """The number of tokens is the only thing that can tell, and it is looked at."""
+def test_other_tokens_are_wanted(computer: Computer, tmp_path: Path) -> None:
+    """Then what is remembered is of no use."""
     with RememberedHidden(tmp_path, max_bytes=1 << 20) as memory:
         computer.recall(memory, [1, 2])
         computer.wanted[2, 5] = True
-        with pytest.raises(EngineInputError, match="remembered: example 2: expected 4 tokens, got 3"):
-            computer.recall(memory, [1, 2])
+        computer.recall(memory, [1, 2])
+    assert computer.asked == [[1, 2], [2]]
 
 
 def test_the_limit_follows_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,6 +238,124 @@ def test_the_limit_follows_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert memory_limit(tmp_path, None) == 2 << 30
     assert memory_limit(tmp_path, 3) == 3 << 20
     assert memory_limit(tmp_path, 0) == 0
+
+
+# From one training to the next.
+
+
+def digest(level: int) -> bytes:
+    return bytes([level]) * 32
+
+
+def lasting(folder: Path, *, level: int = 2, change: bytes = b"", max_bytes: int = 1 << 20) -> RememberedHidden:
+    """A memory in a file with a name; ``change`` is of what all levels follow from."""
+    memory = RememberedHidden(folder, max_bytes=max_bytes, path=folder / "remembered")
+    memory.stand_on(level, lambda at: (change + digest(at))[:32])
+    return memory
+
+
+def test_the_next_training_reads_it(computer: Computer, tmp_path: Path) -> None:
+    with lasting(tmp_path) as memory:
+        computer.recall(memory, [1, 2])
+        assert memory.spared == {}
+    with lasting(tmp_path) as memory:
+        found = computer.recall(memory, [2, 3, 1])
+        assert memory.spared == {2: 3 + 2}
+        assert memory.used_bytes == bytes_of(2, 3, 4) == (tmp_path / "remembered").stat().st_size
+    assert computer.asked == [[1, 2], [3]]
+    np.testing.assert_allclose(found[0][:3], computer.states[2][:3], rtol=2**-11)
+    assert (tmp_path / "remembered").stat().st_mode & 0o777 == 0o600
+
+
+def test_another_ground_finds_nothing(computer: Computer, tmp_path: Path) -> None:
+    """A block below was trained in between, or another model came."""
+    with lasting(tmp_path) as memory:
+        computer.recall(memory, [1, 2])
+    with lasting(tmp_path, change=b"!") as memory:
+        computer.recall(memory, [1, 2])
+    with lasting(tmp_path) as memory:
+        computer.recall(memory, [1, 2])
+    assert computer.asked == [[1, 2]] * 3
+    assert computer.starts == [None] * 3
+
+
+def test_a_higher_level_starts_from_the_lower_one(computer: Computer, tmp_path: Path) -> None:
+    """Examples that are not all remembered start from the beginning."""
+    with lasting(tmp_path) as memory:
+        computer.recall(memory, [1, 2])
+    with lasting(tmp_path, level=4) as memory:
+        computer.recall(memory, [2, 1])
+        computer.recall(memory, [3, 1])
+        assert memory.spared == {2: 3 + 2, 4: 2}
+    assert computer.asked == [[1, 2], [2, 1], [3]]
+    first, start, none = computer.starts
+    assert first is None
+    assert none is None
+    assert start is not None
+    assert start.level == 2
+    np.testing.assert_allclose(start.hidden[0][:3], computer.states[2][:3], rtol=2**-11)
+    with lasting(tmp_path, level=4) as memory:
+        computer.recall(memory, [1, 2, 3])
+    with lasting(tmp_path, level=2) as memory:  # a lower level has no use for what a higher one made
+        computer.recall(memory, [1])
+    assert computer.asked[3:] == [[1]]
+
+
+def test_a_crash_leaves_whole_records(computer: Computer, tmp_path: Path) -> None:
+    """The memory that wrote the file is never closed, and the disk lost the end of it."""
+    memory = lasting(tmp_path)
+    computer.recall(memory, [1, 2, 3])
+    os.truncate(tmp_path / "remembered", bytes_of(2, 3, 4) - 1)
+    with lasting(tmp_path) as again:
+        assert again.examples == 2
+        computer.recall(again, [1, 2, 3])
+        assert again.used_bytes == bytes_of(2, 3, 4)
+    assert computer.asked == [[1, 2, 3], [3]]
+    memory.close()
+
+
+@pytest.mark.parametrize("content", [b"", b"embhid1", b"something else that is long enough to have a header....."])
+def test_a_file_that_is_no_memory_is_replaced(computer: Computer, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "remembered").write_bytes(content)
+    for _ in range(2):
+        with lasting(tmp_path) as memory:
+            computer.recall(memory, [1])
+            assert memory.trouble is None
+    assert computer.asked == [[1]]
+
+
+def test_data_that_have_changed_make_room(computer: Computer, tmp_path: Path) -> None:
+    """A file that is full of what nobody asks for any more is removed, one that is asked for is not."""
+    room = bytes_of(1, 2, 3)
+    with lasting(tmp_path, max_bytes=room) as memory:
+        computer.recall(memory, [0, 1, 2])
+    with lasting(tmp_path, max_bytes=room) as memory:
+        computer.recall(memory, [0, 1, 7])
+    assert (tmp_path / "remembered").exists()
+    with lasting(tmp_path, max_bytes=room) as memory:
+        computer.recall(memory, [7])
+    assert not (tmp_path / "remembered").exists()
+
+
+def test_a_limit_of_zero_removes_it(computer: Computer, tmp_path: Path) -> None:
+    with lasting(tmp_path) as memory:
+        computer.recall(memory, [1])
+    with lasting(tmp_path, max_bytes=0) as memory:
+        computer.recall(memory, [1])
+    assert list(tmp_path.iterdir()) == []
+    assert computer.asked == [[1], [1]]
+
+
+def test_a_full_disk_gives_the_file_back(computer: Computer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, data: bytes, offset: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with lasting(tmp_path) as memory:
+        computer.recall(memory, [1])
+        monkeypatch.setattr(os, "pwrite", full)
+        computer.recall(memory, [2])
+        assert memory.trouble is not None
+    assert list(tmp_path.iterdir()) == []
 
 
 # With the engine.
@@ -327,7 +460,7 @@ def test_only_the_rows_of_the_head_are_remembered_when_nothing_else_is_alive(
     for batch in batches(dataset, 0):
         engine.gradients(batch)
     assert memory.examples == len(LENGTHS)
-    assert memory.used_bytes == len(LENGTHS) * (2 * 32 + 4)
+    assert memory.used_bytes == 44 + len(LENGTHS) * (28 + 2 * 32 + 4)
 
 
 def test_a_batch_remembered_in_part(
@@ -338,7 +471,9 @@ def test_a_batch_remembered_in_part(
     (batch,) = evaluation_batches(dataset, len(LENGTHS))
     plain = BlockEngine(bundle)
     plain.use(parameters)
-    with RememberedHidden(tmp_path, max_bytes=sum(sorted(LENGTHS)[:7]) * (2 * 32 + 4)) as memory:
+    with RememberedHidden(
+        tmp_path, max_bytes=44 + sum(28 + tokens * (2 * 32 + 4) for tokens in sorted(LENGTHS)[:7])
+    ) as memory:
         engine.use(parameters, memory)
         engine.gradients(batch)
         assert memory.examples == 7
@@ -364,7 +499,7 @@ def test_the_next_use_ends_it(bundle: Bundle, engine: BlockEngine, dataset: Data
     batch = batches(dataset, 0)[0]
     engine.use(random_parameters(bundle, alive_from(bundle, 2)), memory)
     engine.gradients(batch)
-    descriptor = memory._file.fileno()  # type: ignore[union-attr]  # it is open
+    descriptor = memory._file._file.fileno()  # type: ignore[union-attr]  # it is open
     other = random_parameters(bundle, alive_from(bundle, 1), seed=1)
     engine.use(other, memory)
     with pytest.raises(OSError, match="Bad file descriptor"):
@@ -391,3 +526,25 @@ def test_evaluation_knows_nothing_of_it(
     assert engine.evaluate(other) == plain.evaluate(other)
     np.testing.assert_array_equal(engine.logits(other), plain.logits(other))
     assert memory.used_bytes == used
+
+
+def test_a_later_round_reads_what_an_earlier_one_wrote(
+    bundle: Bundle, dataset: Dataset, tmp_path: Path, runs: list[tuple[int, ...]]
+) -> None:
+    """In another process: the second starts at block 1, the third goes on from there, the fourth was trained below."""
+
+    def pass_over(lowest: int, *, seed: int = 0) -> int:
+        engine, parameters = BlockEngine(bundle), random_parameters(bundle, alive_from(bundle, lowest), seed=seed)
+        with RememberedHidden(tmp_path, max_bytes=1 << 24, path=tmp_path / "remembered") as memory:
+            engine.use(parameters, memory)
+            runs.clear()
+            found = [engine.gradients(batch) for batch in batches(dataset, 0)]
+            count = len(runs)
+        plain = BlockEngine(bundle)
+        plain.use(parameters)
+        for batch, gradients in zip(batches(dataset, 0), found, strict=True):
+            assert relative_error(gradients.tensors, plain.gradients(batch).tensors) < 2 * HALF
+        return count
+
+    forward = [pass_over(1), pass_over(1), pass_over(2), pass_over(2), pass_over(2, seed=1)]
+    assert forward == [4 * 3, 4 * 2, 4 * 2, 4 * 1, 4 * 3]
