@@ -40,12 +40,12 @@ def _text(found: Findings) -> Iterator[str]:
     yield from _table([(f"  {_MARKS[r.passed]}", r.about, f"{r.figure} ({r.wanted})") for r in found.reasons])
     yield ""
     rows = [
-        (device.name, device.grades.overall, *(" ".join(pair) for pair in graded(device)), *figures(device))
+        (device.name, device.grades.overall, *(text for _, text in graded(device)), *figures(device))
         for device in found.devices
     ]
     yield from _table([HEAD, *rows])
     yield ""
-    yield f"Suggested for {found.suggestion.devices} devices ({found.suggestion.note}):"
+    yield f"Suggested for {found.suggestion.devices} devices; budget: {found.suggestion.note}:"
     yield ""
     yield from found.suggestion.toml.splitlines()
     yield ""

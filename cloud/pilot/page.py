@@ -14,13 +14,13 @@ from cloud.pilot.wording import HEAD, figures, graded, month_lines, verdict
 
 _BLUE, _ORANGE, _GREY, _PALE = "#2563eb", "#ea580c", "#6b7280", "#d1d5db"
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #111827; max-width: 65rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 16px/1.5 system-ui, sans-serif; color: #111827; max-width: 75rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem }
 p { color: #4b5563; margin: .2rem 0 .8rem } table { border-collapse: collapse; width: 100% }
 td, th { padding: .35rem .6rem; border-bottom: 1px solid #e5e7eb; text-align: left; vertical-align: top }
 td { font-variant-numeric: tabular-nums } pre { background: #f3f4f6; padding: .8rem 1rem; overflow-x: auto }
 .good { color: #059669 } .bad { color: #dc2626 } .open { color: #6b7280 } .scroll { overflow-x: auto }
-.grade { font-weight: 700 } .verdict { font-size: 1.2rem; font-weight: 600 }
+.grade { font-weight: 700 } .share { white-space: nowrap } .verdict { font-size: 1.2rem; font-weight: 600 }
 """
 _PASSED = {True: ("good", "✓"), False: ("bad", "✗"), None: ("open", "?")}
 _COLOURS = {"A": "good", "B": "", "C": "bad", "–": "open"}
@@ -67,8 +67,8 @@ def _reasons(reasons: Iterable[Reason]) -> str:
 def _grades_note() -> str:
     said = ", ".join(f"{name} {best:.0%} and {good:.0%}" for name, (best, good) in LIMITS.items())
     return (
-        f"A and B go up to: {said}. Memory is of what was free before, time and link are of the deadline, refused is of "
-        "what a device sent. The worst letter is the device's."
+        f"A and B go up to: {said}. Memory is of what was free before, time and link are of the deadline, refused "
+        "is of what a device sent. The worst letter is the device's."
     )
 
 
@@ -83,7 +83,7 @@ def _cells(device: DeviceFinding) -> list[str]:
     return [
         f"<td>{name}</td>",
         f"<td class='grade {_COLOURS[overall]}'>{overall}</td>",
-        *(f"<td class='{_COLOURS[letter]}'>{letter} {share}</td>" for letter, share in graded(device)),
+        *(f"<td class='share {_COLOURS[letter]}'>{text}</td>" for letter, text in graded(device)),
         *(f"<td>{html.escape(text)}</td>" for text in figures(device)),
     ]
 
@@ -121,7 +121,9 @@ def links(found: Findings) -> go.Figure:
     for name, field, colour in ways:
         speeds = [getattr(device, field) for device in found.devices]
         values = [None if speed is None else speed * 8 / 1e6 for speed in speeds]
-        figure.add_bar(x=names, y=values, name=name, marker_color=colour)
+        # Written beside the bars, as a fast link makes the others too small to see.
+        told = [None if value is None else f"{value:.3g}" for value in values]
+        figure.add_bar(x=names, y=values, name=name, marker_color=colour, text=told, textposition="outside")
     return _laid_out(figure, "Mbit/s", barmode="group")
 
 

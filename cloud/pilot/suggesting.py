@@ -120,7 +120,7 @@ def _with_suitable_budget(config: Config, trial: Trial, affordable: int | None) 
     least = least_budget(budgeted, trial.manifest)
     plain = _without_bytes(config)
     if affordable is None:
-        return plain, least, "no budget: bodies were too small, or devices too silent, to tell how fast links are"
+        return plain, least, "unknown: bodies were too small, or devices too silent, to tell how fast links are"
     if affordable < least:
         note = f"the least that {budgeted.task.policy} can keep to, which is more than the slowest useful link affords"
         return _budgeted(config, least), least, note
@@ -129,7 +129,7 @@ def _with_suitable_budget(config: Config, trial: Trial, affordable: int | None) 
     settled = with_budget(chosen, trial.manifest)
     whole = settled.annealing.budget_end >= 1 and settled.task.upload == settled.task.download == "float32"
     if whole:
-        note = "no budget: everything, exact, is less than the slowest useful link moves in a quarter of the deadline"
+        note = "none: everything, exact, is less than the slowest useful link moves in a quarter of the deadline"
         return plain, least, note
     return chosen, least, "what the slowest useful link moves in a quarter of the deadline"
 

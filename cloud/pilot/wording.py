@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cloud.console import size
 from cloud.pilot.findings import DeviceFinding, Findings, Month
-from cloud.pilot.grades import LIMITS
+from cloud.pilot.grades import LIMITS, Grade
 
 FIGURES = ("up", "down", "round trip", "step", "work", "rounds")
 HEAD = ("device", "grade", *LIMITS, *FIGURES)  # of a table of devices
@@ -18,9 +18,10 @@ def verdict(found: Findings) -> str:
     return f"{found.task}: NO-GO: {', '.join(failed)}"
 
 
-def graded(device: DeviceFinding) -> list[tuple[str, str]]:
-    """Letter and share of each limit."""
-    return [(getattr(device.grades, name), _percent(getattr(device.shares, name))) for name in LIMITS]
+def graded(device: DeviceFinding) -> list[tuple[Grade, str]]:
+    """Letter of each limit, and the letter with its share."""
+    pairs = [(getattr(device.grades, name), getattr(device.shares, name)) for name in LIMITS]
+    return [(letter, letter if share is None else f"{letter} {share:.0%}") for letter, share in pairs]
 
 
 def figures(device: DeviceFinding) -> list[str]:
@@ -43,10 +44,6 @@ def month_lines(month: Month) -> list[str]:
         f"{_hours(month.hours_median)} of work, {_hours(month.hours_slowest)} on the slowest",
         f"the server: {_amount(month.server_up)} received, {_amount(month.server_down)} sent",
     ]
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:.0%}"
 
 
 def _mbit(bytes_s: float | None) -> str:
