@@ -327,11 +327,22 @@ def test_a_slow_link_gets_a_budget_that_the_aggregator_can_keep_to(maker: Maker,
 def test_links_that_cannot_bear_the_least_are_no_go(maker: Maker) -> None:
     maker.capability = msgspec.structs.replace(maker.capability, up_bytes_s=100.0, down_bytes_s=100.0)
     found = judge(maker.trial(), NOTHING)
+    suggestion = found.suggestion
     assert (found.go, reason(found, "links").passed) == (False, False)
-    assert (
-        found.suggestion.bytes_per_device_per_round == found.suggestion.least_bytes > found.suggestion.affordable_bytes
-    )
-    accepted(maker.site, found.suggestion.toml)
+    assert suggestion.bytes_per_device_per_round == suggestion.least_bytes > (suggestion.affordable_bytes or 0)
+    assert "more than the slowest useful link affords" in suggestion.note
+    accepted(maker.site, suggestion.toml)
+
+
+def test_annealing_that_does_not_fit_the_rounds_is_replaced(maker: Maker) -> None:
+    """With policy fixed nobody had looked at it."""
+    maker.capability = msgspec.structs.replace(maker.capability, up_bytes_s=20_000.0, down_bytes_s=30_000.0)
+    trial = maker.trial()
+    long = msgspec.structs.replace(trial.config.annealing, initiating_rounds=20)
+    trial = replace(trial, config=msgspec.structs.replace(trial.config, annealing=long))
+    suggestion = judge(trial, Wish(rounds=13)).suggestion
+    assert "initiating_rounds = 0\n" in suggestion.toml
+    accepted(maker.site, suggestion.toml)
 
 
 def test_links_that_were_not_timed_are_not_guessed(maker: Maker) -> None:
