@@ -82,7 +82,7 @@ class Suggestion(msgspec.Struct, frozen=True):
         download: ``task.download``.
         affordable_bytes: What the slowest useful link moves, up and down, in a quarter of the deadline; None: unknown.
         bytes_per_device_per_round: Suggested budget; None: none is needed, or links are not known.
-        least_bytes: The smallest budget that the policy can keep to.
+        least_bytes: The smallest budget that the policy can keep to; where it has none, what the pilot's rounds moved.
         note: Why there is this budget, or none.
         toml: Lines for the config.
     """

@@ -90,7 +90,7 @@ def _memory(devices: Sequence[DeviceFinding]) -> Reason:
 
 
 def _links(suggestion: Suggestion) -> Reason:
-    wanted = f"at least {suggestion.least_bytes:,} bytes, the smallest budget that can be kept to"
+    wanted = f"at least {suggestion.least_bytes:,} bytes, the least that a round can be planned with"
     if suggestion.affordable_bytes is None:
         return Reason("links", "cannot say: no link was timed with a body of 64 KiB or more, both ways", wanted, None)
     figure = f"the slowest useful link moves {suggestion.affordable_bytes:,} bytes in a quarter of the deadline"

@@ -47,7 +47,8 @@ def suggest(trial: Trial, devices: Sequence[DeviceFinding], wish: Wish) -> Sugge
     )
     affordable = affordable_bytes(devices, deadline_s)
     config = msgspec.structs.replace(trial.config, task=schedule)
-    chosen, least, note = _with_suitable_budget(config, trial, affordable)
+    moved = sum(part or 0.0 for part in _round_bytes(devices, None))
+    chosen, least, note = _with_suitable_budget(config, trial, affordable, math.ceil(moved))
     budget = chosen.annealing.bytes_per_device_per_round
     settled = with_budget(chosen, trial.manifest).task
     ways = msgspec.structs.replace(chosen.task, upload=settled.upload, download=settled.download)
@@ -114,11 +115,16 @@ def work_factor(device: DeviceFinding, wish: Wish, config: Config) -> float:
     return wish.examples / device.examples
 
 
-def _with_suitable_budget(config: Config, trial: Trial, affordable: int | None) -> tuple[Config, int, str]:
-    """The config with a budget that links can bear, the least there could be, and why."""
-    budgeted = _budgeted(config, 1)
+def _with_suitable_budget(config: Config, trial: Trial, affordable: int | None, moved: int) -> tuple[Config, int, str]:
+    """The config with a budget that links can bear, the least there could be, and why.
+
+    Where the config allows no policy with a budget, the least is what a round ``moved`` in the pilot.
+    """
+    plain, budgeted = _without_bytes(config), _budgeted(config, 1)
+    problems = config_problems(budgeted)
+    if problems:
+        return plain, moved, f"none, as it would need a policy with a budget ({problems[0]})"
     least = least_budget(budgeted, trial.manifest)
-    plain = _without_bytes(config)
     if affordable is None:
         return plain, least, "unknown: bodies were too small, or devices too silent, to tell how fast links are"
     if affordable < least:

@@ -345,6 +345,22 @@ def test_annealing_that_does_not_fit_the_rounds_is_replaced(maker: Maker) -> Non
     accepted(maker.site, suggestion.toml)
 
 
+def test_a_task_that_can_have_no_budget_is_held_against_what_it_moved(maker: Maker) -> None:
+    """The server cannot know what modules move where devices keep B, so only policy fixed goes with that."""
+    task = {"personal": ("B",), "aggregation": "a-only"}
+    found = judge(maker.trial(**task), NOTHING)
+    suggestion = found.suggestion
+    assert found.go
+    assert (suggestion.policy, suggestion.bytes_per_device_per_round, suggestion.least_bytes) == (
+        "fixed",
+        None,
+        500_000,
+    )
+    assert "task.policy must be fixed" in suggestion.note
+    maker.capability = msgspec.structs.replace(maker.capability, up_bytes_s=20_000.0, down_bytes_s=20_000.0)
+    assert reason(judge(maker.trial(**task), NOTHING), "links").passed is False  # 300 kB in 15 s
+
+
 def test_links_that_were_not_timed_are_not_guessed(maker: Maker) -> None:
     maker.capability = wire.Capability("aarch64", 4, 4000, 2000)
     found = judge(maker.trial(), NOTHING)
@@ -415,6 +431,7 @@ async def piloted(tmp_path: Path, session: aiohttp.ClientSession) -> Site:
         await send(site, laptop, plans[1], takes_s=2, seconds=20.0, peak_private_mb=800.0, **common)
         await send(site, board, plans[0], takes_s=8, seconds=80.0, peak_private_mb=800.0, **common)
     assert (await board.plan(after=2)).plan.state == "finished"
+    await site.server.aggregator.members.flush()  # as the keeper does twice a second
     yield site
     await site.close()
 
