@@ -221,6 +221,15 @@ class Aggregator:
         self.members.saw(device, sent_bytes=len(data))
         return data
 
+    async def tell(self, device: str, *, task: str, capability: wire.Capability) -> None:
+        """Keep what a device measured of itself.
+
+        Raises:
+            NotFoundError: another task.
+        """
+        self._check_task(task)
+        await self.members.tell(device, capability)
+
     async def admit(self, device: str, *, task: str, round_: int, digest: str) -> wire.UpdateReceipt | tuple[int, ...]:
         """Say before its body is read whether an update could count.
 

@@ -99,7 +99,8 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
 
     The operator makes a token for a name; the device makes its own key, which never leaves it. A lost answer is
     repaired by running the same command again. First one product is computed in a child process: where ONNX Runtime
-    does not work, nothing is enrolled.
+    does not work, nothing is enrolled. The server is told the machine's architecture, cores, memory and speed, and
+    nothing else of it.
 
     \b
     Example:
@@ -108,6 +109,7 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
           --token ember1.… --data mine.jsonl                              # on the device
       emberlora edge run
     """
+    from edge_runtime.device.capability import tell_first
     from edge_runtime.device.enrolment import check_server, enrol
     from edge_runtime.device.host import Host
     from edge_runtime.device.trial import try_engine
@@ -120,11 +122,12 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
         except RequestFormatError as error:
             raise InputError(str(error)) from error
         origin = check_server(server, insecure_http=insecure_http)
-        asyncio.run(try_engine())
+        calibration_s = asyncio.run(try_engine())
         place = Home(home)
         with place.locked():
             identity = asyncio.run(enrol(place, server=origin, token=parsed, device=name, host=Host()))
             _remember(place, data, evaluation)
+            asyncio.run(tell_first(place, calibration_s, host=Host()))
     click.echo(f"{identity.device} is enrolled in task {identity.task}; next: emberlora edge run")
 
 
@@ -196,7 +199,6 @@ def run(  # noqa: PLR0913  # click passes each option as an argument
     from edge_runtime.device.loop import RunOptions, Tools
     from edge_runtime.device.running import check_settings, run_device, until_signal
     from edge_runtime.device.trainer import ChildTrainer
-    from edge_runtime.wire import Capability
 
     place = Home(home)
     display = JsonDisplay() if as_json else TerminalDisplay()
@@ -214,7 +216,6 @@ def run(  # noqa: PLR0913  # click passes each option as an argument
                 packed_weights=packed_weights,
                 micro_tokens=micro_tokens,
                 remember_mb=remember_mb,
-                capability=Capability(memory_mib=memory_mb),
                 tier=tier,
                 once=once,
             )

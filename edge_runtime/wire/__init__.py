@@ -1,5 +1,6 @@
 """The contract between devices and aggregator: plans, updates, envelopes, requests, problems."""
 
+from edge_runtime.wire.capability import Capability
 from edge_runtime.wire.envelope import EnvelopeContext, seal, unseal
 from edge_runtime.wire.errors import (
     EnvelopeError,
@@ -73,7 +74,7 @@ from edge_runtime.wire.problems import Problem, ProblemDocument, decode_problem,
 from edge_runtime.wire.quantisation import Quantisation
 from edge_runtime.wire.requests import SignedRequest, authorization, parse_authorization, verify_request
 from edge_runtime.wire.schedule import Schedule, rate_share
-from edge_runtime.wire.tiers import Capability, Tier, choose_tier
+from edge_runtime.wire.tiers import Tier, choose_tier
 from edge_runtime.wire.update import (
     Layout,
     LocalMetrics,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import msgspec
@@ -34,35 +33,24 @@ class Tier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return _MOST if self.max_rank is msgspec.UNSET else self.max_rank
 
 
-@dataclass(frozen=True)
-class Capability:
-    """What a device knows of itself; None: nothing is known.
-
-    Attributes:
-        memory_mib: That training may use.
-        step_s: A training step takes, in seconds.
-    """
-
-    memory_mib: float | None = None
-    step_s: float | None = None
-
-
-def choose_tier(tiers: Sequence[Tier], capability: Capability, *, wanted: int = 0) -> int:
+def choose_tier(
+    tiers: Sequence[Tier], *, memory_mib: float | None = None, step_s: float | None = None, wanted: int = 0
+) -> int:
     """The tier a device takes: the weakest that is meant for it, or a weaker one if it wants to.
 
     What a device does not know of itself puts it into no tier.
 
     Args:
         tiers: Of the plan, tier 1 first.
-        capability: Of the device.
+        memory_mib: That training on the device may use, in MiB; None: not known.
+        step_s: Seconds that a training step of everything takes there; None: not known.
         wanted: The least tier the device's user asks for; one beyond the plan's stands for its weakest.
     """
-    meant = (number for number, tier in enumerate(tiers, start=1) if _is_meant(tier, capability))
+    meant = (number for number, tier in enumerate(tiers, start=1) if _is_meant(tier, memory_mib, step_s))
     return max(*meant, min(wanted, len(tiers)), 0)
 
 
-def _is_meant(tier: Tier, capability: Capability) -> bool:
-    memory, step = capability.memory_mib, capability.step_s
+def _is_meant(tier: Tier, memory: float | None, step: float | None) -> bool:
     scarce = tier.memory_mib is not msgspec.UNSET and memory is not None and memory < tier.memory_mib
     slow = tier.step_s is not msgspec.UNSET and step is not None and step > tier.step_s
     return scarce or slow

@@ -38,6 +38,7 @@ class Faults:
     cut: dict[str, int] = field(default_factory=dict)  # blob digest -> bytes before the connection breaks, once
     ignore_range: bool = False
     swap_blob: dict[str, bytes] = field(default_factory=dict)  # blob digest -> other bytes
+    no_capability: bool = False  # as an aggregator from before devices measured themselves
     no_patches: bool = False  # as an aggregator from before there were any
     swap_patch: Callable[[bytes], bytes] | None = None  # other bytes in place of a patch
     cut_patches: int = 0  # so many patches break after their first bytes
@@ -61,6 +62,7 @@ class Aggregator:
         self.adapter = self.store(bundle.adapter)
         self.tokens: dict[str, tuple[str, str | None]] = {}  # secret -> (name, key that used it)
         self.devices: dict[str, str] = {}
+        self.told: list[wire.Capability] = []
         self.nonces: set[str] = set()
         self.plans: list[wire.SignedPlan] = []
         self.received: list[tuple[int, str, bytes]] = []  # every upload that arrived whole: round, device, bytes
@@ -136,6 +138,7 @@ class Aggregator:
         app = web.Application(middlewares=[self._middleware], client_max_size=64 << 20)
         app.router.add_post(resources.ENROLMENTS, self._enrol)
         app.router.add_delete(resources.DEVICE, self._leave)
+        app.router.add_put(resources.CAPABILITY, self._tell)
         app.router.add_get(resources.PLAN, self._plan)
         app.router.add_get(resources.BLOB, self._blob)
         app.router.add_get(resources.PATCH, self._patch)
@@ -190,6 +193,15 @@ class Aggregator:
             return self._drop(request)
         key = self.key.public_key().public_bytes_raw().hex()
         return web.Response(status=201, body=wire.encode_message(wire.Enrolled(name, TASK, key)))
+
+    async def _tell(self, request: web.Request) -> web.Response:
+        signed, body = self._verify(request), await request.read()
+        assert hashlib.sha256(body).hexdigest() == signed.body_digest
+        assert request.match_info["device"] == signed.device
+        if self.faults.no_capability:
+            raise wire.NotFoundError(f"PUT {request.path}: Not Found")
+        self.told.append(wire.decode_message(body, wire.Capability))
+        return web.Response(status=204)
 
     async def _leave(self, request: web.Request) -> web.Response:
         del self.devices[self._verify(request).device]

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from edge_runtime.wire import (
+    Capability,
     EnvelopeContext,
     Layout,
     Plan,
@@ -19,7 +20,9 @@ from edge_runtime.wire import (
     Token,
     Update,
     authorization,
+    decode_message,
     decode_update,
+    encode_message,
     encode_problem,
     encode_update,
     open_plan,
@@ -101,6 +104,11 @@ AUTHORIZATION = (
 
 TOKEN = "ember1.AAECAwQFBgcICQoLDA0OD1ZHWqdUY0dMAoXfXb8ryrc9plE1iDnpt3SBsuqxB3CM"  # 00 … 0f, SHA-256 of PUBLIC_KEY
 
+CAPABILITY = (
+    b'{"machine":"aarch64","cores":4,"memory_mb":3906,"available_mb":3100,"calibration_s":0.25,"step_s":1.5,'
+    b'"up_bytes_s":250000.0,"down_bytes_s":1000000.0,"round_trip_s":0.03}'
+)
+
 PROBLEM = (
     b'{"type":"urn:emberlora:problem:round-closed","title":"This round takes no more updates","status":409,'
     b'"detail":"round 7: closed","retry_after_s":0.0}'
@@ -165,6 +173,12 @@ def test_token_text() -> None:
     token = Token(bytes(range(16)).hex(), hashlib.sha256(bytes.fromhex(PUBLIC_KEY)).hexdigest())
     assert str(token) == TOKEN
     assert Token.parse(f" {TOKEN}\n") == token
+
+
+def test_capability_bytes() -> None:
+    capability = Capability("aarch64", 4, 3906, 3100, 0.25, 1.5, 250_000.0, 1_000_000.0, 0.03)
+    assert encode_message(capability) == CAPABILITY
+    assert decode_message(CAPABILITY, Capability) == capability
 
 
 def test_problem_bytes() -> None:

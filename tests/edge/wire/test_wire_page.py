@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from edge_runtime.wire import (
+    Capability,
     Enrolled,
     Enrolment,
     ModulePlan,
@@ -75,6 +76,11 @@ def test_message_fields(kind: type[msgspec.Struct]) -> None:
     assert said[f"`{kind.__name__}`"] == list(kind.__struct_fields__)
 
 
+def test_capability_fields() -> None:
+    said = [row[0].strip("`") for row in rows(section("## Capability"))]
+    assert said == list(Capability.__struct_fields__)
+
+
 def test_frame_offsets() -> None:
     """Offsets and sizes are those of the structs, and every field follows the one before."""
     table = [row for row in rows(section("## Update frame")) if row[0][0].isdigit()]
@@ -106,11 +112,12 @@ def _single(code: str) -> list[str]:
 def test_resources() -> None:
     said = " ".join(row[0] for row in rows(section("## Resources")))
     paths = [value for name, value in vars(resources).items() if name.isupper() and isinstance(value, str)]
-    assert len(paths) == 10
+    assert len(paths) == 11
     for path in paths:
         assert re.search(rf"{re.escape(path)}[?`]", said), path
     assert resources.plan_target("sst2", after=-1, wait_s=60) == "/v1/tasks/sst2/plan?after=-1&wait=60"
     assert resources.patch_target("sst2", 7, since=-1) == "/v1/tasks/sst2/rounds/7/adapter?since=-1"
+    assert resources.capability_path("sst2", "pi-4") == "/v1/tasks/sst2/devices/pi-4/capability"
     assert resources.update_path("sst2", 7, "pi-4") == "/v1/tasks/sst2/rounds/7/updates/pi-4"
 
 

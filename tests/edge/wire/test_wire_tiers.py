@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.wire import (
-    Capability,
     Layout,
     ModulePlan,
     Plan,
@@ -213,11 +212,11 @@ def test_only_a_plan_that_trains_has_tiers(plan: Plan, signing_key: Ed25519Priva
 def test_the_weakest_tier_that_is_meant_is_taken(
     memory: float | None, step: float | None, wanted: int, tier: int
 ) -> None:
-    assert choose_tier(TIERS, Capability(memory, step), wanted=wanted) == tier
+    assert choose_tier(TIERS, memory_mib=memory, step_s=step, wanted=wanted) == tier
 
 
 def test_a_plan_without_tiers_has_one(plan: Plan) -> None:
-    assert choose_tier(plan.tiers or (), Capability(1.0, 1e9), wanted=3) == 0
+    assert choose_tier(plan.tiers or (), memory_mib=1.0, step_s=1e9, wanted=3) == 0
     assert [layout.tier for layout in layouts_of(plan)] == [0]
 
 
