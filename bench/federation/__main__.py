@@ -38,6 +38,7 @@ class Bench:
     threads: int
     products: Products
     extra: Mapping[str, Mapping[str, object]]
+    tiers: tuple[int, ...] = (0,)
 
     def run(self, key: Key) -> Line | str:
         """The line of a run, or why there is none."""
@@ -54,6 +55,7 @@ class Bench:
             threads=self.threads,
             products=self.products,
             extra={name: dict(keys) for name, keys in self.extra.items()},
+            tiers=self.tiers,
         )
         path = folder / "setup.json"
         path.write_bytes(msgspec.json.encode(setup))
@@ -201,6 +203,13 @@ def _alpha(text: str) -> float | None:
 @click.option("--products", type=click.Choice(["exact", "int8"]), default="exact", show_default=True)
 @click.option("--set", "settings", multiple=True, help="table.key=value in JSON, over the method's config: to try out.")
 @click.option(
+    "--tier",
+    "tiers",
+    type=click.IntRange(0),
+    multiple=True,
+    help="That devices take, in turn; the method needs tiers, by --set.  [default: 0]",
+)
+@click.option(
     "--without",
     default="",
     help=f"Of annealed-kill-revive, one of {', '.join(WITHOUT)}; or, beside --set, a name for what that changes.",
@@ -219,6 +228,7 @@ def main(
     jobs: int,
     products: Products,
     settings: tuple[str, ...],
+    tiers: tuple[int, ...],
     without: str,
     quick: bool,
 ) -> None:
@@ -231,6 +241,8 @@ def main(
     \b
     Example:
       python -m bench.federation --data data --dataset banking77 --alpha 0.1 --method lora-r8 --seed 0
+      python -m bench.federation --data data --method rolora-r8 --without strong-devices \\
+          --set tiers.enabled=true --tier 0 --tier 1 --tier 2
     """
     if without and not settings and (without not in WITHOUT or methods != ("annealed-kill-revive",)):
         raise click.UsageError(
@@ -238,7 +250,9 @@ def main(
         )
     if without and not settings:
         budgets = budgets or (VARIED,)
-    bench = Bench(data, out, threads, products, _extra(settings) if settings else dict(WITHOUT.get(without, {})))
+    bench = Bench(
+        data, out, threads, products, _extra(settings) if settings else dict(WITHOUT.get(without, {})), tiers or (0,)
+    )
     try:
         wanted = keys_of(Choice(datasets, tuple(map(_alpha, alphas)), methods, budgets, seeds), without, quick=quick)
         failed = complete(bench, wanted, results, jobs)

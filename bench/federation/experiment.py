@@ -18,9 +18,9 @@ from bench.federation.full_model import full_course
 from bench.federation.lines import Line, RoundLine
 from bench.federation.methods import FULL_MODEL
 from bench.federation.site import Setup, Site, open_site
-from cloud.planning import plan_layout
+from cloud.planning import plan_layouts
 from edge_runtime.bundle import Array
-from edge_runtime.wire import Plan
+from edge_runtime.wire import Plan, carried_modules
 
 
 async def run(setup: Setup, say: Callable[[str], None]) -> Line:
@@ -66,12 +66,12 @@ async def _round(site: Site, round_: int) -> RoundLine:
     sizes = site.setup.sizes
     cohort = site.cohort(round_)
     signed = await site.plan()
-    layout = plan_layout(site.work.bundle, signed.plan)
+    layouts = plan_layouts(site.work.bundle, signed.plan)
     results: list[Result] = []
     values: list[Array] = []
     for name in cohort:
         results.append(await site.fleet.take_part(name))
-        values.append(site.fleet.values(signed, layout))
+        values.append(site.fleet.values(signed, layouts))
     await site.aggregator.tick()
     value = await site.measure(site.glimpse) if sizes.measured(round_) else None
     accuracy, loss = site.workload.metric.fields(value)
@@ -81,7 +81,7 @@ async def _round(site: Site, round_: int) -> RoundLine:
         accuracy=accuracy,
         bytes_up=sum(result.up for result in results),
         bytes_down=sum(result.down - result.head_down for result in results),
-        params_up=layout.count * len(results),
+        params_up=sum(layouts[result.done.metrics.tier].count for result in results),
         params_down=sum(result.params_down for result in results),
         gflop=_gflop(site, signed.plan, results),
         drift=round(drift(values, [result.done.weight for result in results]), 4),
@@ -101,9 +101,10 @@ async def _round(site: Site, round_: int) -> RoundLine:
 
 def _gflop(site: Site, plan: Plan, results: list[Result]) -> float:
     manifest = site.work.bundle.manifest
-    flop = sum(
-        training_flop(manifest, plan.modules, site.texts(result.device), result.done.spared) for result in results
-    )
+    flop = 0
+    for result in results:
+        carried = carried_modules(plan, result.done.metrics.tier, manifest.places)
+        flop += training_flop(manifest, carried, site.texts(result.device), result.done.spared)
     return round(flop / 1e9, 1)
 
 

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from bench.federation.compute import Texts
-from bench.federation.fleet import Fleet
+from bench.federation.fleet import DeviceChoices, Fleet
 from bench.federation.lines import Key
 from bench.federation.methods import METHODS, REMEMBERING, config_text
 from bench.federation.shares import Shares, Sizes, write_records
@@ -41,6 +41,7 @@ class Setup(msgspec.Struct, frozen=True):
     products: wire.Products
     model: str | None = None  # preset or folder that the bundle was made from; None: the workload's preset
     extra: dict[str, dict[str, object]] = {}  # config keys of a variant
+    tiers: tuple[int, ...] = (0,)  # that the devices take, in turn
 
     @property
     def workload(self) -> Workload:
@@ -122,8 +123,8 @@ async def open_site(setup: Setup, say: Callable[[str], None]) -> Site:
         surroundings=Surroundings(time.time, secrets.token_bytes, lambda _event: None),
     )
     await aggregator.start()
-    remember_mb = 0 if key.without == REMEMBERING else None
-    fleet = Fleet(aggregator, work, folder / "devices", files, seed=key.seed, remember_mb=remember_mb)
+    choices = DeviceChoices(setup.tiers, remember_mb=0 if key.without == REMEMBERING else None)
+    fleet = Fleet(aggregator, work, folder / "devices", files, seed=key.seed, choices=choices)
     await fleet.enrol()
     named = dict(zip(fleet.names, data, strict=True))
     return Site(setup, config, aggregator, work, fleet, named, held_out, glimpse, say)

@@ -236,6 +236,25 @@ def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
         read_corpus("clinc150", tmp_path)
 
 
+def test_a_mixed_fleet_carries_less_where_it_is_weak(tmp_path: Path, bert_bundle: Path) -> None:
+    """Real devices of two tiers: the weak ones send one block of three, at rank 2, and compute less."""
+    tiers = {"enabled": True, "blocks": [0.3], "max_rank": [2], "memory_mib": [], "step_s": []}
+    four = msgspec.structs.replace(a_setup(tmp_path, bert_bundle).sizes, cohort=4)
+    setup = msgspec.structs.replace(a_setup(tmp_path, bert_bundle, "mixed", tiers=tiers), sizes=four, tiers=(0, 1))
+    line = asyncio.run(run(setup, lambda text: None))
+    manifest = open_bundle(bert_bundle, verify=False).manifest
+    # In the first round two devices carry all of B at rank 4, and two the last block's at rank 2.
+    outs = {name: features[1] for name, features in manifest.features.items()}
+    last = sum(size for name, size in outs.items() if manifest.places[name] == len(manifest.blocks) - 1)
+    assert line.curve[0].params_up == 2 * (4 * sum(outs.values()) + 2 * last)
+    assert line.bytes_up == 4 * line.params_up + 16 * (148 + 48)
+    everyone = msgspec.structs.replace(a_setup(tmp_path, bert_bundle, "strong"), sizes=four)
+    whole = asyncio.run(run(everyone, lambda text: None))
+    # No backward pass through two blocks of three, nor a forward one where they are remembered.
+    assert line.device_gflop < 0.9 * whole.device_gflop
+    assert all(made.drift for made in line.curve)
+
+
 def test_rows_compare_with_the_reference_of_the_same_seed() -> None:
     def lines(method: str, accuracies: list[float], size: int) -> list[Line]:
         return [
