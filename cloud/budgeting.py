@@ -69,7 +69,7 @@ def _traffic(config: Config, manifest: Manifest, upload: Upload, download: Downl
         task=task.name,
         aggregation=task.aggregation,
         rank=task.rank or manifest.r_max,
-        head_trained=manifest.head.module is not None and task.head != "frozen",
+        head_trained=manifest.head.module is not None and task.shares_head,
         upload=DOWNLOAD_BITS[upload],
         download=DOWNLOAD_BITS[download],
     )

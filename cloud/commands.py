@@ -269,8 +269,12 @@ def adapter(config_path: Path, out: Path) -> None:
     Example:
       emberlora cloud adapter --config server --out adapter
     """
-    copy_published(_load(config_path).data_path, out)
+    config = _load(config_path)
+    copy_published(config.data_path, out)
     click.echo(str(out))
+    if config.task.personal:
+        own = ", ".join(config.task.personal)
+        click.echo(f"personal ({own}) is as before training in it: each device keeps its own", err=True)
 
 
 def _load(path: Path, **server: object) -> Config:

@@ -38,12 +38,18 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     head_init: Literal["bundle", "class-means"] = "bundle"  # the other costs a round, and classifies from the start
     head_init_devices: int | None = None  # updates that close the measuring round; None: devices_per_round
     head: Literal["trained", "frozen"] = "trained"  # frozen: every round sends the factors alone
+    personal: tuple[wire.Personal, ...] = ()  # trained by every device for itself, never sent: the head, the B factors
     devices_per_round: int = 4  # a round closes at once when so many updates are counted
     min_devices: int = 2  # a mean over one device would be that device's update
     round_deadline_s: float = 600.0  # slower devices are not waited for longer than this
     min_examples: int = 1  # a device with fewer stays out of the round
     weight_cap: int = 65_536  # no device weighs more than this, whatever it says it holds
     seed: int = 0
+
+    @property
+    def shares_head(self) -> bool:
+        """Whether rounds train and send the head, if the bundle has one to train."""
+        return self.head == "trained" and "head" not in self.personal
 
 
 class TrainingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -184,7 +190,7 @@ def _task_problems(task: TaskConfig) -> list[str]:
         <= task.weight_cap * task.devices_per_round
         <= 2**27,
     }
-    return [message for message, broken in rules.items() if broken] + _head_problems(task)
+    return [message for message, broken in rules.items() if broken] + _head_problems(task) + _personal_problems(task)
 
 
 def _bytes_problems(config: Config) -> list[str]:
@@ -205,6 +211,27 @@ def _head_problems(task: TaskConfig) -> list[str]:
         f"task.head_init_devices ({devices}) must be from task.min_devices ({task.min_devices}) to 16,384, so that the "
         "sum stays exact": not task.min_devices <= devices <= 2**14,
         f"task.head_init_devices is for task.head_init class-means, not {task.head_init}": task.head_init == "bundle",
+    }
+    return [message for message, broken in rules.items() if broken]
+
+
+def _personal_problems(task: TaskConfig) -> list[str]:
+    own_b = "B" in task.personal
+    rules = {
+        f"task.personal ({', '.join(task.personal)}): a part stands twice": (
+            len(set(task.personal)) < len(task.personal)
+        ),
+        "task.personal has the head, which task.head (frozen) never trains: change one of the two": (
+            "head" in task.personal and task.head == "frozen"
+        ),
+        f"task.personal has B, so that A alone is shared: task.aggregation must be a-only, got {task.aggregation}": (
+            own_b and task.aggregation != "a-only"
+        ),
+        "task.aggregation (a-only) trains A, which learns nothing from a B of zeros: task.personal must have B": (
+            not own_b and task.aggregation == "a-only"
+        ),
+        f"task.personal has B, so that the server cannot know what a module moves: task.policy must be fixed, got "
+        f"{task.policy}": own_b and task.policy != "fixed",
     }
     return [message for message, broken in rules.items() if broken]
 
@@ -272,7 +299,7 @@ SAMPLE = """\
 name = "{task}"
 bundle = "{bundle}"            # made by `emberlora export`
 policy = "fixed"               # everything; or "anneal", "kill-revive", "annealed-kill-revive", "lora-a2"
-aggregation = "alternate"      # even rounds train and send B, odd rounds A: exact; or "b-only", "both", "stack"
+aggregation = "alternate"      # B in even rounds, A in odd ones: exact; or "b-only", "a-only", "both", "stack"
 upload = "float32"             # how a change is sent; or "int8", "int4": about a quarter, an eighth of the bytes
 download = "float32"           # devices fetch what has changed; "int8" and "int4" send it in fewer bits
 rounds = 12
@@ -280,6 +307,7 @@ rank = {rank}                  # at most the bundle's r_max
 head_init = "bundle"           # or "class-means": one more round, first, makes a classifier's head from sums
 # head_init_devices = 4        # updates that close that round; left out: devices_per_round
 head = "trained"               # or "frozen": never trained and never sent, for a head that works from the start
+personal = []                  # "head", "B": every device trains its own and keeps it; with "B" aggregation "a-only"
 devices_per_round = 4          # a round closes at once when so many updates are counted …
 min_devices = 2                # … or at its deadline when at least so many are
 round_deadline_s = 600

@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from cloud.aggregate import component_movement, largest_changes, module_energies, module_movement, with_ranks
 from cloud.config import Config
@@ -115,6 +115,8 @@ def check_fit(config: Config, bundle: Bundle) -> None:
         )
     if training.products == "int8" and not all(kind.fast for kind in manifest.kinds):
         raise ConfigError(f"training.products is int8, which a bundle of base {manifest.base} has not")
+    if "head" in task.personal and manifest.head.module is None:
+        raise ConfigError("task.personal has the head, and the bundle's model has none to train")
     problems = measuring_problems(config, manifest)
     if problems:
         raise ConfigError(problems[0])
@@ -168,7 +170,7 @@ def choose_modules(
         round=training_round(config, state.round),
         rounds=config.task.rounds,
         seed=config.task.seed,
-        head_frozen=config.task.head == "frozen",
+        head_frozen=not config.task.shares_head,
         annealing=config.annealing,
         full_rank=config.task.rank,
         energies=evidence.energies,
@@ -200,7 +202,15 @@ def make_plan(
         deadline=state.deadline,
         round_key=round_key,
         min_examples=task.min_examples,
+        personal=personal_of(config, state.round),
     )
+
+
+def personal_of(config: Config, round_: int) -> tuple[wire.Personal, ...] | UnsetType:
+    """What devices train and keep in a round: nothing while they measure."""
+    parts: tuple[wire.Personal, ...] = ("head", "B")
+    found = tuple(part for part in parts if part in config.task.personal)
+    return UNSET if measures(config, round_) or not found else found
 
 
 def training_of(config: Config, bundle: Bundle, round_: int, choice: Choice) -> wire.Training:

@@ -15,7 +15,6 @@ from cloud import planning
 from cloud.budgeting import with_budget
 from cloud.config import Config
 from cloud.kept import read_kept
-from cloud.planner import Choice
 from cloud.quantising import with_quantisation
 from cloud.rounds import TaskState
 from cloud.store import RoundRecord
@@ -69,7 +68,10 @@ def _replayed(
         past = planning.past_rounds(opened[:number], evidence)
         choice = planning.choose_modules(config, bundle, state, evidence, past)
         training = planning.training_of(config, bundle, plan.round, choice)
-        again = msgspec.structs.replace(plan, modules=choice.modules, head_alive=choice.head_alive, training=training)
+        personal = planning.personal_of(config, plan.round)
+        again = msgspec.structs.replace(
+            plan, modules=choice.modules, head_alive=choice.head_alive, training=training, personal=personal
+        )
         again = with_quantisation(config, bundle, again, past)
         sides = [(module.alive, module.trained_rank, features[module.name]) for module in plan.modules]
         yield ReplayedRound(
@@ -78,16 +80,18 @@ def _replayed(
             lowest_rank=min(module.rank for module in plan.modules),
             highest_rank=max(module.rank for module in plan.modules),
             state=plan.state,
-            differences=(*_differences(plan, choice, training.mu), *_range_differences(bundle, plan, again)),
+            differences=(*_differences(plan, again), *_range_differences(bundle, plan, again)),
         )
 
 
-def _differences(plan: wire.Plan, choice: Choice, mu: float) -> Iterator[str]:
-    if plan.head_alive != choice.head_alive:
-        yield f"head: signed {_alive(plan.head_alive)}, replayed {_alive(choice.head_alive)}"
-    if plan.training.mu != mu:
-        yield f"mu: signed {plan.training.mu:g}, replayed {mu:g}"
-    for signed, wanted in zip(plan.modules, choice.modules, strict=True):
+def _differences(plan: wire.Plan, again: wire.Plan) -> Iterator[str]:
+    if plan.head_alive != again.head_alive:
+        yield f"head: signed {_alive(plan.head_alive)}, replayed {_alive(again.head_alive)}"
+    if plan.personal_parts != again.personal_parts:
+        yield f"personal: signed {_parts(plan)}, replayed {_parts(again)}"
+    if plan.training.mu != again.training.mu:
+        yield f"mu: signed {plan.training.mu:g}, replayed {again.training.mu:g}"
+    for signed, wanted in zip(plan.modules, again.modules, strict=True):
         if signed != wanted:
             yield f"{signed.name}: signed {_module(signed)}, replayed {_module(wanted)}"
 
@@ -113,6 +117,10 @@ def _ranges(bundle: Bundle, plan: wire.Plan) -> dict[str, float]:
 def _module(module: wire.ModulePlan) -> str:
     some = "" if module.trained is msgspec.UNSET else f" components {', '.join(map(str, module.trained))}"
     return f"rank {module.rank} alive {module.alive or 'none'}{some}"
+
+
+def _parts(plan: wire.Plan) -> str:
+    return ", ".join(plan.personal_parts) or "nothing"
 
 
 def _alive(alive: bool) -> str:

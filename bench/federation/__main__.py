@@ -17,7 +17,7 @@ import msgspec
 
 from bench.errors import RequestError
 from bench.federation.lines import Key, Line, append_line, read_lines
-from bench.federation.methods import METHODS, RANK, WITHOUT
+from bench.federation.methods import METHODS, RANK, VARIED, WITHOUT, Table, resolved
 from bench.federation.site import Setup
 from bench.federation.workloads import MAX_TOKENS, NATURAL, WORKLOADS
 from edge_runtime.wire import Products
@@ -37,7 +37,7 @@ class Bench:
     out: Path
     threads: int
     products: Products
-    extra: Mapping[str, Mapping[str, object]]
+    extra: Mapping[str, Table]
 
     def run(self, key: Key) -> Line | str:
         """The line of a run, or why there is none."""
@@ -53,7 +53,7 @@ class Bench:
             sizes=workload.quick if key.quick else workload.sizes,
             threads=self.threads,
             products=self.products,
-            extra={name: dict(keys) for name, keys in self.extra.items()},
+            extra=resolved(self.extra, workload.reference_bytes),
         )
         path = folder / "setup.json"
         path.write_bytes(msgspec.json.encode(setup))
@@ -236,6 +236,8 @@ def main(
         raise click.UsageError(
             f"--without {without}: expected --set, or --method annealed-kill-revive and a known name"
         )
+    if without and not settings:
+        budgets = budgets or (VARIED,)
     bench = Bench(data, out, threads, products, _extra(settings) if settings else dict(WITHOUT.get(without, {})))
     try:
         wanted = keys_of(Choice(datasets, tuple(map(_alpha, alphas)), methods, budgets, seeds), without, quick=quick)

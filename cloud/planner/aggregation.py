@@ -4,6 +4,8 @@ A device k of weight p_k holds the product B_k·A_k at the end of a round; the a
 
 - ``alternate`` (RoLoRA): B, then A, and so on; the other factor is the same on every device. Exact, and half the bytes.
 - ``b-only`` (FFA-LoRA, arXiv 2403.12313): B always. Exact; A stays as it began.
+- ``a-only`` (FedSA-LoRA, arXiv 2410.01463): A always, while each device trains a B of its own that it keeps. Exact for
+  A; a mean of the products is not asked for.
 - ``both`` (FedIT, arXiv 2305.05644): both factors, each averaged by itself. **Inexact**: mean(B)·mean(A) lacks
   Σ p_k (B_k − B̄)(A_k − Ā). It is here to be compared with.
 - ``stack`` (FLoRA, FlexLoRA): both factors, and the mean of the products, cut to the module's rank; see
@@ -22,6 +24,7 @@ Alive = Literal["A", "B", "AB"]
 AGGREGATIONS: dict[str, tuple[Alive, ...]] = {
     "alternate": ("B", "A"),
     "b-only": ("B",),
+    "a-only": ("A",),
     "both": ("AB",),
     "stack": ("AB",),
 }

@@ -123,6 +123,7 @@ def plan_bytes(traffic: Traffic, modules: Sequence[wire.ModulePlan]) -> int:
         deadline=_LONGEST,
         round_key="0" * 64,
         min_examples=small,
+        personal=("head",),
         quantisation=msgspec.UNSET if traffic.upload == 32 else wire.Quantisation(traffic.upload, (_LONGEST,) * blocks),
     )
     return _SIGNATURE_BYTES + len(msgspec.json.encode(plan))

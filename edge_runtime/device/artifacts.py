@@ -25,8 +25,9 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What to do with the bundle in ``folder``, whose manifest must have ``digest``.
 
     manifest: read it, its files need not be there. bundle: verify every file. adapter: check the adapter's tensors
-    against ``ranks``. publish: check, then write ``out`` as a peft folder. patch: turn ``adapter``, that of round
-    ``since``, into the one of ``round`` with digest ``makes`` and write it to ``out``.
+    against ``ranks``. publish: check, put over it what the device keeps for itself, write ``out`` as a peft folder.
+    patch: turn ``adapter``, that of round ``since``, into the one of ``round`` with digest ``makes`` and write it to
+    ``out``.
     """
 
     action: Literal["manifest", "bundle", "adapter", "publish", "patch"]
@@ -39,6 +40,8 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     since: int = -1
     round: int = -1
     makes: str = ""
+    personal: str = ""  # file of what the device keeps for itself
+    parts: tuple[str, ...] = ()  # what the plan says of it
 
 
 class FileOf(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,10 +53,11 @@ class FileOf(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``error`` is empty when all is well; ``files`` answers the action "manifest"."""
+    """``error`` is empty when all is well; ``files`` answers "manifest"; ``notices`` are lines for the user."""
 
     error: str = ""
     files: tuple[FileOf, ...] = ()
+    notices: tuple[str, ...] = ()
 
 
 def handle(request: Request) -> Reply:
@@ -67,7 +71,7 @@ def handle(request: Request) -> Reply:
             files = bundle.manifest.files.items()
             return Reply(files=tuple(FileOf(name, entry.sha256, entry.bytes) for name, entry in files))
         if request.action in ("adapter", "publish"):
-            _adapter(bundle.manifest, request)
+            return Reply(notices=_adapter(bundle.manifest, request))
         if request.action == "patch":
             _patch(bundle.manifest, request)
     except (BundleError, PatchError) as error:
@@ -75,7 +79,7 @@ def handle(request: Request) -> Reply:
     return Reply()
 
 
-def _adapter(manifest: Manifest, request: Request) -> None:
+def _adapter(manifest: Manifest, request: Request) -> tuple[str, ...]:
     from edge_runtime.bundle import (
         TensorFileError,
         adapter_ranks,
@@ -84,6 +88,7 @@ def _adapter(manifest: Manifest, request: Request) -> None:
         map_tensors,
         write_peft_folder,
     )
+    from edge_runtime.training.personal import read_personal
 
     what = f"adapter {Path(request.adapter).stem[:12]}"
     tensors = map_tensors(Path(request.adapter))
@@ -94,10 +99,13 @@ def _adapter(manifest: Manifest, request: Request) -> None:
     ranks = request.ranks or adapter_ranks(manifest, tensors)
     _check_modules(manifest, ranks, request, what)
     check_tensors(tensors, adapter_shapes(manifest, ranks), what=what)
-    if request.action == "publish":
-        out = Path(request.out)
-        shutil.rmtree(out, ignore_errors=True)
-        write_peft_folder(out, manifest, tensors)
+    if request.action != "publish":
+        return ()
+    own = read_personal(Path(request.personal), request.parts, manifest, ranks)
+    out = Path(request.out)
+    shutil.rmtree(out, ignore_errors=True)
+    write_peft_folder(out, manifest, tensors | own.tensors)
+    return own.notices
 
 
 def _patch(manifest: Manifest, request: Request) -> None:

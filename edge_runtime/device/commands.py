@@ -230,7 +230,8 @@ class StatusReport(msgspec.Struct, frozen=True):
     bytes_up: int
     bytes_down: int
     bundle: str
-    published: str | None  # peft folder
+    published: str | None  # peft folder, with the personal parameters
+    personal: str | None  # file with the parameters that never leave this device
     data: tuple[str, ...]
     evaluation: tuple[str, ...]
 
@@ -266,6 +267,7 @@ def status(*, home: Path, as_json: bool) -> None:
             bytes_down=state.bytes_down,
             bundle=state.bundle,
             published=str(place.published_folder) if place.published() else None,
+            personal=str(place.personal) if place.personal.exists() else None,
             data=settings.data,
             evaluation=settings.evaluation,
         )
@@ -285,6 +287,7 @@ def _status_text(report: StatusReport, state: DeviceState) -> str:
         "data": ", ".join(report.data) or "none yet: pass --data FILE to 'emberlora edge run'",
         "evaluation": ", ".join(report.evaluation),
         "adapter": report.published or "",
+        "personal": report.personal or "",
         "home": report.home,
     }
     if report.pending_round is not None:
@@ -297,7 +300,8 @@ def _status_text(report: StatusReport, state: DeviceState) -> str:
 def leave(*, home: Path) -> None:
     """Leave the task; the aggregator forgets this device's key.
 
-    Identity, position and unsent updates are removed here; downloads and a published adapter stay.
+    Identity, position, unsent updates and personal parameters are removed here; downloads and a published adapter
+    stay.
 
     \b
     Example:

@@ -33,6 +33,9 @@ class JsonDisplay:
         """Nothing to do."""
 
 
+_PERSONAL = {"head": "the classifier's head", "B": "factor B"}
+
+
 class TerminalDisplay:
     """A line per round, and a step bar while training when the output is a terminal."""
 
@@ -75,14 +78,12 @@ class TerminalDisplay:
         if isinstance(event, events.Started):
             return f"{event.device} takes part in task {event.task} at {event.server}"
         if isinstance(event, events.Planned):
-            return f"{self._name(event.round)}: measuring class means" if event.state == "measure" else ""
+            return self._planned_line(event)
         if isinstance(event, events.Fetched):
             what = "the last adapter" if self._state == "finished" else self._name(event.round)
             return f"{what}: {size(event.bytes)} fetched" if event.bytes else ""
         if isinstance(event, events.Noticed):
-            new = event.text not in self._noticed  # the same data says the same in every round
-            self._noticed.add(event.text)
-            return event.text if new else ""
+            return self._once(event.text)  # the same data says the same in every round
         if isinstance(event, events.Uploaded):
             return self._round_line(event)
         if isinstance(event, events.Skipped):
@@ -94,6 +95,20 @@ class TerminalDisplay:
             both = f"{size(event.bytes_up)} sent, {size(event.bytes_down)} received"
             return f"the task is finished ({both}); its adapter: {event.folder}"
         return ""
+
+    def _planned_line(self, event: events.Planned) -> str:
+        if event.state == "measure":
+            return f"{self._name(event.round)}: measuring class means"
+        if not event.personal:
+            return ""
+        what = " and ".join(_PERSONAL[part] for part in event.personal)
+        return self._once(f"trained on this device and never sent: {what}")
+
+    def _once(self, text: str) -> str:
+        """The text the first time, then nothing."""
+        new = text not in self._noticed
+        self._noticed.add(text)
+        return text if new else ""
 
     def _round_line(self, event: events.Uploaded) -> str:
         parts = [f"{self._name(event.round)}: update sent, {size(event.bytes)}, weight {event.weight}"]

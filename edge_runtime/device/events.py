@@ -29,6 +29,7 @@ class Planned(DeviceEvent, frozen=True, tag="plan"):
     factors: int  # two for every module
     head_alive: bool
     adapter_bytes: int
+    personal: tuple[str, ...] = ()  # what this device trains and keeps: "head", "B"
 
 
 class Fetched(DeviceEvent, frozen=True, tag="fetched"):

@@ -8,8 +8,10 @@ bundles/<digest>/           the verified bundle
 adapters/<digest>.safetensors
 outbox/round-N.sealed|json  an update that is not acknowledged yet
 outbox/round-N.residual     what will be left unsent once it is
+outbox/round-N.personal     what the device will keep for itself once it is
 residual.safetensors        what the acknowledged updates left unsent, where plans quantise
 remembered.hidden           what the blocks below all that is trained make of the data; a cache       (0600)
+personal.safetensors        trained parameters that never leave this device, where plans leave it any
 work/                       what the training child writes; emptied after every round
 published/                  the final adapter as a peft folder
 lock
@@ -29,7 +31,7 @@ from pathlib import Path
 from edge_runtime.device.errors import HomeLockedError, NotEnrolledError, NotPublishedError
 from edge_runtime.device.files import make_folder, read_record, sync_folder, write_bytes, write_record
 from edge_runtime.device.records import DeviceState, Identity, Published, Settings
-from edge_runtime.training.job import REMEMBERED_NAME, RESIDUAL_NAME
+from edge_runtime.training.job import CARRIED_NAMES, PERSONAL_NAME, REMEMBERED_NAME, RESIDUAL_NAME
 
 
 class Home:
@@ -57,6 +59,11 @@ class Home:
     def remembered(self) -> Path:
         """What frozen blocks make of the device's examples, from round to round; may be removed at any time."""
         return self.folder / REMEMBERED_NAME
+
+    @property
+    def personal(self) -> Path:
+        """Trained parameters that never leave this device; there once a round that has such was acknowledged."""
+        return self.folder / PERSONAL_NAME
 
     @property
     def published_folder(self) -> Path:
@@ -149,8 +156,8 @@ class Home:
                     path.unlink(missing_ok=True)
 
     def forget(self) -> None:
-        """Remove identity, position and what is unsent: what makes this home one device. Downloads stay."""
-        for name in ("identity.json", "state.json", RESIDUAL_NAME, REMEMBERED_NAME):
+        """Remove what makes this home one device: identity, position, what is unsent or personal. Downloads stay."""
+        for name in ("identity.json", "state.json", REMEMBERED_NAME, *CARRIED_NAMES):
             (self.folder / name).unlink(missing_ok=True)
         for folder in (self.outbox, self.work, self.folder / "plans"):
             shutil.rmtree(folder, ignore_errors=True)

@@ -31,7 +31,6 @@ from edge_runtime.device.trainer import Trainer
 from edge_runtime.device.transport import Transport
 from edge_runtime.training.job import (
     FRAME_NAME,
-    RESIDUAL_NAME,
     Done,
     Evaluated,
     Event,
@@ -217,6 +216,7 @@ class Device:
             remember_mb=self._options.remember_mb,
             remembered=str(self._home.remembered),
             residual=str(self._home.residual),
+            personal=str(self._home.personal),
             rounding_seed=int.from_bytes(self._tools.host.entropy(8), "big"),
         )
         try:
@@ -244,7 +244,7 @@ class Device:
             self._skip(plan.round, problem_for(error).name, str(error))
             return
         pending = pending_for(plan.task, plan.round, signed.digest, sealed=sealed, weight=result.weight)
-        self._outbox.add(pending, sealed, residual=work / RESIDUAL_NAME)
+        self._outbox.add(pending, sealed, carried=work)
 
     async def _upload(self, pending: Pending) -> None:
         try:
@@ -257,7 +257,7 @@ class Device:
             # Training again would send other bytes for a round the server may have counted already.
             self._skip(pending.round, "damaged", str(error))
         else:
-            self._outbox.keep_residual(pending.round, self._home.residual)  # first: see the outbox
+            self._outbox.keep_carried(pending.round, self._home.folder)  # first: see the outbox
             self._end_round(done(self._state, pending.round, counted=True), pending.round)
             self._tools.report(events.Uploaded(pending.round, pending.bytes, receipt.weight))
 
@@ -266,10 +266,11 @@ class Device:
         bundle, adapter = await self._fetch(signed)
         folder = self._home.published_folder
         staging = folder.with_name(folder.name + ".partial")
-        await demand(
-            self._tools.inspector,
-            Request("publish", str(bundle), plan.bundle, str(adapter), plan.ranks, str(staging)),
-        )
+        request = Request("publish", str(bundle), plan.bundle, str(adapter), plan.ranks, str(staging))
+        own = {"personal": str(self._home.personal), "parts": plan.personal_parts}
+        reply = await demand(self._tools.inspector, msgspec.structs.replace(request, **own))
+        for text in reply.notices:
+            self._tools.report(events.Noticed(text))
         write_record(staging / "published.json", Published(plan.task, plan.round, plan.bundle, plan.adapter))
         shutil.rmtree(folder, ignore_errors=True)
         staging.replace(folder)
@@ -324,6 +325,7 @@ def _planned(signed: SignedPlan) -> events.Planned:
         factors=2 * len(plan.modules),
         head_alive=plan.head_alive,
         adapter_bytes=plan.adapter_bytes,
+        personal=plan.personal_parts,
     )
 
 

@@ -3,11 +3,12 @@
 Sealing is randomised, so a repeated upload must send the very bytes of the first one: they are durable before the
 first of them leaves. ``round-N.json`` is written after ``round-N.sealed``; without it there is nothing to send.
 
-A quantised update comes with ``round-N.residual``, what it leaves out. That replaces the home's residual once the
-update is acknowledged, and not before: an update that does not count is lost whole, and what earlier ones left out is
-still owed. It takes its place before the state says that the round is done. After a crash in between the update is sent
-again, the server answers with the first receipt, and nothing is left to move: a residual replaces another and is never
-added to one.
+An update may come with what its training carries over to later rounds: ``round-N.residual`` is what a quantised one
+leaves out, ``round-N.personal`` what the device keeps for itself. These replace the home's once the update is
+acknowledged, and not before: an update that does not count is lost whole, and what earlier ones left out is still owed.
+They take their places before the state says that the round is done. After a crash in between the update is sent again,
+the server answers with the first receipt, and what is left to move is moved: a file replaces another and is never added
+to one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from edge_runtime.device.errors import CorruptFileError
 from edge_runtime.device.files import file_digest, make_folder, read_record, sync_folder, write_bytes, write_record
 from edge_runtime.device.records import Pending
+from edge_runtime.training.job import CARRIED_NAMES
 
 
 class Outbox:
@@ -35,19 +37,20 @@ class Outbox:
         rounds = sorted(self._rounds())
         return read_record(self._folder / f"round-{rounds[0]}.json", Pending) if rounds else None
 
-    def add(self, pending: Pending, sealed: bytes, *, residual: Path | None = None) -> None:
+    def add(self, pending: Pending, sealed: bytes, *, carried: Path | None = None) -> None:
         """Make an update durable; when this returns it survives any crash.
 
         Args:
             pending: Its record.
             sealed: Its bytes.
-            residual: A durable file of what it leaves out, which is moved here; None, or no such file: nothing.
+            carried: Folder with durable files of what it carries over, which are moved here; None: nothing.
         """
         make_folder(self._folder)
-        self._residual(pending.round).unlink(missing_ok=True)  # of a training that a crash ended here
-        if residual is not None and residual.exists():
-            residual.chmod(0o600)
-            residual.replace(self._residual(pending.round))
+        for name in CARRIED_NAMES:
+            self._carried(pending.round, name).unlink(missing_ok=True)  # of a training that a crash ended here
+            if carried is not None and (carried / name).exists():
+                (carried / name).chmod(0o600)
+                (carried / name).replace(self._carried(pending.round, name))
         write_bytes(self._folder / f"round-{pending.round}.sealed", sealed)
         write_record(self._folder / f"round-{pending.round}.json", pending)
 
@@ -63,23 +66,25 @@ class Outbox:
             raise CorruptFileError(f"{path}: damaged: expected SHA-256 {pending.digest}, got {found}")
         return path
 
-    def keep_residual(self, round_: int, place: Path) -> None:
-        """Let what an acknowledged update left out replace what was left before; doing so twice is fine."""
-        residual = self._residual(round_)
-        if residual.exists():
-            residual.replace(place)
-            sync_folder(place.parent)
+    def keep_carried(self, round_: int, folder: Path) -> None:
+        """Let what an acknowledged update carries over replace what ``folder`` has of it; doing so twice is fine."""
+        for name in CARRIED_NAMES:
+            file = self._carried(round_, name)
+            if file.exists():
+                file.replace(folder / name)
+                sync_folder(folder)
 
     def remove(self, round_: int) -> None:
         """Forget an update; doing so twice is fine."""
         (self._folder / f"round-{round_}.json").unlink(missing_ok=True)
         (self._folder / f"round-{round_}.sealed").unlink(missing_ok=True)
-        self._residual(round_).unlink(missing_ok=True)
+        for name in CARRIED_NAMES:
+            self._carried(round_, name).unlink(missing_ok=True)
         if self._folder.exists():
             sync_folder(self._folder)
 
-    def _residual(self, round_: int) -> Path:
-        return self._folder / f"round-{round_}.residual"
+    def _carried(self, round_: int, name: str) -> Path:
+        return self._folder / f"round-{round_}.{Path(name).stem}"
 
     def _rounds(self) -> list[int]:
         if not self._folder.exists():

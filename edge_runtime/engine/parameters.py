@@ -59,7 +59,12 @@ class AdapterParameters:
 
     def change(self) -> Flat:
         """What training has changed, shape (layout.count,)."""
-        changed = self.flat.copy()
-        for name, view in self.layout.split(changed).items():
-            np.subtract(view, self.origin[name], out=view)
+        return self.change_of(self.layout)
+
+    def change_of(self, layout: Layout) -> Flat:
+        """What training has changed of the tensors of another layout, shape (layout.count,): some of those trained."""
+        changed: Flat = np.empty(layout.count, dtype=np.float32)
+        values = self.layout.split(self.flat)
+        for name, view in layout.split(changed).items():
+            np.subtract(values[name], self.origin[name], out=view)
         return changed

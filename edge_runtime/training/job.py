@@ -2,8 +2,9 @@
 
 The child is ``python -m edge_runtime.training.child JOB.json``. It reads a :class:`TrainingJob`, prints one event of
 ``Event`` a line as JSON on standard output, and writes ``update.frame`` into the job's ``out`` folder before it prints
-:class:`Done`; where the plan quantises also ``residual.safetensors``, what the frame leaves out. Training runs in a
-child so that its memory returns to the system between rounds, and so that the resident process never loads the engine.
+:class:`Done`; where the plan quantises also ``residual.safetensors``, what the frame leaves out, and where it leaves
+parameters to the device ``personal.safetensors``, those. Training runs in a child so that its memory returns to the
+system between rounds, and so that the resident process never loads the engine.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from edge_runtime.wire.update import LocalMetrics
 FRAME_NAME = "update.frame"
 REMEMBERED_NAME = "remembered.hidden"
 RESIDUAL_NAME = "residual.safetensors"
+PERSONAL_NAME = "personal.safetensors"
+CARRIED_NAMES = (RESIDUAL_NAME, PERSONAL_NAME)  # what a device carries over to later rounds
 
 
 class TrainingJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -37,6 +40,7 @@ class TrainingJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     )
     remembered: str | None = None  # file: the same from round to round; None: forgotten when the training ends
     residual: str | None = None  # file: what updates before did not say; None, or no such file: nothing
+    personal: str | None = None  # file: what this device keeps for itself; None, or no such file: nothing yet
     rounding_seed: int = 0  # for stochastic rounding; of the device's own entropy, so that no two devices round alike
 
 

@@ -3,19 +3,18 @@
 Rounding is unbiased: a value between two codes becomes the upper one with a chance equal to its distance from the lower
 one, so that the mean over many devices loses nothing but noise. What a device did not send, because it was rounded or
 beyond the range, is added to its change of the next round in which the tensor is alive (Seide et al. 2014; Karimireddy
-et al., arXiv 1901.09847). Pure, but for :func:`read_residual`.
+et al., arXiv 1901.09847). Pure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.bundle import Array, TensorFileError, map_tensors
+from edge_runtime.bundle import Array
 from edge_runtime.wire import Layout
 from edge_runtime.wire.codes import largest_code
 
@@ -76,33 +75,3 @@ def stochastic_codes(scaled: Double, most: int, rng: np.random.Generator) -> Dou
     clipped = np.clip(scaled, -most, most)
     low = np.floor(clipped)
     return low + (rng.random(clipped.shape) < clipped - low)
-
-
-def fitting_residual(
-    residual: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, Array], tuple[str, ...]]:
-    """What of a residual still belongs to an adapter, and the names of what does not.
-
-    A module whose rank changed has other components than before, so what is left of the old ones means nothing.
-
-    Args:
-        residual: By tensor name.
-        shapes: Of every tensor of the adapter, dead ones too.
-    """
-    fitting = {name: array for name, array in residual.items() if shapes.get(name) == array.shape}
-    return fitting, tuple(sorted(set(residual) - set(fitting)))
-
-
-def read_residual(path: Path) -> dict[str, Array]:
-    """The residual that an acknowledged update left; empty where there is no such file.
-
-    Raises:
-        TensorFileError: the file is damaged: no tensors, or not of finite float32.
-    """
-    if not path.exists():
-        return {}
-    tensors = map_tensors(path)
-    for name, array in tensors.items():
-        if array.dtype != np.float32 or not np.isfinite(array).all():
-            raise TensorFileError(f"{path.name}: {name[:200]}: expected finite float32")
-    return tensors

@@ -22,14 +22,27 @@ from edge_runtime.bundle import (
 )
 from edge_runtime.bundle.atomic import write_atomically
 from edge_runtime.data import Dataset
+from edge_runtime.engine.errors import DivergedError
 from edge_runtime.engine.interface import Score
 from edge_runtime.engine.parameters import AdapterParameters
 from edge_runtime.engine.remembered import RememberedHidden, memory_limit
+from edge_runtime.training.carried import fitting, read_carried, some
 from edge_runtime.training.class_means import measure
-from edge_runtime.training.job import RESIDUAL_NAME, Done, Evaluated, Event, MeasuredPart, Notice, Stepped, TrainingJob
+from edge_runtime.training.job import (
+    PERSONAL_NAME,
+    RESIDUAL_NAME,
+    Done,
+    Evaluated,
+    Event,
+    MeasuredPart,
+    Notice,
+    Stepped,
+    TrainingJob,
+)
 from edge_runtime.training.local import Course, Trained, evaluate, train
 from edge_runtime.training.memory import MemorySampler
-from edge_runtime.training.quantise import Flat, fitting_residual, quantise, read_residual
+from edge_runtime.training.personal import Personal, read_personal, trained_personal
+from edge_runtime.training.quantise import Flat, quantise
 from edge_runtime.training.session import WorkingBundle
 from edge_runtime.wire import Layout, LocalMetrics, Plan, Update, check_values, encode_update, open_plan
 
@@ -52,7 +65,8 @@ def run_round(
 ) -> tuple[bytes, Done]:
     """Evaluate the plan's adapter, train the alive parameters or measure class means, and make the frame.
 
-    Where the plan quantises, what the frame leaves out is written into the job's folder.
+    Where the plan quantises, what the frame leaves out is written into the job's folder, and so is what the device
+    keeps for itself. Its own parameters stand in the adapter that is evaluated and trained.
 
     Args:
         job: Files, all verified by the parent; the plan's signature is checked again because it costs nothing.
@@ -74,10 +88,12 @@ def run_round(
         work = open_work(bundle, plan, job)
         adapter = map_tensors(Path(job.adapter))
         check_tensors(adapter, adapter_shapes(bundle.manifest, plan.ranks), what="adapter")
+        personal = _personal(work, plan, job, emit)
+        adapter |= personal.tensors
         dataset = _load(work, job.data, plan, job, emit)
         score = _evaluate(work, adapter, plan, job, emit)
         make = _measure if plan.state == "measure" else _train
-        made = make(work, adapter, dataset, _Errand(plan, job, emit))
+        made = make(work, adapter, dataset, _Errand(plan, job, emit, personal))
     metrics = _metrics(made.trained, score, memory, time.perf_counter() - began)
     values = made.values
     check_values(values, dataset.weight, plan.update)
@@ -95,6 +111,7 @@ class _Errand:
     plan: Plan
     job: TrainingJob
     emit: Callable[[Event], None]
+    personal: Personal
 
 
 @dataclass(frozen=True)
@@ -108,12 +125,33 @@ class _Made:
 
 def _train(work: WorkingBundle, adapter: dict[str, Array], dataset: Dataset, errand: _Errand) -> _Made:
     plan, emit = errand.plan, errand.emit
-    parameters = AdapterParameters(adapter, work.plan_layout(plan))
+    parameters = AdapterParameters(adapter, work.trained_layout(plan))
     course = _course(work, dataset, plan, errand.job)
     trained = train(work.engine, parameters, course, on_step=lambda step, steps, loss: emit(Stepped(step, steps, loss)))
     if course.remembered is not None and course.remembered.trouble:
         emit(Notice(course.remembered.trouble))
-    return _Made(parameters.layout, parameters.change(), trained)
+    _keep_personal(parameters, errand)
+    layout = work.plan_layout(plan)
+    return _Made(layout, parameters.change_of(layout), trained)
+
+
+def _personal(work: WorkingBundle, plan: Plan, job: TrainingJob, emit: Callable[[Event], None]) -> Personal:
+    file = Path(job.personal) if job.personal else None
+    found = read_personal(file, plan.personal_parts, work.bundle.manifest, plan.ranks)
+    for text in found.notices:
+        emit(Notice(text))
+    return found
+
+
+def _keep_personal(parameters: AdapterParameters, errand: _Errand) -> None:
+    """Write what the device keeps for itself; the shared part is checked where the frame is made."""
+    if not errand.personal.names:
+        return
+    kept = trained_personal(errand.personal, parameters.tensors, parameters.alive)
+    broken = sorted(name for name, array in kept.items() if not np.isfinite(array).all())
+    if broken:
+        raise DivergedError(f"training: {broken[0]} is no longer finite: lower the learning rates")
+    write_atomically(Path(errand.job.out) / PERSONAL_NAME, [encode_tensors(kept)])
 
 
 def _measure(work: WorkingBundle, adapter: dict[str, Array], dataset: Dataset, errand: _Errand) -> _Made:
@@ -132,14 +170,13 @@ def _round_off(change: Flat, work: WorkingBundle, plan: Plan, job: TrainingJob, 
     """What of a change, and of what is left of earlier ones, is sent; writes what is left then."""
     shapes = adapter_shapes(work.bundle.manifest, plan.ranks)
     try:
-        stored = read_residual(Path(job.residual)) if job.residual else {}
+        stored = read_carried(Path(job.residual)) if job.residual else {}
     except TensorFileError as error:  # a device that never trained again would lose more than these roundings
         emit(Notice(f"what earlier updates left out is lost: {error}"))
         stored = {}
-    residual, others = fitting_residual(stored, shapes)
+    residual, others = fitting(stored, shapes)
     if others:
-        named = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-        emit(Notice(f"what earlier updates left out is dropped where ranks changed: {named}"))
+        emit(Notice(f"what earlier updates left out is dropped where ranks changed: {some(others)}"))
     layout = work.plan_layout(plan)
     for name in layout.components:  # of these, only some components are sent
         residual.setdefault(name, np.zeros(shapes[name], np.float32))

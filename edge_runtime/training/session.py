@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
+
 from edge_runtime.bundle import Array, Bundle, adapter_ranks, map_tensors, read_peft_folder
 from edge_runtime.data import Dataset, Purpose, TextEncoder, load_dataset
 from edge_runtime.engine.errors import EngineInputError
@@ -104,6 +106,21 @@ class WorkingBundle:
         manifest = self.bundle.manifest
         head = manifest.head_shapes if plan.head_alive else {}
         return layout_of(plan.modules, manifest.features, head, plan.quantisation or None)
+
+    def trained_layout(self, plan: Plan) -> Layout:
+        """The layout of what a device trains for a plan: what its update holds, and what of that it keeps instead.
+
+        Raises:
+            PlanFormatError: see :meth:`plan_layout`.
+        """
+        parts = plan.personal_parts
+        if not parts:
+            return self.plan_layout(plan)
+        modules = [
+            msgspec.structs.replace(module, alive="AB") if "B" in parts and module.alive else module
+            for module in plan.modules
+        ]
+        return self.layout(modules, head_alive=plan.head_alive or "head" in parts)
 
     def all_alive(self, adapter: Mapping[str, Array]) -> AdapterParameters:
         """Parameters with both factors of every module and the head alive, at the adapter's own ranks."""

@@ -58,6 +58,7 @@ from edge_runtime.wire.names import check_name
 from edge_runtime.wire.patch import PatchHead, adapter_layout, decode_patch, encode_patch, fewest_bits
 from edge_runtime.wire.plan import (
     ModulePlan,
+    Personal,
     Plan,
     Products,
     SignedPlan,
@@ -93,6 +94,7 @@ __all__ = [
     "PatchHead",
     "PatchPlanError",
     "PatchValueError",
+    "Personal",
     "Plan",
     "PlanError",
     "PlanFormatError",

@@ -25,6 +25,7 @@ SCHEMA = 1
 MAX_PLAN_BYTES = 1 << 20
 _SIGNATURE_BYTES = 64
 _CONTEXT = b"emberlora plan 1\0"
+_PERSONAL = (msgspec.UNSET, ("head",), ("B",), ("head", "B"))  # one spelling for one meaning
 
 
 class _Versioned(msgspec.Struct):
@@ -34,6 +35,7 @@ class _Versioned(msgspec.Struct):
 
 
 Products = Literal["exact", "int8"]
+Personal = Literal["head", "B"]
 
 
 class ModulePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -122,6 +124,14 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tier: int = 0
     # How updates are sent; left out: as float32. Devices from before this field obey such plans.
     quantisation: Quantisation | msgspec.UnsetType = msgspec.UNSET
+    # What a device trains beside what is alive, and keeps: the trained head, factor B of every living module. Left out:
+    # nothing. Devices from before this field obey such plans.
+    personal: tuple[Personal, ...] | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def personal_parts(self) -> tuple[Personal, ...]:
+        """``personal`` with its default filled in."""
+        return () if self.personal is msgspec.UNSET else self.personal
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -229,6 +239,8 @@ def plan_problems(plan: Plan) -> list[str]:
         "ranges must be more than 0 and at most max_abs": any(
             not 0 < range_ <= rules.max_abs for range_ in (plan.quantisation.ranges if plan.quantisation else ())
         ),
+        "personal must be head, B, or both in this order": plan.personal not in _PERSONAL,
+        "what is personal must not be sent": _sends_personal(plan),
         "digests must be 64 hex digits": not (_is_digest(plan.bundle) and _is_digest(plan.adapter)),
     }
     return [message for message, broken in fields.items() if broken]
@@ -247,8 +259,14 @@ def _trains_some_or_all(module: ModulePlan) -> bool:
 
 
 def _trains(plan: Plan) -> bool:
-    """Whether anything is alive."""
-    return plan.head_alive or any(module.alive for module in plan.modules)
+    """Whether anything is alive or personal."""
+    return plan.head_alive or bool(plan.personal) or any(module.alive for module in plan.modules)
+
+
+def _sends_personal(plan: Plan) -> bool:
+    """Whether something that is to stay on the device is alive, and so in an update."""
+    parts = plan.personal_parts
+    return ("head" in parts and plan.head_alive) or ("B" in parts and any("B" in m.alive for m in plan.modules))
 
 
 def _is_digest(value: str) -> bool:

@@ -97,7 +97,7 @@ def tasks() -> st.SearchStrategy[Task]:
     )
 
 
-CYCLES = {"alternate": "BA", "b-only": "B", "both": ("AB",), "stack": ("AB",)}
+CYCLES = {"alternate": "BA", "b-only": "B", "a-only": "A", "both": ("AB",), "stack": ("AB",)}
 
 
 @given(tasks())

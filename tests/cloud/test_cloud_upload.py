@@ -19,7 +19,8 @@ from cloud.planner import PastRound, update_ranges
 from cloud.planning import plan_layout
 from edge_runtime import wire
 from edge_runtime.bundle import adapter_shapes, parse_tensors
-from edge_runtime.training.quantise import fitting_residual, quantise
+from edge_runtime.training.carried import fitting
+from edge_runtime.training.quantise import quantise
 from tests.cloud.test_cloud_replay import replay
 
 TRAINING = wire.Training(batch_size=1, max_tokens=8, lr_a=1e-3, lr_b=4e-3, lr_head=2e-3, epochs=2)
@@ -97,7 +98,7 @@ class Learner:
         """Send a random change for the plan; what it was rounded to."""
         layout = plan_layout(self.device.site.bundle, signed.plan)
         change = values_for(self.device.site, signed, seed) / 10
-        left, _ = fitting_residual(self.residual, adapter_shapes(self.device.site.bundle.manifest, signed.plan.ranks))
+        left, _ = fitting(self.residual, adapter_shapes(self.device.site.bundle.manifest, signed.plan.ranks))
         found = quantise(change, layout, left, rng=self.rng)
         self.residual = found.residual
         sealed = self.device.seal(signed, self.device.frame(signed, found.values))

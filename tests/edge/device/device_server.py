@@ -53,6 +53,7 @@ class Aggregator:
     def __init__(self, bundle: TinyBundle, *, rounds: int = 2, wanted: int = 1, min_examples: int = 1) -> None:
         self.bundle, self.rounds, self.wanted, self.min_examples = bundle, rounds, wanted, min_examples
         self.quantisation: wire.Quantisation | None = None  # of the plans to come
+        self.personal: tuple[wire.Personal, ...] = ()  # the same
         self.key = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
         self.faults = Faults()
         self.blobs: dict[str, bytes] = dict(bundle.blobs)
@@ -104,7 +105,7 @@ class Aggregator:
             bundle=self.bundle.digest,
             adapter=self.adapter,
             adapter_bytes=len(self.blobs[self.adapter]),
-            modules=tuple(wire.ModulePlan(name, RANK, "B") for name in MODULES),
+            modules=tuple(wire.ModulePlan(name, RANK, "A" if "B" in self.personal else "B") for name in MODULES),
             head_alive=False,
             training=wire.Training(batch_size=2, max_tokens=8, lr_a=0.1, lr_b=0.1, lr_head=0.1, steps=3),
             update=wire.UpdateRules(max_devices=8),
@@ -113,6 +114,7 @@ class Aggregator:
             round_key=self.round_key.public_key().public_bytes_raw().hex(),
             min_examples=self.min_examples,
             quantisation=self.quantisation or msgspec.UNSET,
+            personal=self.personal or msgspec.UNSET,
         )
         return msgspec.structs.replace(plan, **changes)
 

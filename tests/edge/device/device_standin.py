@@ -16,9 +16,19 @@ import msgspec
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from edge_runtime.bundle import encode_tensors, open_bundle
-from edge_runtime.training.job import FRAME_NAME, RESIDUAL_NAME, Done, Failed, Notice, Stepped, TrainingJob
-from edge_runtime.training.quantise import quantise, read_residual
+from edge_runtime.bundle import encode_tensors, map_tensors, open_bundle
+from edge_runtime.training.carried import read_carried
+from edge_runtime.training.job import (
+    FRAME_NAME,
+    PERSONAL_NAME,
+    RESIDUAL_NAME,
+    Done,
+    Failed,
+    Notice,
+    Stepped,
+    TrainingJob,
+)
+from edge_runtime.training.quantise import quantise
 from edge_runtime.wire import LocalMetrics, Update, encode_update, layout_of, open_plan
 
 WEIGHT = 5
@@ -27,7 +37,8 @@ WEIGHT = 5
 def make_frame(job: TrainingJob, weight: int = WEIGHT) -> Done:
     """Verify what the parent prepared as the real child does, and write a frame of constant change.
 
-    Where the plan quantises, it is rounded as the real child does, and what is left is written beside it.
+    Where the plan quantises, it is rounded as the real child does, and what is left is written beside it. Where B is
+    personal, the device's own grows by 0.5, and is written, too.
     """
     key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(job.plan_key))
     signed = open_plan(Path(job.plan).read_bytes(), key)
@@ -39,9 +50,14 @@ def make_frame(job: TrainingJob, weight: int = WEIGHT) -> Done:
     if layout.quantisation is not None:
         assert job.residual is not None
         rng = np.random.default_rng(job.rounding_seed)
-        found = quantise(values, layout, read_residual(Path(job.residual)), rng=rng)
+        found = quantise(values, layout, read_carried(Path(job.residual)), rng=rng)
         (Path(job.out) / RESIDUAL_NAME).write_bytes(encode_tensors(found.residual))
         values = found.values
+    if "B" in signed.plan.personal_parts:
+        assert job.personal is not None
+        own = read_carried(Path(job.personal)) or map_tensors(Path(job.adapter))
+        own = {name: array + np.float32(0.5) for name, array in own.items() if name.endswith(".lora_b")}
+        (Path(job.out) / PERSONAL_NAME).write_bytes(encode_tensors(own))
     metrics = LocalMetrics(steps=3, loss_start=2.0, loss_end=1.0, seconds=0.5)
     frame = encode_update(Update(values, max(weight, 1), metrics), signed_plan=signed, layout=layout)
     (Path(job.out) / FRAME_NAME).write_bytes(frame)

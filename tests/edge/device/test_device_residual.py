@@ -118,7 +118,7 @@ def die(*_: object, **__: object) -> None:
     ("owner", "step"),
     [
         (Outbox, "add"),  # trained, nothing is durable
-        (Outbox, "keep_residual"),  # acknowledged, the residual has not moved
+        (Outbox, "keep_carried"),  # acknowledged, the residual has not moved
         (Home, "save_state"),  # it has moved, the state does not say that the round is done
         (Outbox, "remove"),  # the state says so, the journal is still there
     ],
@@ -165,8 +165,8 @@ async def test_an_old_residual_of_the_same_round_is_not_taken_for_a_new_one(tmp_
     outbox = Outbox(tmp_path / "outbox")
     (tmp_path / "outbox").mkdir()
     (tmp_path / "outbox" / "round-3.residual").write_bytes(b"old")
-    outbox.add(pending_for("docs", 3, "a" * 64, sealed=b"x", weight=1), b"x", residual=tmp_path / "none")
-    outbox.keep_residual(3, tmp_path / "residual.safetensors")
+    outbox.add(pending_for("docs", 3, "a" * 64, sealed=b"x", weight=1), b"x", carried=tmp_path / "none")
+    outbox.keep_carried(3, tmp_path)
     assert not (tmp_path / "residual.safetensors").exists()
 
 

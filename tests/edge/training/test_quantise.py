@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.bundle import TensorFileError, encode_tensors
-from edge_runtime.training.quantise import fitting_residual, quantise, read_residual, stochastic_codes
+from edge_runtime.training.carried import fitting, read_carried
+from edge_runtime.training.quantise import quantise, stochastic_codes
 from edge_runtime.wire import Layout, Quantisation
 from edge_runtime.wire.codes import Bits, largest_code
 
@@ -121,13 +122,13 @@ def test_a_residual_of_another_shape_is_refused() -> None:
 
 def test_residuals_of_other_ranks_are_dropped_by_name() -> None:
     residual = {name: np.zeros(shape, np.float32) for name, shape in {"a": (2, 3), "b": (3, 2), "c": (2,)}.items()}
-    fitting, others = fitting_residual(residual, {"a": (2, 3), "b": (2, 2), "d": (1,)})
-    assert set(fitting) == {"a"}
+    left, others = fitting(residual, {"a": (2, 3), "b": (2, 2), "d": (1,)})
+    assert set(left) == {"a"}
     assert others == ("b", "c")
 
 
 def test_no_file_is_no_residual(tmp_path: Path) -> None:
-    assert read_residual(tmp_path / "none") == {}
+    assert read_carried(tmp_path / "none") == {}
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_no_file_is_no_residual(tmp_path: Path) -> None:
 def test_a_damaged_residual_is_named(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "residual.safetensors").write_bytes(data)
     with pytest.raises(TensorFileError, match=message):
-        read_residual(tmp_path / "residual.safetensors")
+        read_carried(tmp_path / "residual.safetensors")
 
 
 def test_what_is_left_of_components_that_are_not_trained_stays() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import msgspec
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -24,6 +25,7 @@ from edge_runtime.wire import (
     open_plan,
     parse_authorization,
     seal,
+    sign_plan,
     unseal,
 )
 
@@ -46,6 +48,10 @@ PLAN = bytes.fromhex(
     b'"round_key":"358072d6365880d1aeea329adf9121383851ed21a28e3b75e965d0d2cd166254","min_examples":1,"tier":0}'
 )
 PLAN_DIGEST = "5f1e885de64fb7a03fb8b4bcd7eedd24d90a1be968db80f7b57f774d35ca89c4"
+
+# The same plan where devices keep the head and B: the end of its text, and its digest.
+PERSONAL_END = b'"min_examples":1,"tier":0,"personal":["head","B"]}'
+PERSONAL_DIGEST = "ed7a6ee742c3e6c00eb283bcee238eab70e8869470eec80a7e5cf94986c9f99c"
 
 FRAME = bytes.fromhex(
     "454d424552555044"  # 0: "EMBERUPD"
@@ -102,6 +108,19 @@ def test_plan_bytes(plan: Plan, signed: SignedPlan, signing_key: Ed25519PrivateK
     assert signed.data == PLAN
     assert signed.digest == PLAN_DIGEST
     assert open_plan(PLAN, signing_key.public_key()) == SignedPlan(PLAN, plan, PLAN_DIGEST)
+
+
+def test_personal_plan_bytes(plan: Plan, signing_key: Ed25519PrivateKey) -> None:
+    """What is personal stands at the end, and nowhere in a plan without it."""
+    modules = tuple(msgspec.structs.replace(module, alive="A") for module in plan.modules)
+    personal = msgspec.structs.replace(plan, modules=modules, head_alive=False, personal=("head", "B"))
+    signed = sign_plan(personal, signing_key)
+    text = PLAN[64:].replace(b'"AB"', b'"A"').replace(b'"alive":"B"', b'"alive":"A"')
+    text = text.replace(b'"head_alive":true', b'"head_alive":false')
+    assert signed.data[64:] == text.replace(b'"min_examples":1,"tier":0}', PERSONAL_END)
+    assert signed.digest == PERSONAL_DIGEST
+    assert open_plan(signed.data, signing_key.public_key()).plan == personal
+    assert b"personal" not in PLAN
 
 
 def test_update_bytes(signed: SignedPlan, layout: Layout, update: Update) -> None:

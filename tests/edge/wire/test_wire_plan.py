@@ -86,6 +86,11 @@ CONTRADICTIONS = [
     ("update.weight_cap", 2**20, "63 bits"),
     ("round_key", "", "round key"),
     ("state", "measure", "a measuring plan trains nothing, quantises nothing and weighs every device 1"),
+    ("personal", [], "personal must be head, B"),  # nothing is left out
+    ("personal", ["B", "head"], "personal must be head, B"),
+    ("personal", ["head", "head"], "personal must be head, B"),
+    ("personal", ["head"], "what is personal must not be sent"),  # the plan's head is alive
+    ("personal", ["B"], "what is personal must not be sent"),
     ("bundle", "B0" * 32, "digests"),
     ("adapter", "ad", "digests"),
 ]
@@ -104,6 +109,9 @@ WRONG_FIELDS = [
     ("round", None),
     ("state", "paused"),
     ("head_alive", 1),
+    ("personal", None),
+    ("personal", "head"),
+    ("personal", ["A"]),
     ("deadline", "soon"),
 ]
 
@@ -150,7 +158,8 @@ def test_measuring_plan_trains_nothing_and_is_answered(plan: Plan, signing_key: 
     assert open_plan(sign_plan(good, signing_key).data, signing_key.public_key()).plan == good
     heavy = msgspec.structs.replace(rules, weight_cap=2, max_devices=4)
     codes = {"quantisation": Quantisation(8, (1.0, 1.0, 1.0))}
-    for change in ({"modules": plan.modules}, {"head_alive": True}, {"update": heavy}, {"round_key": ""}, codes):
+    trains = ({"modules": plan.modules}, {"head_alive": True}, {"personal": ("head",)})
+    for change in (*trains, {"update": heavy}, {"round_key": ""}, codes):
         bad = msgspec.structs.replace(good, **change)
         with pytest.raises(PlanFormatError, match="round key" if "round_key" in change else "a measuring plan trains"):
             open_plan(sign_plan(bad, signing_key).data, signing_key.public_key())
