@@ -58,7 +58,7 @@ SmolLM2-135M-Instruct (its weights restored from four bits, then float32) with L
 learns to predict what a speaker says. Twenty devices are the twenty speakers with the most text; each holds twenty
 speeches, cut at 64 tokens; five take part in a round, twelve rounds, one pass over a device's own speeches a round in
 batches of four. The last tenth of each speaker's speeches is never trained on. The loss is the mean over all tokens of
-the first six of those, in nats: less is better, and a difference below zero is in a method's favour. *Rounds to 95 %*
+the first four of those, in nats: less is better, and a difference below zero is in a method's favour. *Rounds to 95 %*
 counts until the loss has fallen by 95 % of what it falls by with `lora-r8` at its best.
 """
 _SECTIONS = ((ACCURACY, _CLASSES), (LOSS, _LOSSES))

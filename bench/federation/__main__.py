@@ -17,7 +17,7 @@ import msgspec
 
 from bench.errors import RequestError
 from bench.federation.lines import Key, Line, append_line, read_lines
-from bench.federation.methods import METHODS, RANK, VARIED, WITHOUT
+from bench.federation.methods import METHODS, RANK, VARIED, WITHOUT, Table, resolved
 from bench.federation.site import Setup
 from bench.federation.workloads import MAX_TOKENS, NATURAL, WORKLOADS
 from edge_runtime.wire import Products
@@ -37,7 +37,7 @@ class Bench:
     out: Path
     threads: int
     products: Products
-    extra: Mapping[str, Mapping[str, object]]
+    extra: Mapping[str, Table]
     tiers: tuple[int, ...] = (0,)
 
     def run(self, key: Key) -> Line | str:
@@ -54,7 +54,7 @@ class Bench:
             sizes=workload.quick if key.quick else workload.sizes,
             threads=self.threads,
             products=self.products,
-            extra={name: dict(keys) for name, keys in self.extra.items()},
+            extra=resolved(self.extra, workload.reference_bytes),
             tiers=self.tiers,
         )
         path = folder / "setup.json"

@@ -108,7 +108,7 @@ class Fleet:
         files: tuple[Path, ...],
         *,
         seed: int,
-        choices: DeviceChoices,
+        choices: DeviceChoices = DeviceChoices(),  # frozen
     ) -> None:
         self._aggregator = aggregator
         self._folder = folder

@@ -159,6 +159,7 @@ def _config(setup: Setup, folder: Path) -> Config:
         bundle=str(Path(setup.bundle).resolve()),
         seed=setup.key.seed,
         shared={**tables, "task": {**tables.get("task", {}), **fleet}},
+        reference_bytes=setup.workload.reference_bytes,
         extra=setup.extra,
     )
     path = folder / CONFIG_NAME

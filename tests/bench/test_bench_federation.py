@@ -350,7 +350,10 @@ def test_every_method_is_a_config_that_the_aggregator_takes(method: str, budget:
     tables = workload.tables(workload.sizes)
     shared = {**tables, "task": {**tables["task"], "rounds": 30, "devices_per_round": 5}}
     extra = {"task": {"rounds": 20}}
-    text = config_text(METHODS[method], budget, bundle="b", seed=3, shared=shared, extra=extra)
+    reference = workload.reference_bytes
+    text = config_text(
+        METHODS[method], budget, bundle="b", seed=3, shared=shared, reference_bytes=reference, extra=extra
+    )
     config = parse_config(text.encode(), path=tmp_path / "emberlora.toml")
     assert (config.task.head, config.task.head_init, config.task.seed) == ("frozen", "class-means", 3)
     assert config.task.rounds == 20  # what is tried out replaces what follows from the fleet
@@ -361,7 +364,9 @@ def test_every_variant_is_a_config_that_the_aggregator_takes(without: str, tmp_p
     """And, but for what devices choose, another one than that of the method."""
     method = METHODS["annealed-kill-revive"]
     texts = [
-        config_text(method, VARIED, bundle="b", seed=3, shared={"task": {"rounds": 30}}, extra=extra)
+        config_text(
+            method, VARIED, bundle="b", seed=3, shared={"task": {"rounds": 30}}, reference_bytes=10**6, extra=extra
+        )
         for extra in ({}, WITHOUT[without])
     ]
     whole, variant = (parse_config(text.encode(), path=tmp_path / "emberlora.toml") for text in texts)
