@@ -72,15 +72,27 @@ def _traffic(config: Config, manifest: Manifest, upload: Upload, download: Downl
         head_trained=manifest.head.module is not None and task.shares_head,
         upload=DOWNLOAD_BITS[upload],
         download=DOWNLOAD_BITS[download],
+        tiers=config.tiers,
+    )
+
+
+def least_budget(config: Config, manifest: Manifest) -> int:
+    """The least ``bytes_per_device_per_round`` that the config's policy can keep to."""
+    return -(-_least(config, manifest)[0] // config.task.rounds)
+
+
+def _least(config: Config, manifest: Manifest) -> tuple[int, tuple[Upload, Download]]:
+    """The least bytes of one device in all training rounds, and the way of sending with which it takes no more."""
+    task, settings = config.task, config.annealing
+    return min(
+        (least_bytes(settings, task.policy, _traffic(config, manifest, *way), task.rounds), way)
+        for way in _ways(config)
     )
 
 
 def _too_small(config: Config, manifest: Manifest) -> str:
     task, settings = config.task, config.annealing
-    needed, (upload, download) = min(
-        (least_bytes(settings, task.policy, _traffic(config, manifest, *way), task.rounds), way)
-        for way in _ways(config)
-    )
+    needed, (upload, download) = _least(config, manifest)
     per_device, total = settings.bytes_per_device_per_round, settings.total_bytes
     least = -(-needed // task.rounds) if total is None else needed * task.devices_per_round
     given = f"bytes_per_device_per_round ({per_device})" if total is None else f"total_bytes ({total})"

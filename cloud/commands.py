@@ -183,6 +183,25 @@ def status(config_path: Path, as_json: bool, watch: bool) -> None:
 @config_option
 @json_option
 @_one_line_errors
+def devices(config_path: Path, as_json: bool) -> None:
+    """Show every device: when it enrolled and was seen, rounds counted, what it measured of itself, bytes.
+
+    Figures of a device are its own word. With --json, an object a line. The server may run.
+
+    \b
+    Example:
+      emberlora cloud devices --config server
+    """
+    from cloud.devices_command import show_devices
+
+    for line in asyncio.run(show_devices(_load(config_path), as_json=as_json, now=time.time())):
+        click.echo(line)
+
+
+@cloud.command()
+@config_option
+@json_option
+@_one_line_errors
 def stop(config_path: Path, as_json: bool) -> None:
     """End the task: publish the last adapter and tell every device that it is over.
 
@@ -249,6 +268,50 @@ def plans(config_path: Path, wanted: int | None, page: Path | None, as_json: boo
 
     for line in asyncio.run(show_plans(_load(config_path), wanted, page, as_json=as_json)):
         click.echo(line)
+
+
+@cloud.command()
+@config_option
+@click.option("--html", "page", type=click.Path(path_type=Path), help="Write a page with tables and bars by device.")
+@click.option(
+    "--devices", type=click.IntRange(min=1), help="How many will take part.  [default: as many as in the pilot]"
+)
+@click.option("--rounds", type=click.IntRange(min=1), help="Rounds to train.  [default: the config's, 12 or more]")
+@click.option(
+    "--rounds-per-day",
+    type=click.FloatRange(min=0, min_open=True),
+    help="For the month's figures.  [default: 24, fewer where deadlines are longer than an hour]",
+)
+@click.option("--examples", type=click.IntRange(min=1), help="Of one device.  [default: those of the pilot]")
+@click.option(
+    "--round-minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Longest that a round may take.  [default: twice what nine of ten answers took in the pilot]",
+)
+@json_option
+@_one_line_errors
+def pilot(config_path: Path, page: Path | None, as_json: bool, **wishes: float | None) -> None:
+    """Judge a short trial: each device's link, speed, memory and grade; a budget and a schedule; go or no-go.
+
+    Run the task for two to six rounds with a few devices of every kind that will take part, then ask this; the server
+    may run. Suggested are lines for the config of the real task, which begins in a folder of its own. Nothing is
+    changed here. Ends with 0 for go, 1 for no-go, 2 for bad usage or input.
+
+    \b
+    Examples:
+      emberlora cloud pilot --config server --html pilot.html
+      emberlora cloud pilot --config server --devices 200 --examples 500 --rounds-per-day 2
+    """
+    from cloud.pilot import Wish
+    from cloud.pilot.command import find, lines
+
+    minutes = wishes.pop("round_minutes")
+    wish = msgspec.convert({**wishes, "round_s": None if minutes is None else 60 * minutes}, Wish)
+    found = asyncio.run(find(_load(config_path), wish, page))
+    for line in lines(found, as_json=as_json):
+        click.echo(line)
+    if not found.go:
+        sys.exit(1)
 
 
 def _verdict(differences: tuple[str, ...]) -> str:

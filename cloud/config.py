@@ -14,7 +14,15 @@ from typing import Literal
 import msgspec
 
 from cloud.errors import ConfigError
-from cloud.planner import AGGREGATIONS, POLICIES, Annealing, annealing_problems, bytes_problems
+from cloud.planner import (
+    AGGREGATIONS,
+    POLICIES,
+    Annealing,
+    Tiers,
+    annealing_problems,
+    bytes_problems,
+    tiers_problems,
+)
 from edge_runtime import wire
 from edge_runtime.wire.patch import PatchBits
 
@@ -66,6 +74,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight_decay: float = 0.0  # adapters are small; decay mostly slows them
     mu: float = 0.0  # FedProx pull towards the round's start; 0: none
     clip_norm: float | None = None  # None: gradients are not clipped
+    local_kill: float | None = None  # None: a device trains to the end what the plan asks for
     products: wire.Products = "exact"  # "int8" is faster; off until you have seen that your task learns as well
 
 
@@ -86,6 +95,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     task: TaskConfig
     training: TrainingConfig = TrainingConfig()
     annealing: Annealing = Annealing()  # read by the policies that anneal
+    tiers: Tiers = Tiers()
     server: ServerConfig = ServerConfig()
     folder: str = "."
 
@@ -161,6 +171,7 @@ def config_problems(config: Config) -> list[str]:
         *_training_problems(config.training),
         *(annealing_problems(config.annealing, config.task.rounds) if config.task.policy != "fixed" else []),
         *_bytes_problems(config),
+        *(_tiers_problems(config) if config.tiers.enabled else []),
         *_server_problems(config.server),
     ]
 
@@ -201,6 +212,17 @@ def _bytes_problems(config: Config) -> list[str]:
         for key, value in {"task.upload": task.upload, "task.download": task.download}.items()
         if value == "auto" and not given
     ]
+
+
+def _tiers_problems(config: Config) -> list[str]:
+    task = config.task
+    rules = {
+        "tiers.enabled needs task.aggregation alternate, b-only or both: stack makes all components of a module anew "
+        "from whole products": task.aggregation == "stack",
+        f"tiers.enabled needs task.min_devices of at least 2, got {task.min_devices}: what fewer devices carry "
+        "does not move": task.min_devices < 2,
+    }
+    return [*tiers_problems(config.tiers), *(message for message, broken in rules.items() if broken)]
 
 
 def _head_problems(task: TaskConfig) -> list[str]:
@@ -250,6 +272,8 @@ def _training_problems(training: TrainingConfig) -> list[str]:
             problems.append(f"training.{name}: expected 0 or more, got {rate}")
     if training.steps is not None and training.epochs is not None:
         problems.append("training.steps and training.epochs: give one of them, not both")
+    if training.local_kill is not None and not 0 < training.local_kill <= 1:
+        problems.append(f"training.local_kill: expected more than 0 and at most 1, got {training.local_kill}")
     if training.clip_norm is not None and not training.clip_norm > 0:
         problems.append(f"training.clip_norm: expected more than 0, got {training.clip_norm}")
     return problems
@@ -326,6 +350,7 @@ lr_schedule = "cosine"         # rates fall over the rounds to a tenth; or "cons
 weight_decay = 0.0
 mu = 0.0                       # FedProx pull towards the round's start
 # clip_norm = 1.0              # bound on the global gradient norm; left out: no clipping
+# local_kill = 0.3             # a device stops training what moves less than this share of the mean at its start
 products = "exact"             # with frozen weights; "int8" is faster, its gradients are a few per cent off
 
 [annealing]                    # read by the other policies; budgets are shares of the adapter at the task's rank
@@ -347,6 +372,13 @@ depth_end = 1.0                # falls as the budget does: devices compute no ba
 # upload int4 and download int8.
 # bytes_per_device_per_round = 500000
 # total_bytes = 24000000       # instead: of devices_per_round devices in all training rounds together
+
+[tiers]                        # of weaker devices, which train fewer and later blocks; a list has a value a tier
+enabled = false                # a device takes the weakest tier that is meant for it by what it measured of itself
+blocks = [0.5, 0.167]          # share of the blocks, the last ones, that tier 1, tier 2, … trains
+max_rank = []                  # most components a module, [4, 2] for example; empty: all the plan trains
+memory_mib = [1024, 512]       # a tier is meant for devices with less memory for training …
+step_s = [2.0, 8.0]            # … and for those whose training step takes longer; see `emberlora edge bench`
 
 [server]
 host = "127.0.0.1"

@@ -43,7 +43,7 @@ def describe(event: events.Event) -> str:
         what = "class means" if s.state == "measure" else f"loss {figure(s.loss_start)} → {figure(s.loss_end)}"
         return (
             f"round {s.round + 1} of {event.rounds} applied: {s.devices} devices · {what} · "
-            f"metric at its start {figure(s.metric)} · {size(s.bytes_up)} up · {s.seconds:.1f} s"
+            f"metric at its start {figure(s.metric)} · {size(s.bytes_up)} up · {s.seconds:.1f} s{_idle(s)}"
         )
     if isinstance(event, events.ServerStarted):
         return (
@@ -71,6 +71,15 @@ def _describe_rest(event: events.Event) -> str:
     if isinstance(event, events.WorkFailed):
         return f"failed: {event.what}: {event.detail}"
     return type(event).__name__
+
+
+def _idle(status: RoundStatus) -> str:
+    """What did not move for want of devices."""
+    if not status.idle:
+        return ""
+    parts = sum(map(len, status.idle.values()))
+    named = ", ".join(list(status.idle)[:3]) + (f" and {len(status.idle) - 3} more" if len(status.idle) > 3 else "")
+    return f" · carried by fewer than two devices, so not moved: {parts} components of {named}"
 
 
 def figure(value: float | None) -> str:
@@ -112,13 +121,16 @@ def headline(status: TaskStatus, *, now: float) -> str:
 
 def _device_table(devices: tuple[DeviceStatus, ...], *, now: float) -> Table:
     table = Table(
-        "device", "updates", "up", "down", "last seen", "trained", "memory", title="Devices", title_justify="left"
+        *("device", "updates", "tier", "up", "down", "last seen", "trained", "memory"),
+        title="Devices",
+        title_justify="left",
     )
     for device in devices:
         seen = "never" if device.last_seen is None else f"{max(now - device.last_seen, 0):.0f} s ago"
         table.add_row(
             device.name,
             str(device.updates),
+            "–" if device.tier is None else str(device.tier),
             size(device.bytes_up),
             size(device.bytes_down),
             "left" if device.left else seen,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -23,8 +24,9 @@ class Kept:
     records: Sequence[RoundRecord]
 
 
-async def read_kept(config: Config) -> Kept:
-    """Read a task's rounds.
+@contextlib.asynccontextmanager
+async def open_kept(config: Config) -> AsyncIterator[tuple[Database, Kept]]:
+    """A task's rounds, and its rows for what else is asked of them.
 
     Raises:
         DataError: the data folder holds no task, or one of another version or bundle.
@@ -39,6 +41,16 @@ async def read_kept(config: Config) -> Kept:
     database = Database(path)
     try:
         await database.call(database.open, Identity(config.task.name, bundle.digest))
-        return Kept(bundle, key, await database.call(database.rounds))
+        yield database, Kept(bundle, key, await database.call(database.rounds))
     finally:
         await database.close()
+
+
+async def read_kept(config: Config) -> Kept:
+    """Read a task's rounds.
+
+    Raises:
+        DataError, BundleError: see :func:`open_kept`.
+    """
+    async with open_kept(config) as (_, kept):
+        return kept

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -37,11 +37,15 @@ class MadeRound:
 
 @dataclass(frozen=True)
 class _Start:
-    """What a round starts from: the tensors a policy judges, what they were a round ago, what was published then."""
+    """What a round starts from: the tensors a policy judges, what they were a round ago, what was published then.
+
+    ``idle``: components that the round before was to train, and too few devices carried, by module.
+    """
 
     tensors: dict[str, Array]
     before: dict[str, Array] | None
     published: Published
+    idle: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class RoundMaker:
@@ -117,11 +121,12 @@ class RoundMaker:
         if updates is not None:  # by device: sums of floating-point numbers depend on their order
             updates = sorted(updates, key=lambda update: update.receipt.device)
             again = open_stored(work, self._blobs.sealed(updates))
-        return _Start(next_adapter(self._bundle.manifest, before, work, again), before, published)
+        moved = next_adapter(self._bundle.manifest, before, work, again)
+        return _Start(moved, before, published, work.total.idle())
 
     async def _make(self, state: TaskState, start: _Start, *, now: float) -> MadeRound:
         config, bundle = self._config, self._bundle
-        evidence = await asyncio.to_thread(planning.gather_evidence, bundle, start.tensors, start.before)
+        evidence = await asyncio.to_thread(planning.gather_evidence, bundle, start.tensors, start.before, start.idle)
         records = await self._database.call(self._database.rounds)  # the last of them is the round that ends here
         past = await asyncio.to_thread(self._past, records, evidence)
         choice = planning.choose_modules(config, bundle, state, evidence, past)

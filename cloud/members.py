@@ -6,14 +6,15 @@ The decision whether an enrolment holds is :func:`judge_enrolment`, pure; the da
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from cloud import events
 from cloud.keys import Keys
-from cloud.store import Database, DeviceRecord, TokenRecord
+from cloud.store import CapabilityRecord, Database, DeviceRecord, TokenRecord
 from edge_runtime import wire
 from edge_runtime.wire.messages import OPERATOR
 
@@ -69,6 +70,8 @@ class Members:
         self._report = report
         self._devices: dict[str, DeviceRecord] = {}
         self._traffic: dict[str, tuple[float, int]] = {}
+        self._arrivals: dict[tuple[int, str], float] = {}
+        self._refusals: Counter[tuple[str, str]] = Counter()
 
     async def start(self) -> None:
         """Read who is enrolled."""
@@ -150,40 +153,75 @@ class Members:
         self._devices[name] = replace(self._devices[name], left_at=now)
         self._report(events.DeviceLeft(name))
 
+    async def tell(self, name: str, capability: wire.Capability) -> None:
+        """Keep what a device measured of itself; the newest counts."""
+        self.saw(name)
+        await self._database.call(self._database.put_capability, name, CapabilityRecord(capability, self._clock()))
+
     def saw(self, name: str, *, sent_bytes: int = 0) -> None:
         """Note that a device was heard of and that bytes went to it; written to disk by :meth:`flush`."""
         if name in self._devices:
             _, sent = self._traffic.get(name, (0.0, 0))
             self._traffic[name] = (self._clock(), sent + sent_bytes)
 
+    def arrived(self, name: str, round_: int, seconds: float) -> None:
+        """Note how long the body of a counted update took; a clock that was set back meanwhile tells nothing."""
+        if seconds > 0:
+            self._arrivals[round_, name] = seconds
+
+    def refused(self, name: str, problem: str) -> None:
+        """Note that an update of a known device was refused, with the name of the problem."""
+        if name in self._devices:
+            self._refusals[name, problem] += 1
+
     async def flush(self) -> None:
-        """Write what :meth:`saw` noted. These figures are for people: a kill may lose the last seconds of them."""
+        """Write what was noted. These figures are for people: a kill may lose the last seconds of them."""
         traffic, self._traffic = self._traffic, {}
         if traffic:
             rows = [(name, seen, sent) for name, (seen, sent) in traffic.items()]
             await self._database.call(self._database.note_traffic, rows)
+        arrivals, self._arrivals = self._arrivals, {}
+        if arrivals:
+            await self._database.call(self._database.note_arrivals, arrivals)
+        refusals, self._refusals = self._refusals, Counter()
+        if refusals:
+            await self._database.call(self._database.note_refusals, refusals)
 
     async def statuses(self) -> tuple[wire.DeviceStatus, ...]:
         """Every device as the operator sees it, by name."""
         await self.flush()
-        records = await self._database.call(self._database.devices)
-        given = await self._database.call(self._database.contributions)
-        last = {
-            update.receipt.device: update.metrics for update in await self._database.call(self._database.last_updates)
-        }
-        nothing = wire.LocalMetrics()
-        return tuple(
-            wire.DeviceStatus(
-                name=record.name,
-                enrolled=record.enrolled,
-                last_seen=record.last_seen,
-                left=record.left_at is not None,
-                updates=given.get(record.name, (0, 0))[0],
-                bytes_up=given.get(record.name, (0, 0))[1],
-                bytes_down=record.bytes_down,
-                peak_private_mb=last.get(record.name, nothing).peak_private_mb,
-                peak_total_mb=last.get(record.name, nothing).peak_total_mb,
-                train_s=last.get(record.name, nothing).seconds,
-            )
-            for record in records
-        )
+        return await read_statuses(self._database)
+
+
+async def read_statuses(database: Database) -> tuple[wire.DeviceStatus, ...]:
+    """Every device of a store as the operator sees it, by name."""
+    records = await database.call(database.devices)
+    given = await database.call(database.contributions)
+    told = await database.call(database.capabilities)
+    last = {update.receipt.device: update.metrics for update in await database.call(database.last_updates)}
+    return tuple(_status(record, given, last.get(record.name), told.get(record.name)) for record in records)
+
+
+def _status(
+    record: DeviceRecord,
+    given: Mapping[str, tuple[int, int]],
+    last: wire.LocalMetrics | None,
+    told: CapabilityRecord | None,
+) -> wire.DeviceStatus:
+    updates, bytes_up = given.get(record.name, (0, 0))
+    metrics = last or wire.LocalMetrics()
+    return wire.DeviceStatus(
+        name=record.name,
+        enrolled=record.enrolled,
+        last_seen=record.last_seen,
+        left=record.left_at is not None,
+        updates=updates,
+        bytes_up=bytes_up,
+        bytes_down=record.bytes_down,
+        peak_private_mb=metrics.peak_private_mb,
+        peak_total_mb=metrics.peak_total_mb,
+        train_s=metrics.seconds,
+        tier=None if last is None else last.tier,
+        capability=None if told is None else told.capability,
+        capability_told=None if told is None else told.told,
+    )

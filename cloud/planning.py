@@ -22,7 +22,7 @@ from cloud.measuring import (
     measuring_rules,
     training_round,
 )
-from cloud.planner import Choice, PastRound, Situation, choose
+from cloud.planner import Choice, PastRound, Situation, choose, plan_tiers
 from cloud.rounds import RoundRules, TaskState
 from cloud.store import RoundRecord
 from edge_runtime import wire
@@ -47,6 +47,7 @@ class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         moved: By how much the round before moved what every module adds, a Frobenius norm; empty in the first round.
         largest: The largest absolute mean change of every tensor that the round before moved.
         components: By how much it moved each component of every module that moved; four digits.
+        idle: By module, the components that it was to train and too few devices carried.
     """
 
     ranks: dict[str, int]
@@ -54,6 +55,7 @@ class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     moved: dict[str, float] = {}
     largest: dict[str, float] = {}
     components: dict[str, tuple[float, ...]] = {}
+    idle: dict[str, tuple[int, ...]] = {}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,9 @@ class OpenedRound:
     evidence: Evidence
 
 
-def gather_evidence(bundle: Bundle, tensors: dict[str, Array], before: dict[str, Array] | None) -> Evidence:
+def gather_evidence(
+    bundle: Bundle, tensors: dict[str, Array], before: dict[str, Array] | None, idle: dict[str, tuple[int, ...]]
+) -> Evidence:
     """What a policy may know of an adapter, and of what a round changed: ``before`` has the same ranks."""
     manifest = bundle.manifest
     evidence = Evidence(adapter_ranks(manifest, tensors), module_energies(manifest, tensors))
@@ -72,7 +76,7 @@ def gather_evidence(bundle: Bundle, tensors: dict[str, Array], before: dict[str,
         return evidence
     moved, largest = module_movement(manifest, before, tensors), largest_changes(before, tensors)
     components = component_movement(manifest, before, tensors)
-    return msgspec.structs.replace(evidence, moved=moved, largest=largest, components=components)
+    return msgspec.structs.replace(evidence, moved=moved, largest=largest, components=components, idle=idle)
 
 
 def past_rounds(opened: Sequence[OpenedRound], current: Evidence) -> tuple[PastRound, ...]:
@@ -84,7 +88,7 @@ def past_rounds(opened: Sequence[OpenedRound], current: Evidence) -> tuple[PastR
     """
     after = [*(round_.evidence for round_ in opened[1:]), current]
     return tuple(
-        PastRound(round_.plan.modules, made.moved, made.components, made.largest, round_.plan.training)
+        PastRound(round_.plan.modules, made.moved, made.components, made.largest, round_.plan.training, made.idle)
         for round_, made in zip(opened, after, strict=False)  # before the first round there is nothing to pair
         if round_.plan.state == "train"
     )
@@ -203,6 +207,7 @@ def make_plan(
         round_key=round_key,
         min_examples=task.min_examples,
         personal=personal_of(config, state.round),
+        tiers=tiers_of(config, bundle, state, choice),
     )
 
 
@@ -211,6 +216,12 @@ def personal_of(config: Config, round_: int) -> tuple[wire.Personal, ...] | Unse
     parts: tuple[wire.Personal, ...] = ("head", "B")
     found = tuple(part for part in parts if part in config.task.personal)
     return UNSET if measures(config, round_) or not found else found
+
+
+def tiers_of(config: Config, bundle: Bundle, state: TaskState, choice: Choice) -> tuple[wire.Tier, ...] | UnsetType:
+    """What weaker devices carry in a round that trains."""
+    trains = state.phase != "finished" and not measures(config, state.round)
+    return plan_tiers(config.tiers, bundle.manifest, choice.modules) if trains else UNSET
 
 
 def training_of(config: Config, bundle: Bundle, round_: int, choice: Choice) -> wire.Training:
@@ -228,14 +239,19 @@ def training_of(config: Config, bundle: Bundle, round_: int, choice: Choice) -> 
         weight_decay=training.weight_decay,
         mu=training.mu if choice.mu is None else choice.mu,
         clip_norm=training.clip_norm,
+        local_kill=UNSET if training.local_kill is None else training.local_kill,
         products="int8" if training.products == "int8" else UNSET,
     )
 
 
 def plan_layout(bundle: Bundle, plan: wire.Plan) -> wire.Layout:
-    """The layout of updates to a plan."""
+    """The layout of updates that carry the whole plan."""
+    return plan_layouts(bundle, plan)[0]
+
+
+def plan_layouts(bundle: Bundle, plan: wire.Plan) -> tuple[wire.Layout, ...]:
+    """The layouts of updates to a plan, of its tiers in order."""
     manifest = bundle.manifest
     if plan.state == "measure":
-        return measuring_layout(manifest)
-    head = manifest.head_shapes if plan.head_alive else {}
-    return wire.layout_of(plan.modules, manifest.features, head, plan.quantisation or None)
+        return (measuring_layout(manifest),)
+    return wire.tier_layouts(plan, features=manifest.features, places=manifest.places, head=manifest.head_shapes)

@@ -68,9 +68,14 @@ def _replayed(
         past = planning.past_rounds(opened[:number], evidence)
         choice = planning.choose_modules(config, bundle, state, evidence, past)
         training = planning.training_of(config, bundle, plan.round, choice)
-        personal = planning.personal_of(config, plan.round)
+        tiers = planning.tiers_of(config, bundle, state, choice)
         again = msgspec.structs.replace(
-            plan, modules=choice.modules, head_alive=choice.head_alive, training=training, personal=personal
+            plan,
+            modules=choice.modules,
+            head_alive=choice.head_alive,
+            training=training,
+            personal=planning.personal_of(config, plan.round),
+            tiers=tiers,
         )
         again = with_quantisation(config, bundle, again, past)
         sides = [(module.alive, module.trained_rank, features[module.name]) for module in plan.modules]
@@ -84,16 +89,18 @@ def _replayed(
         )
 
 
-def _differences(plan: wire.Plan, again: wire.Plan) -> Iterator[str]:
-    if plan.head_alive != again.head_alive:
-        yield f"head: signed {_alive(plan.head_alive)}, replayed {_alive(again.head_alive)}"
-    if plan.personal_parts != again.personal_parts:
-        yield f"personal: signed {_parts(plan)}, replayed {_parts(again)}"
-    if plan.training.mu != again.training.mu:
-        yield f"mu: signed {plan.training.mu:g}, replayed {again.training.mu:g}"
-    for signed, wanted in zip(plan.modules, again.modules, strict=True):
-        if signed != wanted:
-            yield f"{signed.name}: signed {_module(signed)}, replayed {_module(wanted)}"
+def _differences(signed: wire.Plan, replayed: wire.Plan) -> Iterator[str]:
+    if signed.head_alive != replayed.head_alive:
+        yield f"head: signed {_alive(signed.head_alive)}, replayed {_alive(replayed.head_alive)}"
+    if signed.personal_parts != replayed.personal_parts:
+        yield f"personal: signed {_parts(signed)}, replayed {_parts(replayed)}"
+    if signed.training.mu != replayed.training.mu:
+        yield f"mu: signed {signed.training.mu:g}, replayed {replayed.training.mu:g}"
+    if signed.tiers != replayed.tiers:
+        yield f"tiers: signed {_tiers(signed)}, replayed {_tiers(replayed)}"
+    for ours, wanted in zip(signed.modules, replayed.modules, strict=True):
+        if ours != wanted:
+            yield f"{ours.name}: signed {_module(ours)}, replayed {_module(wanted)}"
 
 
 def _range_differences(bundle: Bundle, signed: wire.Plan, replayed: wire.Plan) -> Iterator[str]:
@@ -112,6 +119,20 @@ def _ranges(bundle: Bundle, plan: wire.Plan) -> dict[str, float]:
         return {}
     blocks = planning.plan_layout(bundle, plan).blocks
     return {name: range_ for (name, _), range_ in zip(blocks, plan.quantisation.ranges, strict=True)}
+
+
+def _tiers(plan: wire.Plan) -> str:
+    return (
+        "; ".join(
+            " ".join(
+                f"{name} {value:g}"
+                for name, value in msgspec.structs.asdict(tier).items()
+                if value is not msgspec.UNSET
+            )
+            for tier in plan.tiers or ()
+        )
+        or "none"
+    )
 
 
 def _module(module: wire.ModulePlan) -> str:

@@ -154,7 +154,7 @@ class Aggregator:
     def _sum_again(self, work: RoundWork, updates: list[UpdateRecord]) -> None:
         """Open the stored updates of a round once more; the sum is the same, whatever the order."""
         for update in open_stored(work, self._blobs.sealed(updates)):
-            work.total.add(update.values, update.weight)
+            work.total.add(update)
 
     # Devices
 
@@ -221,12 +221,21 @@ class Aggregator:
         self.members.saw(device, sent_bytes=len(data))
         return data
 
-    async def admit(self, device: str, *, task: str, round_: int, digest: str) -> wire.UpdateReceipt | int:
+    async def tell(self, device: str, *, task: str, capability: wire.Capability) -> None:
+        """Keep what a device measured of itself.
+
+        Raises:
+            NotFoundError: another task.
+        """
+        self._check_task(task)
+        await self.members.tell(device, capability)
+
+    async def admit(self, device: str, *, task: str, round_: int, digest: str) -> wire.UpdateReceipt | tuple[int, ...]:
         """Say before its body is read whether an update could count.
 
         Returns:
-            The first receipt if this very update was counted, now or in an earlier round; else the exact length in
-            bytes that its body must have.
+            The first receipt if this very update was counted, now or in an earlier round; else the lengths in bytes
+            that its body may have, one of them exactly, the longest first.
 
         Raises:
             NotFoundError: another task.
@@ -274,7 +283,7 @@ class Aggregator:
             row = UpdateRecord(receipt, len(sealed), self._clock(), update.metrics)
             await asyncio.to_thread(self._blobs.put, UPDATES, sealed)
             await self._database.call(self._database.add_update, row)
-            await asyncio.to_thread(work.total.add, update.values, update.weight)
+            await asyncio.to_thread(work.total.add, update)
             self._state = state
         if state.phase == "closed":
             self._kick.set()
@@ -371,6 +380,7 @@ class Aggregator:
             adapter="",  # known once the next plan has settled its ranks
             state=work.signed.plan.state,
         )
+        summary = msgspec.structs.replace(summary, idle=work.total.idle())
         state = advance(self._state, RoundApplied(now))
         state = replace(state, rules=planning.round_rules(self.config, state.round))
         await self._end(state, work, summary=summary)

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from cloud.aggregate import ProductMean, UpdateSum, apply_mean
+from cloud.aggregate import ProductMean, RoundSum, apply_mean
 from cloud.errors import DataMissingError
 from cloud.measuring import with_class_means
-from cloud.planning import plan_layout
+from cloud.planning import plan_layouts
 from edge_runtime import wire
 from edge_runtime.bundle import Array, Bundle, Manifest, adapter_ranks, adapter_shapes, check_tensors, parse_tensors
 from edge_runtime.wire.envelope import OVERHEAD_BYTES
@@ -24,21 +24,26 @@ class RoundWork:
     """Everything needed to take updates to one plan; the private key is gone with this object."""
 
     signed: wire.SignedPlan
-    layout: wire.Layout
+    layouts: tuple[wire.Layout, ...]  # of the plan's tiers
     opened: float
-    total: UpdateSum
+    total: RoundSum
     key: X25519PrivateKey = field(repr=False)
 
     @property
-    def sealed_bytes(self) -> int:
-        """Exact length of a sealed update to this plan."""
-        return self.layout.frame_bytes + OVERHEAD_BYTES
+    def layout(self) -> wire.Layout:
+        """Of updates that carry the whole plan."""
+        return self.layouts[0]
+
+    @property
+    def sealed_bytes(self) -> tuple[int, ...]:
+        """The exact lengths that a sealed update to this plan may have, falling."""
+        return tuple(sorted({layout.frame_bytes + OVERHEAD_BYTES for layout in self.layouts}, reverse=True))
 
 
 def start_work(bundle: Bundle, signed: wire.SignedPlan, *, key: X25519PrivateKey, opened: float) -> RoundWork:
     """An empty round of this plan."""
-    layout = plan_layout(bundle, signed.plan)
-    return RoundWork(signed, layout, opened, UpdateSum(layout.count, signed.plan.update), key)
+    layouts = plan_layouts(bundle, signed.plan)
+    return RoundWork(signed, layouts, opened, RoundSum(layouts, signed.plan.update), key)
 
 
 def open_update(work: RoundWork, device: str, sealed: bytes) -> wire.Update:
@@ -49,7 +54,7 @@ def open_update(work: RoundWork, device: str, sealed: bytes) -> wire.Update:
     """
     context = wire.EnvelopeContext.of(work.signed, device)
     frame = wire.unseal(sealed, round_key=work.key, context=context)
-    update = wire.decode_update(frame, signed_plan=work.signed, layout=work.layout)
+    update = wire.decode_update(frame, signed_plan=work.signed, layout=wire.layout_for(frame, work.layouts))
     if work.signed.plan.state == "measure":
         wire.check_measurement(update, work.layout)
     return update

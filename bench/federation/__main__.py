@@ -9,22 +9,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import click
 import msgspec
 
 from bench.errors import RequestError
-from bench.federation.data import DATASETS, NATURAL, read_corpus, write_records
-from bench.federation.experiment import Setup
 from bench.federation.lines import Key, Line, append_line, read_lines
-from bench.federation.methods import METHODS, RANK, VARIED, WITHOUT
+from bench.federation.methods import METHODS, RANK, VARIED, WITHOUT, Table, resolved
+from bench.federation.site import Setup
+from bench.federation.workloads import MAX_TOKENS, NATURAL, WORKLOADS
 from edge_runtime.wire import Products
 
-DEVICES, COHORT, ROUNDS, EXAMPLES = 20, 5, 30, 4_000
-QUICK_ROUNDS = 12
-ALPHAS = ("0.5", "0.1")
-SEEDS = (0, 1, 2)
+QUICK_DATASET = "banking77"
 CORE = ("lora-r8", "lora-r1", "rolora-r8", "lora-a2", "annealed-kill-revive")
 QUICK = ("lora-r8", "rolora-r8", "annealed-kill-revive")  # four rows, as the last has two budgets
 _NUMPY_SETTINGS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # set on some machines; they would handicap numpy
@@ -39,25 +37,25 @@ class Bench:
     out: Path
     threads: int
     products: Products
-    extra: Mapping[str, Mapping[str, object]]
+    extra: Mapping[str, Table]
+    tiers: tuple[int, ...] = (0,)
 
     def run(self, key: Key) -> Line | str:
         """The line of a run, or why there is none."""
         folder = self.out / "runs" / run_name(key)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        workload = WORKLOADS[key.dataset]
         setup = Setup(
             key=key,
             data=str(self.data),
             bundle=str(self.out / "bundles" / key.dataset),
             folder=str(folder),
-            devices=DEVICES,
-            cohort=COHORT,
-            rounds=QUICK_ROUNDS if key.quick else ROUNDS,
-            examples=EXAMPLES,
+            sizes=workload.quick if key.quick else workload.sizes,
             threads=self.threads,
             products=self.products,
-            extra={name: dict(keys) for name, keys in self.extra.items()},
+            extra=resolved(self.extra, workload.reference_bytes),
+            tiers=self.tiers,
         )
         path = folder / "setup.json"
         path.write_bytes(msgspec.json.encode(setup))
@@ -85,15 +83,17 @@ def ensure_bundle(dataset: str, bench: Bench) -> None:
 
     Raises:
         click.ClickException: the export failed.
+        RequestError: the data cannot be used.
     """
     out = bench.out / "bundles" / dataset
     if out.exists():
         return
-    corpus = read_corpus(dataset, bench.data)
-    train = write_records(bench.out / "bundles" / f"{dataset}.jsonl", corpus.train)
-    command = [sys.executable, "-W", "ignore", "-m", "edge_runtime.cli", "export", "--model", "minilm"]
-    command += ["--task", "classify", "--rank", str(RANK), "--max-tokens", "64", "--labels-from", str(train)]
-    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, check=False)
+    workload = WORKLOADS[dataset]
+    command = [sys.executable, "-W", "ignore", "-m", "edge_runtime.cli", "export", "--model", workload.model]
+    command += ["--task", workload.task, "--rank", str(RANK), "--max-tokens", str(MAX_TOKENS), "--out", str(out)]
+    labels = workload.labels(bench.data)
+    command += ["--labels", ",".join(labels)] if labels else []
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = " / ".join(done.stderr.strip().splitlines()[-_SHOWN_LINES:])
         raise click.ClickException(f"export for {dataset}: {said}")
@@ -127,10 +127,58 @@ def summary(line: Line) -> str:
     """A line for people."""
     sent = (line.bytes_up + line.bytes_down) / 1e6
     return (
-        f"{run_name(line.key)}: accuracy {line.accuracy:.4f} (from {line.accuracy_start:.3f}), {sent:.2f} MB, "
+        f"{run_name(line.key)}: {line.metric.name} {line.end:.4f} (from {line.start:.3f}), {sent:.2f} MB, "
         f"{(line.params_up + line.params_down) / 1e6:.2f} M values, {line.device_gflop / 1e3:.1f} TFLOP, "
         f"{line.seconds:.0f} s"
     )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was asked for by name; an empty tuple leaves it to the data set."""
+
+    datasets: tuple[str, ...] = ()
+    alphas: tuple[float | None, ...] = ()
+    methods: tuple[str, ...] = ()
+    budgets: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+
+def keys_of(choice: Choice, without: str, *, quick: bool) -> list[Key]:
+    """The runs that were asked for, seed after seed: what is interrupted can be compared.
+
+    Raises:
+        RequestError: a data set that was named has no such split or method, or no method has such a budget.
+    """
+    methods = choice.methods or (QUICK if quick else CORE)
+    datasets = choice.datasets or ((QUICK_DATASET,) if quick else _fitting(choice.alphas, methods))
+    found = []
+    for dataset in datasets:
+        workload = WORKLOADS[dataset]
+        few = slice(1) if quick else slice(None)
+        for seed, alpha, method in product(
+            choice.seeds or workload.seeds[few], choice.alphas or workload.alphas[few], methods
+        ):
+            if refusal := workload.refusal(method, alpha):
+                raise RequestError(f"{dataset}: {refusal}")
+            budgets = [budget for budget in METHODS[method].budgets if budget in (choice.budgets or (budget,))]
+            found += [Key(dataset, alpha, seed, method, budget, without, quick) for budget in budgets]
+    if not found:
+        raise RequestError(f"--budget {' '.join(choice.budgets)}: none of the methods has such a size")
+    return sorted(found, key=lambda key: key.seed)
+
+
+def _fitting(alphas: Sequence[float | None], methods: Sequence[str]) -> list[str]:
+    """Data sets that have all of these."""
+    return [
+        name
+        for name, workload in WORKLOADS.items()
+        if not any(workload.refusal(method, alpha) for method in methods for alpha in alphas or workload.alphas)
+    ]
+
+
+def _alpha(text: str) -> float | None:
+    return None if text == NATURAL else float(text)
 
 
 @click.command()
@@ -141,15 +189,26 @@ def summary(line: Line) -> str:
 @click.option(
     "--results", type=click.Path(path_type=Path), default=Path("bench/results/federation.jsonl"), show_default=True
 )
-@click.option("--dataset", "datasets", type=click.Choice(DATASETS), multiple=True, help="[default: all]")
-@click.option("--alpha", "alphas", multiple=True, help=f"Of the split, or {NATURAL!r}.  [default: {' '.join(ALPHAS)}]")
+@click.option(
+    "--dataset", "datasets", type=click.Choice(list(WORKLOADS)), multiple=True, help="[default: all that fit]"
+)
+@click.option(
+    "--alpha", "alphas", multiple=True, help=f"Of the split, or {NATURAL}.  [default: 0.5 0.1; shakespeare: {NATURAL}]"
+)
 @click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, help="[default: the core table]")
 @click.option("--budget", "budgets", multiple=True, help="Of a method with several.  [default: all of them]")
-@click.option("--seed", "seeds", type=click.IntRange(0), multiple=True, help="[default: 0 1 2]")
+@click.option("--seed", "seeds", type=click.IntRange(0), multiple=True, help="[default: 0 1 2; shakespeare: 0]")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of one run.")
 @click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Runs at once.")
 @click.option("--products", type=click.Choice(["exact", "int8"]), default="exact", show_default=True)
 @click.option("--set", "settings", multiple=True, help="table.key=value in JSON, over the method's config: to try out.")
+@click.option(
+    "--tier",
+    "tiers",
+    type=click.IntRange(0),
+    multiple=True,
+    help="That devices take, in turn; the method needs tiers, by --set.  [default: 0]",
+)
 @click.option(
     "--without",
     default="",
@@ -169,17 +228,21 @@ def main(
     jobs: int,
     products: Products,
     settings: tuple[str, ...],
+    tiers: tuple[int, ...],
     without: str,
     quick: bool,
 ) -> None:
     """Let methods learn the same with the same devices, and count what they send and compute.
 
-    4,000 texts over 20 devices, 5 a round, 30 rounds. A run is a JSON line in RESULTS; those that are there are not
-    made again, so an interrupted table goes on where it was.
+    MiniLM learns classes: 4,000 texts over 20 devices, 5 a round, 30 rounds. SmolLM2 learns to predict Shakespeare's
+    speakers: 20 of them, 20 speeches each, 5 a round, 12 rounds. A run is a JSON line in RESULTS; those that are there
+    are not made again, so an interrupted table goes on where it was.
 
     \b
     Example:
       python -m bench.federation --data data --dataset banking77 --alpha 0.1 --method lora-r8 --seed 0
+      python -m bench.federation --data data --method rolora-r8 --without strong-devices \\
+          --set tiers.enabled=true --tier 0 --tier 1 --tier 2
     """
     if without and not settings and (without not in WITHOUT or methods != ("annealed-kill-revive",)):
         raise click.UsageError(
@@ -187,20 +250,11 @@ def main(
         )
     if without and not settings:
         budgets = budgets or (VARIED,)
-    bench = Bench(data, out, threads, products, _extra(settings) if settings else dict(WITHOUT.get(without, {})))
-    chosen_alphas = alphas or (ALPHAS[:1] if quick else ALPHAS)
+    bench = Bench(
+        data, out, threads, products, _extra(settings) if settings else dict(WITHOUT.get(without, {})), tiers or (0,)
+    )
     try:
-        wanted = [
-            Key(dataset, None if alpha == NATURAL else float(alpha), seed, method, budget, without, quick)
-            for seed in seeds or (SEEDS[:1] if quick else SEEDS)
-            for dataset in datasets or (DATASETS[1:] if quick else DATASETS)
-            for alpha in chosen_alphas
-            for method in methods or (QUICK if quick else CORE)
-            for budget in METHODS[method].budgets
-            if not budgets or budget in budgets
-        ]
-        if not wanted:
-            raise RequestError(f"--budget {' '.join(budgets)}: none of the methods has such a size")
+        wanted = keys_of(Choice(datasets, tuple(map(_alpha, alphas)), methods, budgets, seeds), without, quick=quick)
         failed = complete(bench, wanted, results, jobs)
     except (RequestError, ValueError) as error:
         raise click.UsageError(str(error)) from error

@@ -1,4 +1,4 @@
-"""Real texts, divided among devices: by a Dirichlet draw a class, or as the data itself is divided."""
+"""Real texts with labels, divided among devices: by a Dirichlet draw a class, or as the data itself is divided."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.errors import RequestError
+from bench.federation.shares import Record, Shares, Sizes
 
 Labelled = tuple[str, str]  # text, label
-DATASETS = ("clinc150", "banking77")
-NATURAL = "natural"  # the split by domain, which only CLINC150 has
 _FEWEST = 16  # examples of a device: one batch
 _DRAWS = 1_000  # of a split, until every device has that many; Dirichlet 0.01 needs some
 
@@ -44,6 +43,31 @@ def read_corpus(name: str, data: Path) -> Corpus:
         return _clinc150(data / "text_clinc150") if name == "clinc150" else _banking77(data / "text_banking77")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RequestError(f"{data}: not the data of {name}: {type(error).__name__} {error}") from error
+
+
+def labels_of(name: str, data: Path) -> tuple[str, ...]:
+    """Every label of a data set, sorted.
+
+    Raises:
+        RequestError: it is not there, or something else.
+    """
+    return read_corpus(name, data).labels
+
+
+def share_texts(name: str, data: Path, sizes: Sizes, alpha: float | None, seed: int) -> Shares:
+    """Divide a data set. What is held out is in an order that is the same in every run, and its first of all labels.
+
+    Raises:
+        RequestError: see :func:`read_corpus` and :func:`divide`.
+    """
+    corpus = read_corpus(name, data)
+    parts = divide(corpus, devices=sizes.devices, examples=sizes.examples, alpha=alpha, seed=seed)
+    held_out = [corpus.test[index] for index in np.random.default_rng(0).permutation(len(corpus.test))]
+    return Shares(tuple(map(_records, parts)), _records(held_out))
+
+
+def _records(examples: Sequence[Labelled]) -> tuple[Record, ...]:
+    return tuple({"text": text, "label": label} for text, label in examples)
 
 
 def _clinc150(folder: Path) -> Corpus:
@@ -120,11 +144,3 @@ def _by_dirichlet(labels: Sequence[str], devices: int, alpha: float, rng: np.ran
         f"Dirichlet {alpha} over {devices} devices: expected {_FEWEST} examples a device, got {best} at best "
         f"in {_DRAWS} draws"
     )
-
-
-def write_records(path: Path, examples: Sequence[Labelled]) -> Path:
-    """Write records as ``emberlora edge run`` reads them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"text": text, "label": label}) + "\n" for text, label in examples)
-    path.write_text("".join(lines), encoding="utf-8")
-    return path

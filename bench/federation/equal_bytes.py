@@ -19,8 +19,8 @@ class Rival:
         name: Method, budget, what was left out.
         runs: How many.
         rounds: That it had had by then.
-        apart: Its accuracy then, on the part of the test texts that is measured on the way, less the other's at its
-            end, measured on the same texts.
+        apart: Its accuracy or loss then, on the part of the held-out texts that is measured on the way, less the
+            other's at its end, measured on the same texts.
         apart_95: Half width of the 95 % interval (paired t); None with fewer than two runs.
     """
 
@@ -47,7 +47,7 @@ def rivals_of(lines: Iterable[Line], name: Name) -> list[Rival]:
 
 def _rival(name: Name, pairs: Sequence[tuple[Line, Line]]) -> Rival:
     reached = [_reached(line, _all_bytes(own)) for line, own in pairs]
-    apart = [accuracy - _last(own) for (_, accuracy), (_, own) in zip(reached, pairs, strict=True)]
+    apart = [value - _last(own) for (_, value), (_, own) in zip(reached, pairs, strict=True)]
     return Rival(
         name, len(pairs), float(np.mean([rounds for rounds, _ in reached])), float(np.mean(apart)), half_width(apart)
     )
@@ -58,16 +58,16 @@ def _all_bytes(line: Line) -> int:
 
 
 def _last(line: Line) -> float:
-    return next(made.accuracy for made in reversed(line.curve) if made.accuracy is not None)
+    return next(value for value in reversed(line.values) if value is not None)
 
 
 def _reached(line: Line, allowed: int) -> tuple[int, float]:
-    """Rounds that fit into so many bytes, and the best accuracy that was measured in them, or before the first."""
-    spent, rounds, best = 0, 0, line.accuracy_start
+    """Rounds that fit into so many bytes, and the best that was measured in them, or before the first."""
+    spent, rounds, best = 0, 0, line.start
     for made in line.curve:
         spent += made.bytes_up + made.bytes_down
         if spent > allowed:
             break
         rounds += 1
-        best = max(best, made.accuracy or 0.0)
+        best = line.metric.best((best, made.value))
     return rounds, best

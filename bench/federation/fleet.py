@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +80,23 @@ class SharedInspector:
         return self._bundles[request.digest]
 
 
+@dataclass(frozen=True)
+class DeviceChoices:
+    """What devices choose for themselves.
+
+    Attributes:
+        tiers: That they take, in turn: the first device the first one.
+        remember_mb: What frozen blocks make of examples may take on each one's disk; None: what suits the disk.
+    """
+
+    tiers: tuple[int, ...] = (0,)
+    remember_mb: int | None = None
+
+    def tier(self, device: int) -> int:
+        """The tier of device number ``device``."""
+        return self.tiers[device % len(self.tiers)]
+
+
 class Fleet:
     """The devices of one task. ``files`` are their training data, one a device."""
 
@@ -91,13 +108,13 @@ class Fleet:
         files: tuple[Path, ...],
         *,
         seed: int,
-        remember_mb: int | None = None,
+        choices: DeviceChoices = DeviceChoices(),  # frozen
     ) -> None:
         self._aggregator = aggregator
         self._folder = folder
         self._files = files
         self.trainer = SharedTrainer(work)
-        self._remember_mb = remember_mb  # None: what suits the disk
+        self._choices = choices
         self._inspector = SharedInspector()
         self._work = work
         entropy = random.Random(seed)  # a run must be repeatable; nothing here is a secret
@@ -135,9 +152,10 @@ class Fleet:
         transport = MemoryTransport(self._aggregator, name, self._work.bundle.manifest)
         before = home.state()
         tools = Tools(self.trainer, self._inspector, self._host, said.append)
-        await Device(
-            home, transport, tools, RunOptions(home.settings(), once=True, remember_mb=self._remember_mb)
-        ).run()
+        choices = self._choices
+        tier = choices.tier(self.names.index(name))
+        options = RunOptions(home.settings(), once=True, tier=tier, remember_mb=choices.remember_mb)
+        await Device(home, transport, tools, options).run()
         trouble = [event for event in said if isinstance(event, Skipped | Waiting)]
         state = home.state()
         if trouble or state.counted != before.counted + 1 or self.trainer.done is None:
@@ -145,9 +163,12 @@ class Fleet:
         up, down = state.bytes_up - before.bytes_up, state.bytes_down - before.bytes_down
         return Result(name, self.trainer.done, up, down, transport.params_down, transport.head_down)
 
-    def values(self, signed: wire.SignedPlan, layout: wire.Layout) -> Values:
-        """What the last device's update says has changed, shape (layout.count,)."""
-        return wire.decode_update(self.trainer.frame, signed_plan=signed, layout=layout).values
+    def values(self, signed: wire.SignedPlan, layouts: Sequence[wire.Layout]) -> Values:
+        """What the last device's update says has changed of what all tiers carry, shape (count of the weakest,)."""
+        mine, least = wire.layout_for(self.trainer.frame, layouts), layouts[-1]
+        parts = mine.split(wire.decode_update(self.trainer.frame, signed_plan=signed, layout=mine).values)
+        common = [parts[name][tuple(map(slice, shape))].ravel() for name, shape in least.blocks]
+        return np.concatenate(common).astype(np.float32)
 
     def _home(self, name: str) -> Home:
         return Home(self._folder / name)

@@ -7,16 +7,22 @@ bytes are those of float32 values without any header.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from bench.federation.compute import Texts, full_flop
+from bench.federation.course import Course
+from bench.federation.lines import RoundLine
+from bench.federation.site import Site
 from edge_runtime.bundle import Array, Manifest
 from edge_runtime.data import Batch, Dataset, evaluation_batches, steps_per_epoch, training_batches
-from edge_runtime.wire import Training
+from edge_runtime.wire import Plan, Training, rate_share
 
 _MEASURED_AT_ONCE = 64
 
@@ -116,3 +122,44 @@ class FullModel:
 
         ids, mask = torch.tensor(batch.input_ids), torch.tensor(batch.attention_mask)
         return self._model(input_ids=ids, attention_mask=mask).logits
+
+
+async def full_course(site: Site) -> Course:
+    """All rounds, with the head that was measured."""
+    return await asyncio.to_thread(_rounds, site, await site.adapter(), (await site.plan()).plan)
+
+
+def _rounds(site: Site, adapter: Mapping[str, Array], plan: Plan) -> Course:
+    setup, manifest = site.setup, site.work.bundle.manifest
+    head = {name: adapter[name] for name in manifest.head_shapes}
+    model = FullModel(manifest, head, setup.model or site.workload.model, setup.threads)
+    start = model.accuracy(site.glimpse)
+    curve = [_round(site, model, plan.training, round_) for round_ in range(setup.sizes.rounds)]
+    return Course(start, curve, model.accuracy(site.held_out))
+
+
+def _round(site: Site, model: FullModel, training: Training, round_: int) -> RoundLine:
+    sizes, cohort, rates = site.setup.sizes, site.cohort(round_), site.config.training
+    share = rate_share(rates.lr_schedule, round_ / max(sizes.rounds - 1, 1))
+    training = msgspec.structs.replace(training, lr_b=rates.lr_b * share)
+    began = time.perf_counter()
+    seed = [site.setup.key.seed, round_]
+    parts = [model.train(site.data[name], training, np.random.default_rng(seed)) for name in cohort]
+    model.average(parts)
+    train_s = time.perf_counter() - began
+    values = len(parts) * model.parameters
+    made = RoundLine(
+        accuracy=model.accuracy(site.glimpse) if sizes.measured(round_) else None,
+        bytes_up=4 * values,
+        bytes_down=4 * values,
+        params_up=values,
+        params_down=values,
+        gflop=round(sum(model.flop(site.texts(name)) for name in cohort) / 1e9, 1),
+        drift=None,
+        alive=1.0,
+        rank=0.0,
+        train_s=round(train_s, 2),
+    )
+    site.fetched.update(cohort)
+    site.say(f"round {round_ + 1}/{sizes.rounds}: accuracy {made.accuracy or '–'}")
+    return made

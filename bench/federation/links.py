@@ -34,13 +34,13 @@ class Link:
         return min(rate, _SEGMENT_BYTES / self.round_trip_s * math.sqrt(1.5 / self.loss))
 
 
-def seconds_to(line: Line, accuracy: float, link: Link, *, cohort: int) -> float | None:
-    """Seconds until the run's adapter has this accuracy, bundle and head not counted; None if it never has."""
+def seconds_to(line: Line, target: float, link: Link, *, cohort: int) -> float | None:
+    """Seconds until the run's adapter is as good as the target, bundle and head not counted; None if it never is."""
     total = 0.0
     for made in line.curve:
         total += _ROUND_TRIPS * link.round_trip_s
         total += (made.bytes_up + made.bytes_down) / cohort / link.bytes_s
         total += made.gflop / cohort / _DEVICE_GFLOP_S
-        if made.accuracy is not None and made.accuracy >= accuracy:
+        if line.metric.reached(made.value, target):
             return total
     return None

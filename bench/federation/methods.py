@@ -10,9 +10,16 @@ Table = Mapping[str, object]
 
 RANK = 8  # of the bundle; a method may ask for less
 
-# What all methods share. The head is made of class means before the first round and stays as it is in every row.
-_TASK: Table = {"name": "bench", "rank": RANK, "head_init": "class-means", "head": "frozen"}
-_TRAINING: Table = {"batch_size": 16, "epochs": 1, "max_tokens": 64, "lr_schedule": "cosine"}
+# What all methods share on all data sets.
+_TASK: Table = {"name": "bench", "rank": RANK}
+_TRAINING: Table = {"lr_schedule": "cosine"}
+
+
+@dataclass(frozen=True)
+class Share:
+    """A value that is so much of the bytes which ``lora-r8`` sends and fetches, a device and round."""
+
+    of_reference: float
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,8 @@ METHODS: dict[str, Method] = {
         {"lr_a": 2e-3, "lr_b": 4e-3},
         {"depth_start": 0.5, "depth_end": 0.17},
         budgets={  # an eightieth and a fortieth of what lora-r8 sends and fetches
-            "small": {"task": {"rank": 2}, "annealing": {"bytes_per_device_per_round": 32_500}},
-            "large": {"task": {"rank": 4}, "annealing": {"bytes_per_device_per_round": 65_000}},
+            "small": {"task": {"rank": 2}, "annealing": {"bytes_per_device_per_round": Share(1 / 80)}},
+            "large": {"task": {"rank": 4}, "annealing": {"bytes_per_device_per_round": Share(1 / 40)}},
         },
     ),
 }
@@ -88,7 +95,7 @@ WITHOUT: Mapping[str, Mapping[str, Table]] = {
     "initiating": {"annealing": {"initiating_rounds": 0, "initiating_mu": 0.0}},
     "quantisation": {  # with the bytes that about as many values as the large budget's take in float32
         "task": {"upload": "float32", "download": "float32"},
-        "annealing": {"bytes_per_device_per_round": 308_000},
+        "annealing": {"bytes_per_device_per_round": Share(0.11846)},
     },
     REMEMBERING: {},
 }
@@ -100,7 +107,8 @@ def config_text(
     *,
     bundle: str,
     seed: int,
-    fleet: Table,
+    shared: Mapping[str, Table],
+    reference_bytes: int,
     extra: Mapping[str, Table] | None = None,
 ) -> str:
     """The aggregator's config file.
@@ -110,19 +118,32 @@ def config_text(
         budget: One of its sizes.
         bundle: Folder, relative to the file.
         seed: Of the task.
-        fleet: Keys of ``[task]`` that follow from the size of the fleet.
+        shared: Tables that all methods share on this data set and with this fleet.
+        reference_bytes: What ``lora-r8`` sends and fetches with this model, a device and round.
         extra: Tables that replace single keys, for a variant of the method.
     """
     tables: dict[str, dict[str, object]] = {
-        "task": {**_TASK, "bundle": bundle, "seed": seed, **fleet, **method.task},
-        "training": {**_TRAINING, **method.training},
-        "annealing": dict(method.annealing),
+        "task": {**_TASK, "bundle": bundle, "seed": seed},
+        "training": {**_TRAINING},
+        "annealing": {},
         "server": {"port": 0},
     }
-    for more in (method.budgets[budget], extra or {}):
+    own = {"task": method.task, "training": method.training, "annealing": method.annealing}
+    for more in (shared, own, method.budgets[budget], extra or {}):
         for name, keys in more.items():
             tables.setdefault(name, {}).update(keys)
-    return "\n".join(_table(name, keys) for name, keys in tables.items() if keys)
+    return "\n".join(_table(name, keys) for name, keys in resolved(tables, reference_bytes).items() if keys)
+
+
+def resolved(tables: Mapping[str, Table], reference_bytes: int) -> dict[str, dict[str, object]]:
+    """The tables with bytes in place of shares of them."""
+    return {
+        name: {
+            key: round(value.of_reference * reference_bytes) if isinstance(value, Share) else value
+            for key, value in keys.items()
+        }
+        for name, keys in tables.items()
+    }
 
 
 def _table(name: str, keys: Table) -> str:

@@ -1,4 +1,4 @@
-"""Accuracy against megabytes as one HTML file that needs no network: a panel a split, a colour a method."""
+"""Accuracy or held-out loss against megabytes in one HTML file, for no network: a panel a split, a colour a method."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def write_picture(path: Path, lines: Sequence[Line]) -> None:
     path.write_text(
         "<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>EmberLoRA: what a byte teaches</title><style>{_STYLE}</style></head><body><h1>What a byte teaches</h1>"
-        "<p>Accuracy on a part of the test texts against what devices have sent and fetched so far, round by round; "
-        f"means over the seeds.</p>{drawn}</body></html>\n",
+        "<p>Accuracy on a part of the test texts, or where an axis says so the loss of a language model, against what "
+        f"devices have sent and fetched so far, round by round; means over the seeds.</p>{drawn}</body></html>\n",
         encoding="utf-8",
     )
 
@@ -57,9 +57,9 @@ def _figure(lines: Sequence[Line]) -> go.Figure:
             if mine:
                 place = number // columns + 1, number % columns + 1
                 _draw(figure, mine, place, (_COLOURS[names.index(name) % len(_COLOURS)], name not in shown))
+                figure.update_yaxes(title=mine[0].metric.title, row=place[0], col=place[1])
                 shown.add(name)
     figure.update_xaxes(type="log", title="MB both ways, all devices")
-    figure.update_yaxes(title="accuracy")
     figure.update_layout(
         template="plotly_white",
         height=420 * rows + 120,
@@ -79,14 +79,14 @@ def _draw(figure: go.Figure, lines: Sequence[Line], place: tuple[int, int], styl
     sent = (
         np.mean([np.cumsum([made.bytes_up + made.bytes_down for made in line.curve]) for line in lines], axis=0) / 1e6
     )
-    measured = [index for index, made in enumerate(lines[0].curve) if made.accuracy is not None]
-    accuracy = [float(np.mean([line.curve[index].accuracy for line in lines])) for index in measured]
+    measured = [index for index, value in enumerate(lines[0].values) if value is not None]
+    values = [float(np.mean([line.values[index] for line in lines])) for index in measured]
     label = " ".join(
         part for part in (lines[0].method, lines[0].budget, lines[0].without and f"− {lines[0].without}") if part
     )
     figure.add_scatter(
         x=[float(sent[index]) for index in measured],
-        y=accuracy,
+        y=values,
         mode="lines+markers",
         marker_size=5,
         line={"color": colour, "width": 2},

@@ -43,21 +43,21 @@ class Row:
     Attributes:
         name: Method, budget, what was left out.
         seeds: Of the runs, one a run.
-        accuracy: At the end, all test texts.
-        apart: Mean difference of accuracy to the reference on the same seeds; None without it.
+        end: Accuracy or loss at the end, on all that is held out.
+        apart: Mean difference of that to the reference on the same seeds; None without it.
         apart_95: Half width of that difference's 95 % interval (paired t); None with fewer than two seeds.
         mb: Megabytes both ways.
         bytes_ratio: The reference's bytes over this method's, both ways.
         params_ratio: The same of values, which leaves quantisation out.
         compute: Operations as a share of the reference's.
-        rounds_to_95: Rounds until 95 % of the reference's best accuracy, mean; None if a seed never has it.
+        rounds_to_95: Rounds until 95 % of what the reference has learned at best, mean; None if a seed never has it.
         drift: Mean over rounds and seeds.
-        seconds: Until the same accuracy over each of :data:`LINKS`, mean; None likewise.
+        seconds: Until the same over each of :data:`LINKS`, mean; None likewise.
     """
 
     name: Name
     seeds: tuple[int, ...]
-    accuracy: float
+    end: float
     apart: float | None
     apart_95: float | None
     mb: float
@@ -75,7 +75,10 @@ def splits_of(lines: Iterable[Line]) -> list[Split]:
 
 
 def rows_of(lines: Iterable[Line], split: Split | None) -> list[Row]:
-    """The rows of a split in the order of the file, the reference first; None: of all splits together."""
+    """The rows of a split in the order of the file, the reference first; None: of all splits together.
+
+    Lines that make one row are judged by the same metric.
+    """
     mine = [line for line in lines if split in (None, split_of(line))]
     names = dict.fromkeys(_name(line) for line in mine)
     ordered = sorted(mine, key=lambda line: (_name(line) != (REFERENCE, "", ""), list(names).index(_name(line))))
@@ -99,20 +102,20 @@ def _name(line: Line) -> Name:
 
 def _row(name: Name, lines: Sequence[Line], reference: dict[Place, Line]) -> Row:
     pairs = [(line, reference[place_of(line)]) for line in lines if place_of(line) in reference]
-    apart = [line.accuracy - other.accuracy for line, other in pairs]
-    targets = {place: 0.95 * max(made.accuracy or 0.0 for made in other.curve) for place, other in reference.items()}
+    apart = [line.end - other.end for line, other in pairs]
+    targets = {place: other.nearly for place, other in reference.items()}
     drifts = [line.drift for line in lines if line.drift is not None]
     return Row(
         name=name,
         seeds=tuple(line.seed for line in lines),
-        accuracy=float(np.mean([line.accuracy for line in lines])),
+        end=float(np.mean([line.end for line in lines])),
         apart=float(np.mean(apart)) if apart else None,
         apart_95=half_width(apart),
         mb=float(np.mean([line.bytes_up + line.bytes_down for line in lines])) / 1e6,
         bytes_ratio=_ratio([(_bytes(other), _bytes(line)) for line, other in pairs]),
         params_ratio=_ratio([(_params(other), _params(line)) for line, other in pairs]),
         compute=_ratio([(line.device_gflop, other.device_gflop) for line, other in pairs]),
-        rounds_to_95=_mean([_rounds_to(line, targets[place_of(line)]) for line, _ in pairs]),
+        rounds_to_95=_mean([line.metric.rounds_until(targets[place_of(line)], line.values) for line, _ in pairs]),
         drift=float(np.mean(drifts)) if drifts else None,
         seconds=tuple(
             _mean([seconds_to(line, targets[place_of(line)], link, cohort=COHORT) for line, _ in pairs])
@@ -144,8 +147,3 @@ def _ratio(pairs: Sequence[tuple[float, float]]) -> float | None:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known and len(known) == len(values) else None
-
-
-def _rounds_to(line: Line, accuracy: float) -> float | None:
-    reached = (n for n, made in enumerate(line.curve, start=1) if (made.accuracy or 0.0) >= accuracy)
-    return next(reached, None)

@@ -14,7 +14,7 @@ from cloud.service import Aggregator
 from edge_runtime.bundle import Manifest, map_tensors
 from edge_runtime.device.records import Pending
 from edge_runtime.device.transport import BlobAnswer, PlanAnswer, Traffic
-from edge_runtime.wire import Plan, UpdateReceipt, adapter_layout, decode_patch
+from edge_runtime.wire import Capability, Plan, UpdateReceipt, adapter_layout, decode_patch
 from edge_runtime.wire.patch import PatchHead, encode_patch, fewest_bits
 
 _PIECE = 1 << 20
@@ -77,6 +77,10 @@ class MemoryTransport:
             self._device, round_=pending.round, digest=pending.digest, sealed=data
         )
         return receipt
+
+    async def tell(self, task: str, capability: Capability) -> None:
+        """What the device measured of itself."""
+        await self._aggregator.tell(self._device, task=task, capability=capability)
 
     async def _whole(self, data: bytes) -> AsyncIterator[bytes]:
         self.traffic.down += len(data)

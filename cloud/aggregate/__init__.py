@@ -5,9 +5,11 @@ from cloud.aggregate.class_means import linear_discriminant
 from cloud.aggregate.factors import component_movement, module_energies, module_movement, refactor, with_ranks
 from cloud.aggregate.fixed_point import UpdateSum
 from cloud.aggregate.stack import ProductMean
+from cloud.aggregate.tiers import RoundSum
 
 __all__ = [
     "ProductMean",
+    "RoundSum",
     "UpdateSum",
     "apply_mean",
     "component_movement",

@@ -68,6 +68,11 @@ class UpdateSum:
         self._total += other._total
         self.weight += other.weight
 
+    @property
+    def total(self) -> npt.NDArray[np.int64]:
+        """The sum as it is kept, shape (count,): the weighted sum times ``2**fraction_bits``; not to be written to."""
+        return self._total
+
     def sums(self) -> npt.NDArray[np.float64]:
         """The weighted sum, shape (count,), float64."""
         return self._total / self._scale

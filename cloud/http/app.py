@@ -33,6 +33,7 @@ def make_app(aggregator: Aggregator, *, clock: Callable[[], float], report: even
             web.get(resources.HEALTH, handlers.health),
             web.post(resources.ENROLMENTS, handlers.enrol),
             web.delete(resources.DEVICE, handlers.leave),
+            web.put(resources.CAPABILITY, handlers.tell),
             web.get(resources.PLAN, handlers.plan),
             web.get(resources.BLOB, handlers.blob),
             web.get(resources.PATCH, handlers.patch),
@@ -51,6 +52,7 @@ class _Resources:
         self._aggregator = aggregator
         self._members = aggregator.members
         self._gate = Gate(self._members.key_of, clock)
+        self._clock = clock
         self._timeout_s = server.request_timeout_s
         self._slots = asyncio.Semaphore(server.max_uploads_at_once)
 
@@ -70,6 +72,16 @@ class _Resources:
         if caller.device not in (device, OPERATOR):
             raise wire.NotPermittedError(f"device {device}: may leave by itself or be sent away by the operator")
         await self._members.leave(device)
+        return web.Response(status=204)
+
+    async def tell(self, request: web.Request) -> web.Response:
+        caller = self._device(request)
+        device = request.match_info["device"]
+        if device != caller.device:
+            raise wire.NotPermittedError(f"capability of {device}: signed by {caller.device}")
+        body = await read_body(request, limit=MAX_MESSAGE_BYTES, timeout_s=self._timeout_s, digest=caller.body_digest)
+        capability = wire.decode_message(body, wire.Capability)
+        await self._aggregator.tell(device, task=request.match_info["task"], capability=capability)
         return web.Response(status=204)
 
     async def plan(self, request: web.Request) -> web.Response:
@@ -105,6 +117,13 @@ class _Resources:
 
     async def update(self, request: web.Request) -> web.Response:
         caller = self._device(request)
+        try:
+            return await self._take_update(request, caller)
+        except wire.WireError as error:
+            self._members.refused(caller.device, wire.problem_for(error).name)
+            raise
+
+    async def _take_update(self, request: web.Request, caller: wire.SignedRequest) -> web.Response:
         device, round_ = request.match_info["device"], _round(request)
         if device != caller.device:
             raise wire.NotPermittedError(f"update of {device}: signed by {caller.device}")
@@ -113,15 +132,20 @@ class _Resources:
         if isinstance(answer, wire.UpdateReceipt):
             return _message(answer, status=200)
         length = body_length(request)
-        if length != answer:
+        if length not in answer:
+            expected = " or ".join(map(str, answer))
             raise wire.UpdateFormatError(
-                f"update of {device} for round {round_}: length: expected {answer} bytes, got {length}"
+                f"update of {device} for round {round_}: length: expected {expected} bytes, got {length}"
             )
+        began = self._clock()
         async with self._slots:
-            sealed = await read_body(request, limit=answer, timeout_s=self._timeout_s, digest=caller.body_digest)
+            sealed = await read_body(request, limit=length, timeout_s=self._timeout_s, digest=caller.body_digest)
+            seconds = self._clock() - began
             receipt, new = await self._aggregator.submit(
                 device, round_=round_, digest=caller.body_digest, sealed=sealed
             )
+        if new:
+            self._members.arrived(device, round_, seconds)
         return _message(receipt, status=201 if new else 200)
 
     async def status(self, request: web.Request) -> web.Response:

@@ -12,6 +12,7 @@ from cloud.planner.kill_revive import kill_revive
 from cloud.planner.lora_a2 import lora_a2
 from cloud.planner.ranges import update_ranges
 from cloud.planner.scores import PastRound
+from cloud.planner.tiers import Tiers, plan_tiers, tiers_problems
 
 POLICIES: dict[str, Policy] = {
     "fixed": fixed,
@@ -35,10 +36,13 @@ __all__ = [
     "PastRound",
     "Policy",
     "Situation",
+    "Tiers",
     "Traffic",
     "afford",
     "annealing_problems",
     "bytes_problems",
     "choose",
+    "plan_tiers",
+    "tiers_problems",
     "update_ranges",
 ]

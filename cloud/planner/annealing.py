@@ -71,7 +71,7 @@ def budget_share(settings: Annealing, round_: int, rounds: int) -> float:
 def lowest_block(settings: Annealing, blocks: int, round_: int, rounds: int) -> int:
     """The first block in which anything may be trained in a round; one block at least. It never falls.
 
-    Kills from the bottom up save compute: see ``docs/adr/0018-depth-falls-with-the-budget.md``.
+    Kills from the bottom up save compute: see ``docs/adr/0017-depth-falls-with-the-budget.md``.
     """
     left = CURVES[settings.curve](cooled(settings, round_, rounds))
     depth = settings.depth_end + (settings.depth_start - settings.depth_end) * left

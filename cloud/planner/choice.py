@@ -31,11 +31,14 @@ class Situation:
 
     @cached_property
     def ages(self) -> dict[str, int]:
-        """In how many rounds in a row before this one each module was alive; 0 for one that is dead or new."""
+        """In how many rounds in a row before this one each module was trained; 0 for one that is dead or new.
+
+        One that lived and that too few devices carried begins anew, too: what it was to train is still to be trained.
+        """
         ages = dict.fromkeys(self.names, 0)
         for round_ in self.past:
             for module in round_.modules:
-                ages[module.name] = ages[module.name] + 1 if module.alive else 0
+                ages[module.name] = ages[module.name] + 1 if round_.carried(module) else 0
         return ages
 
     @property

@@ -9,12 +9,13 @@ first download, the plan that ends the task and the round that measures class me
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import msgspec
 
 from cloud.planner.aggregation import AGGREGATIONS
+from cloud.planner.tiers import Tiers, plan_tiers
 from edge_runtime import wire
 from edge_runtime.bundle import Manifest
 from edge_runtime.wire.codes import packed_bytes
@@ -52,6 +53,9 @@ class Traffic:
     head_trained: bool
     upload: PatchBits
     download: PatchBits
+    tiers: Tiers = field(
+        default_factory=Tiers
+    )  # an update of any other tier than 0 is smaller, so these only make plans longer
 
     @cached_property
     def components(self) -> tuple[Component, ...]:
@@ -117,6 +121,7 @@ def plan_bytes(traffic: Traffic, modules: Sequence[wire.ModulePlan]) -> int:
             epochs=small,
             clip_norm=_LONGEST,
             products="int8",
+            local_kill=_LONGEST,
         ),
         update=wire.UpdateRules(weight_cap=small, max_devices=small),
         seed=whole,
@@ -124,6 +129,7 @@ def plan_bytes(traffic: Traffic, modules: Sequence[wire.ModulePlan]) -> int:
         round_key="0" * 64,
         min_examples=small,
         personal=("head",),
+        tiers=plan_tiers(traffic.tiers, traffic.manifest, modules),
         quantisation=msgspec.UNSET if traffic.upload == 32 else wire.Quantisation(traffic.upload, (_LONGEST,) * blocks),
     )
     return _SIGNATURE_BYTES + len(msgspec.json.encode(plan))

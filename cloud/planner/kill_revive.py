@@ -51,7 +51,8 @@ def _living(situation: Situation, share: Callable[[int], float], heat: float) ->
         return set(situation.names) - situation.deep | _held(situation)
     costs = {name: situation.ranks[name] * size for name, size in situation.component_sizes.items()}
     known = scores(situation.past, situation.component_sizes)
-    held = _held(situation)
+    # Of the first cycle nobody is held: one that too few devices carried in it may be in the middle of its own.
+    held = _held(situation) if round_ > known_from(situation.annealing, cycle) else set[str]()
     found = {name: known.get(name, 0.0) for name in situation.names if name in held or name not in situation.deep}
     rooms = [share(later) * situation.full_parameters for later in range(round_, round_ + cycle)]
     if held:

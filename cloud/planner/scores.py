@@ -25,7 +25,8 @@ Component = tuple[str, int]  # module and number
 class PastRound:
     """A round's modules as planned, and by how much each alive one, and each of its components, moved.
 
-    ``largest`` is the largest absolute mean change of every tensor that moved, ``training`` how devices trained.
+    ``largest`` is the largest absolute mean change of every tensor that moved, ``training`` how devices trained, and
+    ``idle`` names the components that could not move because too few devices carried them: they say nothing.
     """
 
     modules: tuple[ModulePlan, ...]
@@ -33,6 +34,12 @@ class PastRound:
     components: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     largest: Mapping[str, float] = field(default_factory=dict)
     training: Training | None = None
+    idle: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def carried(self, module: ModulePlan) -> tuple[int, ...]:
+        """The components of one of the round's modules that it trained; none of a dead one."""
+        idle = self.idle.get(module.name, ())
+        return tuple(number for number in module.trained_components if number not in idle) if module.alive else ()
 
 
 def scores(past: Sequence[PastRound], sizes: Mapping[str, int]) -> dict[str, float]:
@@ -44,9 +51,9 @@ def scores(past: Sequence[PastRound], sizes: Mapping[str, int]) -> dict[str, flo
     """
     return _smoothed(
         {
-            module.name: (module.alive, round_.moved[module.name] / (module.trained_rank * sizes[module.name]))
+            module.name: (module.alive, round_.moved[module.name] / (len(carried) * sizes[module.name]))
             for module in round_.modules
-            if module.alive and module.name in round_.moved
+            if (carried := round_.carried(module)) and module.name in round_.moved
         }
         for round_ in past
     )
@@ -64,7 +71,7 @@ def component_scores(past: Sequence[PastRound], ranks: Mapping[str, int]) -> dic
             (module.name, number): (module.alive, round_.components[module.name][number])
             for module in round_.modules
             if module.alive and module.name in round_.components and module.rank == ranks[module.name]
-            for number in module.trained_components
+            for number in round_.carried(module)
         }
         for round_ in past
     )

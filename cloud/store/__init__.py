@@ -2,12 +2,13 @@
 
 from cloud.store.blobs import OBJECTS, UPDATES, Blobs
 from cloud.store.database import Database, Identity
-from cloud.store.records import DeviceRecord, RoundRecord, TokenRecord, UpdateRecord
+from cloud.store.records import CapabilityRecord, DeviceRecord, RoundRecord, TokenRecord, UpdateRecord
 
 __all__ = [
     "OBJECTS",
     "UPDATES",
     "Blobs",
+    "CapabilityRecord",
     "Database",
     "DeviceRecord",
     "Identity",

@@ -7,7 +7,7 @@ method is one transaction (``BEGIN IMMEDIATE``, synchronous=FULL): when it retur
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,8 +20,8 @@ from sqlalchemy.pool import StaticPool
 
 from cloud.errors import DataError, DataSchemaError
 from cloud.store import schema as t
-from cloud.store.records import DeviceRecord, RoundRecord, TokenRecord, UpdateRecord
-from edge_runtime.wire import LocalMetrics, RoundStatus, UpdateReceipt
+from cloud.store.records import CapabilityRecord, DeviceRecord, RoundRecord, TokenRecord, UpdateRecord
+from edge_runtime.wire import Capability, LocalMetrics, RoundStatus, UpdateReceipt
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -64,7 +64,7 @@ class Database:
         self._thread.shutdown()
 
     def open(self, identity: Identity) -> None:
-        """Make the tables, or check that they are those of this version, task and bundle.
+        """Make the tables that are missing, or check that they are those of this version, task and bundle.
 
         Raises:
             DataSchemaError: they are not.
@@ -81,6 +81,8 @@ class Database:
                 f"{self._path}: belongs to another task or bundle: expected {identity.task} on "
                 f"{identity.bundle[:12]}, got {row.task} on {row.bundle[:12]}"
             )
+        with self._engine.begin() as connection:
+            t.metadata.create_all(connection)  # tables that a version since then has added
 
     # Rounds
 
@@ -146,6 +148,10 @@ class Database:
     def updates_of(self, round_: int) -> list[UpdateRecord]:
         """The counted updates of a round in the order they came."""
         return self._updates(sa.select(t.updates).where(t.updates.c.round == round_).order_by(t.updates.c.received))
+
+    def updates(self) -> list[UpdateRecord]:
+        """The counted updates of all rounds."""
+        return self._updates(sa.select(t.updates).order_by(t.updates.c.round, t.updates.c.received))
 
     def receipt_of(self, round_: int, device: str) -> UpdateReceipt | None:
         """The receipt a device got for a round."""
@@ -218,9 +224,25 @@ class Database:
         return record
 
     def leave(self, device: str, now: float) -> None:
-        """Note that a device left."""
+        """Note that a device left; what it measured of itself is forgotten, as another machine may take its name."""
         with self._engine.begin() as connection:
+            connection.execute(t.capabilities.delete().where(t.capabilities.c.device == device))
             connection.execute(t.devices.update().where(t.devices.c.name == device).values(left_at=now))
+
+    def put_capability(self, device: str, record: CapabilityRecord) -> None:
+        """Keep what a device measured of itself in place of what it said before."""
+        text = msgspec.json.encode(record.capability).decode()
+        with self._engine.begin() as connection:
+            connection.execute(t.capabilities.delete().where(t.capabilities.c.device == device))
+            connection.execute(t.capabilities.insert().values(device=device, told=record.told, capability=text))
+
+    def capabilities(self) -> dict[str, CapabilityRecord]:
+        """What devices measured of themselves, by name; those that never said so are left out."""
+        with self._engine.begin() as connection:
+            rows = connection.execute(sa.select(t.capabilities)).all()
+        return {
+            row.device: CapabilityRecord(msgspec.json.decode(row.capability, type=Capability), row.told) for row in rows
+        }
 
     def note_traffic(self, traffic: Iterable[tuple[str, float, int]]) -> None:
         """Add (device, last seen, further bytes sent to it)."""
@@ -228,6 +250,38 @@ class Database:
             for device, seen, sent in traffic:
                 values = {"last_seen": seen, "bytes_down": t.devices.c.bytes_down + sent}
                 connection.execute(t.devices.update().where(t.devices.c.name == device).values(values))
+
+    def note_arrivals(self, arrivals: Mapping[tuple[int, str], float]) -> None:
+        """Keep how many seconds the body of a counted update took to arrive, by round and device."""
+        rows = [
+            {"round": round_, "device": device, "seconds": seconds} for (round_, device), seconds in arrivals.items()
+        ]
+        with self._engine.begin() as connection:
+            connection.execute(t.arrivals.insert(), rows)
+
+    def arrivals(self) -> dict[tuple[int, str], float]:
+        """Seconds by round and device; see :meth:`note_arrivals`."""
+        with self._engine.begin() as connection:
+            return {(row.round, row.device): row.seconds for row in connection.execute(sa.select(t.arrivals))}
+
+    def note_refusals(self, refusals: Mapping[tuple[str, str], int]) -> None:
+        """Add refused updates, by device and name of the problem."""
+        with self._engine.begin() as connection:
+            for (device, problem), count in refusals.items():
+                row = t.refusals.c.device == device, t.refusals.c.problem == problem
+                changed = connection.execute(
+                    t.refusals.update().where(*row).values(updates=t.refusals.c.updates + count)
+                )
+                if not changed.rowcount:
+                    connection.execute(t.refusals.insert().values(device=device, problem=problem, updates=count))
+
+    def refusals(self) -> dict[str, dict[str, int]]:
+        """How many updates of a device were refused, by the name of the problem."""
+        found: dict[str, dict[str, int]] = {}
+        with self._engine.begin() as connection:
+            for row in connection.execute(sa.select(t.refusals)):
+                found.setdefault(row.device, {})[row.problem] = row.updates
+        return found
 
 
 def _round(row: sa.Row[Any]) -> RoundRecord:

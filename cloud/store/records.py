@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from edge_runtime.wire import LocalMetrics, UpdateReceipt
+from edge_runtime.wire import Capability, LocalMetrics, UpdateReceipt
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,14 @@ class DeviceRecord:
     last_seen: float | None = None
     left_at: float | None = None
     bytes_down: int = 0
+
+
+@dataclass(frozen=True)
+class CapabilityRecord:
+    """What a device measured of itself, and when it said so (Unix seconds)."""
+
+    capability: Capability
+    told: float
 
 
 @dataclass(frozen=True)

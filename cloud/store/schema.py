@@ -1,4 +1,5 @@
-"""The tables. Times are Unix seconds, digests SHA-256 in hex. Changing anything here raises ``SCHEMA``."""
+"""The tables. Times are Unix seconds, digests SHA-256 in hex. Changing a table raises ``SCHEMA``; a new one does not,
+as nothing here needs it to be there before and :meth:`cloud.store.Database.open` makes it."""
 
 from __future__ import annotations
 
@@ -36,6 +37,22 @@ devices = Table(
     Column("bytes_down", Integer, nullable=False),
     sqlite_strict=True,
 )
+capabilities = Table(
+    "capabilities",
+    metadata,
+    Column("device", Text, ForeignKey("devices.name"), primary_key=True),
+    Column("told", REAL, nullable=False),
+    Column("capability", Text, nullable=False),  # wire.Capability as JSON, the newest
+    sqlite_strict=True,
+)
+refusals = Table(
+    "refusals",
+    metadata,
+    Column("device", Text, ForeignKey("devices.name"), primary_key=True),
+    Column("problem", Text, primary_key=True),  # its name in the contract, so a device makes only a few rows
+    Column("updates", Integer, nullable=False),  # so many
+    sqlite_strict=True,
+)
 rounds = Table(
     "rounds",
     metadata,
@@ -61,5 +78,13 @@ updates = Table(
     Column("bytes", Integer, nullable=False),
     Column("received", REAL, nullable=False),
     Column("metrics", Text, nullable=False),  # LocalMetrics as JSON
+    sqlite_strict=True,
+)
+arrivals = Table(
+    "arrivals",
+    metadata,
+    Column("round", Integer, ForeignKey("rounds.round"), primary_key=True),
+    Column("device", Text, ForeignKey("devices.name"), primary_key=True),
+    Column("seconds", REAL, nullable=False),  # from the request's head to the last byte of the update that counts
     sqlite_strict=True,
 )

@@ -258,6 +258,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
         return {module.name: (module.in_features, module.out_features) for module in self.modules}
 
     @property
+    def places(self) -> dict[str, int]:
+        """Number of the block of every LoRA module by name."""
+        return {module.name: module.block for module in self.modules}
+
+    @property
     def head_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the trained head's tensors by adapter name; empty when nothing of the head is trained."""
         return {f"{self.head.module}.{param.name}": param.shape for param in self.head.params}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from edge_runtime.device.host import Host
 from edge_runtime.device.records import Identity, Pending
 from edge_runtime.device.transport import BlobAnswer, PlanAnswer, Traffic
 from edge_runtime.wire import (
+    Capability,
     Enrolled,
     Enrolment,
     RequestFormatError,
@@ -42,7 +44,15 @@ from edge_runtime.wire.messages import MAX_MESSAGE_BYTES
 from edge_runtime.wire.plan import MAX_PLAN_BYTES
 from edge_runtime.wire.problems import CONTENT_TYPE, ProblemDocument
 from edge_runtime.wire.requests import EMPTY_BODY
-from edge_runtime.wire.resources import BLOB, DEVICE, ENROLMENTS, patch_target, plan_target, update_path
+from edge_runtime.wire.resources import (
+    BLOB,
+    DEVICE,
+    ENROLMENTS,
+    capability_path,
+    patch_target,
+    plan_target,
+    update_path,
+)
 
 _CONNECT_S = 15.0
 _READ_S = 60.0  # longest silence within an answer
@@ -153,7 +163,7 @@ class Client:
             TransportError: no answer, or cut, also while the pieces are read.
         """
         headers = {"Range": f"bytes={offset}-"} if offset else {}
-        async with self._answer("GET", BLOB.format(digest=digest), headers=headers) as response:
+        async with self._timed("GET", BLOB.format(digest=digest), headers=headers) as response:
             if response.status == 416:  # nothing after offset: what is here is all there is
                 yield BlobAnswer(offset, _whole(b""))
             else:
@@ -167,7 +177,7 @@ class Client:
             NotFoundError, RoundError, RequestError: the server's refusal.
             TransportError: no answer, or cut, also while the pieces are read.
         """
-        async with self._answer("GET", patch_target(task, round_, since=since)) as response:
+        async with self._timed("GET", patch_target(task, round_, since=since)) as response:
             yield self._pieces(response)
 
     async def upload(self, pending: Pending, sealed: Path) -> UpdateReceipt:
@@ -180,14 +190,28 @@ class Client:
         """
         target = update_path(pending.task, pending.round, self._signed_by().device)
         body = _Body(self._sent(sealed), pending.bytes, pending.digest)
+        began = self._host.clock()
         async with self._answer("PUT", target, body=body) as response:
             receipt = await self._message(response, UpdateReceipt)
+        self.traffic.pace_up.add(pending.bytes, self._host.clock() - began)
         if (receipt.round, receipt.digest) != (pending.round, pending.digest):
             raise RefusedError(
                 f"receipt: expected round {pending.round} and digest {pending.digest[:12]}, "
                 f"got {receipt.round} and {receipt.digest[:12]}"
             )
         return receipt
+
+    async def tell(self, task: str, capability: Capability) -> None:
+        """Say what this device measured of itself.
+
+        Raises:
+            NotFoundError, RequestError: the server's refusal; one from before this resource knows no such path.
+            TransportError: no answer.
+        """
+        data = encode_message(capability)
+        body = _Body(_whole(data), len(data), hashlib.sha256(data).hexdigest())
+        async with self._answer("PUT", capability_path(task, self._signed_by().device), body=body):
+            pass
 
     def _signed_by(self) -> Signer:
         if self._signer is None:
@@ -226,6 +250,18 @@ class Client:
                 yield response
         except (aiohttp.ClientError, asyncio.TimeoutError, ConnectionError) as error:
             raise TransportError(f"{self._server}: {_describe(error)}") from error
+
+    @contextlib.asynccontextmanager
+    async def _timed(
+        self, method: str, target: str, *, headers: dict[str, str] | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """As :meth:`_answer`, for a body that is received; notes when it began and how fast it came."""
+        clock, before = self._host.clock, self.traffic.down
+        began = clock()
+        async with self._answer(method, target, headers=headers) as response:
+            self.traffic.answered(clock() - began)
+            yield response
+        self.traffic.pace_down.add(self.traffic.down - before, clock() - began)
 
     def _authorization(self, method: str, target: str, body_digest: str) -> str:
         signer = self._signed_by()

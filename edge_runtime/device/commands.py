@@ -99,7 +99,8 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
 
     The operator makes a token for a name; the device makes its own key, which never leaves it. A lost answer is
     repaired by running the same command again. First one product is computed in a child process: where ONNX Runtime
-    does not work, nothing is enrolled.
+    does not work, nothing is enrolled. The server is told the machine's architecture, cores, memory and speed, and
+    nothing else of it.
 
     \b
     Example:
@@ -108,6 +109,7 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
           --token ember1.… --data mine.jsonl                              # on the device
       emberlora edge run
     """
+    from edge_runtime.device.capability import tell_first
     from edge_runtime.device.enrolment import check_server, enrol
     from edge_runtime.device.host import Host
     from edge_runtime.device.trial import try_engine
@@ -120,11 +122,12 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
         except RequestFormatError as error:
             raise InputError(str(error)) from error
         origin = check_server(server, insecure_http=insecure_http)
-        asyncio.run(try_engine())
+        calibration_s = asyncio.run(try_engine())
         place = Home(home)
         with place.locked():
             identity = asyncio.run(enrol(place, server=origin, token=parsed, device=name, host=Host()))
             _remember(place, data, evaluation)
+            asyncio.run(tell_first(place, calibration_s, host=Host()))
     click.echo(f"{identity.device} is enrolled in task {identity.task}; next: emberlora edge run")
 
 
@@ -152,6 +155,13 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
     help="Disk for what the frozen lower blocks make of the examples, during a round; 0 computes it every time.  "
     "[default: 2048, or a tenth of the free disk if that is less]",
 )
+@click.option(
+    "--tier",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Carry less of each plan than this device could: tier 1 or more, where the plan has tiers.  "
+    "[default: what the plan means for a device with --memory-mb]",
+)
 @click.option("--skip-bad-lines", is_flag=True, help="Train on the good lines of a file that has bad ones.")
 @click.option("--once", is_flag=True, help="Stop after one round.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON event a line for machines.")
@@ -165,6 +175,7 @@ def run(  # noqa: PLR0913  # click passes each option as an argument
     packed_weights: bool,
     micro_tokens: int | None,
     remember_mb: int | None,
+    tier: int,
     skip_bad_lines: bool,
     once: bool,
     as_json: bool,
@@ -205,6 +216,7 @@ def run(  # noqa: PLR0913  # click passes each option as an argument
                 packed_weights=packed_weights,
                 micro_tokens=micro_tokens,
                 remember_mb=remember_mb,
+                tier=tier,
                 once=once,
             )
             tools = Tools(trainer=ChildTrainer(), inspector=ChildInspector(), host=Host(), report=display.show)

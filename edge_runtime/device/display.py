@@ -56,7 +56,7 @@ class TerminalDisplay:
         if isinstance(event, events.MeasuredPart):
             self._terminal.progress(event.examples, event.of, f"{self._name(event.round)} · measuring class means")
             return
-        if not isinstance(event, (events.Noticed, events.EvaluatedRound)):
+        if not isinstance(event, (events.Noticed, events.EvaluatedRound, events.ModulesStilled)):
             self._terminal.close()
         if isinstance(event, events.Planned):
             self._rounds = event.rounds
@@ -119,6 +119,10 @@ class TerminalDisplay:
             if trained.seconds is not None:
                 done = "class means measured" if self._state == "measure" else f"{trained.steps} steps"
                 parts.append(f"{done} in {duration(trained.seconds)}")
+            if trained.tier:
+                parts.append(f"tier {trained.tier}")
+            if trained.skipped:
+                parts.append(f"{trained.skipped} steps of still modules left out")
         if self._evaluated:
             parts.append(self._evaluated)
         self._evaluated = ""

@@ -63,6 +63,14 @@ class StepDone(DeviceEvent, frozen=True, tag="step"):
     loss: float  # mean nats of this batch
 
 
+class ModulesStilled(DeviceEvent, frozen=True, tag="stilled"):
+    """These modules stand still on this device; they are not trained after this step of the round."""
+
+    round: int
+    step: int  # counted from 1
+    modules: tuple[str, ...]
+
+
 class MeasuredPart(DeviceEvent, frozen=True, tag="measured"):
     """So many of this device's examples are measured, in a round that measures class means."""
 
@@ -83,6 +91,8 @@ class TrainedRound(DeviceEvent, frozen=True, tag="trained"):
     peak_private_mb: float | None
     peak_total_mb: float | None
     spared: dict[int, int] = {}  # tokens whose lowest blocks were read and not computed, by how many blocks
+    tier: int = 0  # of the plan's, that was carried; 0: all of the plan
+    skipped: int = 0  # steps of modules that were left out because the module stood still
 
 
 class Uploaded(DeviceEvent, frozen=True, tag="uploaded"):

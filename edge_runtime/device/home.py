@@ -2,6 +2,7 @@
 
 identity.json               name, private key, server, task, pinned plan key     (0600)
 settings.json               data and evaluation files
+capability.json             what the device measured of itself
 state.json                  last round seen and done, bytes, newest and published adapter
 plans/round-N.plan          the signed plan in force
 bundles/<digest>/           the verified bundle
@@ -30,7 +31,7 @@ from pathlib import Path
 
 from edge_runtime.device.errors import HomeLockedError, NotEnrolledError, NotPublishedError
 from edge_runtime.device.files import make_folder, read_record, sync_folder, write_bytes, write_record
-from edge_runtime.device.records import DeviceState, Identity, Published, Settings
+from edge_runtime.device.records import DeviceState, Identity, Measured, Published, Settings
 from edge_runtime.training.job import CARRIED_NAMES, PERSONAL_NAME, REMEMBERED_NAME, RESIDUAL_NAME
 
 
@@ -113,6 +114,14 @@ class Home:
         """Keep what the user told this device to use."""
         write_record(self.folder / "settings.json", settings)
 
+    def measured(self) -> Measured | None:
+        """What the device measured of itself; None when it never has."""
+        return read_record(self.folder / "capability.json", Measured)
+
+    def save_measured(self, measured: Measured) -> None:
+        """Keep what the device measured of itself."""
+        write_record(self.folder / "capability.json", measured)
+
     def state(self) -> DeviceState:
         """Where the device is; a new device has seen no round."""
         return read_record(self.folder / "state.json", DeviceState) or DeviceState()
@@ -157,7 +166,7 @@ class Home:
 
     def forget(self) -> None:
         """Remove what makes this home one device: identity, position, what is unsent or personal. Downloads stay."""
-        for name in ("identity.json", "state.json", REMEMBERED_NAME, *CARRIED_NAMES):
+        for name in ("identity.json", "state.json", "capability.json", REMEMBERED_NAME, *CARRIED_NAMES):
             (self.folder / name).unlink(missing_ok=True)
         for folder in (self.outbox, self.work, self.folder / "plans"):
             shutil.rmtree(folder, ignore_errors=True)

@@ -17,6 +17,7 @@ import msgspec
 
 from edge_runtime.device import events
 from edge_runtime.device.artifacts import Request
+from edge_runtime.device.capability import SelfReport
 from edge_runtime.device.errors import ArtifactError, CorruptFileError, RefusedError, TrainingError, TransportError
 from edge_runtime.device.fetch import Store
 from edge_runtime.device.files import sync_folder, write_record
@@ -37,11 +38,13 @@ from edge_runtime.training.job import (
     MeasuredPart,
     Notice,
     Stepped,
+    Stilled,
     TrainingJob,
 )
 from edge_runtime.wire import (
     EnvelopeContext,
     NotFoundError,
+    Plan,
     PlanError,
     PlanFormatError,
     PlanOrderError,
@@ -52,6 +55,7 @@ from edge_runtime.wire import (
     SignedPlan,
     UpdateDigestError,
     UpdateError,
+    choose_tier,
     problem_for,
     seal,
 )
@@ -72,6 +76,7 @@ class RunOptions:
     packed_weights: bool = False
     micro_tokens: int | None = None  # None: what suits model and budget
     remember_mb: int | None = None  # None: what suits the disk
+    tier: int = 0  # the least the user wants to carry; a weaker one where the plan means this device to
     once: bool = False  # stop after one round
     wait_s: int = 30  # how long a poll may be held by the server
     backoff_s: float = 1.0  # first wait after a failure
@@ -102,6 +107,8 @@ class Device:
         self._options = options
         self._outbox = Outbox(home.outbox)
         self._store = Store(home, client, tools.inspector, options.floors)
+        self._carried = 0  # the tier of the round that is trained
+        self._self_report = SelfReport(home, client, self._identity.task, tools.host.clock)
         self._signed: SignedPlan | None = None
         self._backoffs: dict[type[Action], Backoff] = {}
         self._reported = ""  # digest of the plan the user was told about last
@@ -120,6 +127,8 @@ class Device:
             events.Started(identity.device, identity.task, identity.server, round=self._state.done_round)
         )
         try:
+            if not self._state.finished:
+                await self._self_report.tell()
             while not (self._options.once and self._rounds):
                 action = decide(self._state, self._outbox.first(), self._signed)
                 if isinstance(action, Stop):
@@ -199,7 +208,7 @@ class Device:
     async def _train(self, signed: SignedPlan) -> None:
         plan = signed.plan
         bundle, adapter = await self._fetch(signed)
-        work = self._home.fresh_work()
+        work, self._carried = self._home.fresh_work(), self._tier(plan)
         job = TrainingJob(
             plan=str(self._home.plan_path(plan.round)),
             plan_key=self._identity.plan_key,
@@ -215,6 +224,7 @@ class Device:
             micro_tokens=self._options.micro_tokens,
             remember_mb=self._options.remember_mb,
             remembered=str(self._home.remembered),
+            tier=self._carried,
             residual=str(self._home.residual),
             personal=str(self._home.personal),
             rounding_seed=int.from_bytes(self._tools.host.entropy(8), "big"),
@@ -224,6 +234,12 @@ class Device:
             self._journal(signed, result, work)
         finally:
             self._home.clear_work()
+
+    def _tier(self, plan: Plan) -> int:
+        """The tier of a plan that this device takes, by what is known of it and what its user wants."""
+        now, allowed = self._self_report.now, self._options.memory_budget_mb
+        memory = now.available_mb if allowed is None else min(now.available_mb, allowed)
+        return choose_tier(plan.tiers or (), memory_mib=memory, step_s=now.step_s or None, wanted=self._options.tier)
 
     def _journal(self, signed: SignedPlan, result: Done, work: Path) -> None:
         """Seal the frame that lies in ``work`` and make it durable, or stay out of the round."""
@@ -260,6 +276,7 @@ class Device:
             self._outbox.keep_carried(pending.round, self._home.folder)  # first: see the outbox
             self._end_round(done(self._state, pending.round, counted=True), pending.round)
             self._tools.report(events.Uploaded(pending.round, pending.bytes, receipt.weight))
+            await self._self_report.tell()
 
     async def _publish(self, signed: SignedPlan) -> None:
         plan = signed.plan
@@ -311,7 +328,11 @@ class Device:
         elif isinstance(event, MeasuredPart):
             self._tools.report(events.MeasuredPart(round_, event.examples, event.of))
         elif isinstance(event, Stepped):
+            if self._carried == 0:
+                self._self_report.stepped(event.step)
             self._tools.report(events.StepDone(round_, event.step, event.steps, event.loss))
+        elif isinstance(event, Stilled):
+            self._tools.report(events.ModulesStilled(round_, event.step, event.modules))
 
 
 def _planned(signed: SignedPlan) -> events.Planned:
@@ -341,4 +362,6 @@ def _trained(round_: int, result: Done) -> events.TrainedRound:
         peak_private_mb=m.peak_private_mb,
         peak_total_mb=m.peak_total_mb,
         spared=result.spared,
+        tier=m.tier,
+        skipped=result.skipped,
     )

@@ -7,6 +7,8 @@ from typing import Annotated
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from edge_runtime.wire import Capability
+
 _Key = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 _KeyOrNone = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{64})?\Z")]
 
@@ -58,6 +60,13 @@ class DeviceState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bytes_down: int = 0  # bodies of answers, repeats included
     adapter: str = ""  # digest of the adapter that came last, which the next one is patched from
     adapter_round: int = -1  # whose plan names it
+
+
+class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """capability.json: what this device measured of itself, and whether its aggregator has been told."""
+
+    capability: Capability
+    told: bool = False
 
 
 class Pending(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

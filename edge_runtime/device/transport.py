@@ -8,20 +8,49 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from edge_runtime.device.records import Pending
-from edge_runtime.wire import UpdateReceipt
+from edge_runtime.wire import Capability, UpdateReceipt
+
+_LEAST_BYTES = 64 << 10  # smaller bodies fit into buffers on the way, and their time is that of the request
+
+
+@dataclass
+class Pace:
+    """How fast bodies went one way: all bytes by all seconds, those of connecting and answering included."""
+
+    bytes: int = 0
+    seconds: float = 0.0
+
+    def add(self, size: int, seconds: float) -> None:
+        """Note a body that went whole; small ones say nothing of the link."""
+        if size >= _LEAST_BYTES and seconds > 0:
+            self.bytes += size
+            self.seconds += seconds
+
+    @property
+    def bytes_s(self) -> float | None:
+        """Bytes a second; None before a body was large enough."""
+        return self.bytes / self.seconds if self.seconds else None
 
 
 @dataclass
 class Traffic:
-    """Bytes of bodies that went over the network, repeats included."""
+    """Bytes of bodies that went over the network, repeats included, and how fast they went in this process."""
 
     up: int = 0
     down: int = 0
+    pace_up: Pace = field(default_factory=Pace)
+    pace_down: Pace = field(default_factory=Pace)
+    round_trip_s: float | None = None  # until a request is answered, connecting included; the shortest seen
+
+    def answered(self, seconds: float) -> None:
+        """Note how long a request that is answered at once took."""
+        if seconds > 0:
+            self.round_trip_s = min(seconds, self.round_trip_s or seconds)
 
 
 @dataclass(frozen=True)
@@ -56,3 +85,6 @@ class Transport(Protocol):
 
     async def upload(self, pending: Pending, sealed: Path) -> UpdateReceipt:
         """Send a sealed update from its file."""
+
+    async def tell(self, task: str, capability: Capability) -> None:
+        """Say what this device measured of itself."""

@@ -7,6 +7,8 @@ only trying shows it, and only in another process can one live to tell.
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 import platform
 import sys
 from collections.abc import Sequence
@@ -18,12 +20,16 @@ ENGINE_TRIAL = (sys.executable, "-m", "edge_runtime.engine.trial")
 _PATIENCE_S = 120.0  # the slowest boards import ONNX Runtime from a memory card; a second is usual
 
 
-async def try_engine(command: Sequence[str] = ENGINE_TRIAL, *, patience_s: float = _PATIENCE_S) -> None:
-    """Compute one product in a child process.
+async def try_engine(command: Sequence[str] = ENGINE_TRIAL, *, patience_s: float = _PATIENCE_S) -> float | None:
+    """Compute one product in a child process, and time a few.
 
     Args:
-        command: The child's command line; exit code 0 says that the product was right.
+        command: The child's command line; exit code 0 says that the product was right, its output how long the
+            calibration pass takes.
         patience_s: Seconds after which a child that says nothing counts as failed.
+
+    Returns:
+        Seconds of the calibration pass; None when the child does not say.
 
     Raises:
         EngineTrialError: the child did not end with 0; the message names the version and what to do.
@@ -34,6 +40,15 @@ async def try_engine(command: Sequence[str] = ENGINE_TRIAL, *, patience_s: float
         raise EngineTrialError(_line(f"no answer within {patience_s:g} s")) from error
     if ended.code != 0:
         raise EngineTrialError(_line(ended.describe()))
+    return _calibration_s(ended.output)
+
+
+def _calibration_s(output: bytes) -> float | None:
+    try:
+        seconds = json.loads(output)["calibration_s"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return seconds if isinstance(seconds, float) and 0 < seconds < math.inf else None
 
 
 def _line(what: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,13 +36,19 @@ class AdamW:
         self.first: Flat = np.zeros(count, dtype=np.float32)
         self.second: Flat = np.zeros(count, dtype=np.float32)
         self.steps = 0
+        self._frozen: frozenset[str] = frozenset()
         self._pieces = list(_pieces(parameters, training))
+
+    def freeze(self, names: Collection[str]) -> None:
+        """Move these tensors no longer, so that steps take no gradient of them; the state of the others goes on."""
+        self._frozen |= frozenset(names)
+        self._pieces = list(_pieces(self._parameters, self._training, self._frozen))
 
     def step(self, gradients: Mapping[str, Array], *, share: float = 1.0) -> float:
         """Move the parameters by one step.
 
         Args:
-            gradients: Mean gradient of every alive tensor by name, of all its components.
+            gradients: Mean gradient of every alive tensor that is not frozen by name, of all its components.
             share: Of the learning rates, from 0 to 1.
 
         Returns:
@@ -113,12 +119,17 @@ class _Piece:
     spans: tuple[_Span, ...]
 
 
-def _pieces(parameters: AdapterParameters, training: Training) -> Iterator[_Piece]:
-    """The flat array in pieces of _CHUNK elements, the last one smaller."""
+def _pieces(parameters: AdapterParameters, training: Training, frozen: Collection[str] = ()) -> Iterator[_Piece]:
+    """The flat array in pieces of _CHUNK elements, without frozen tensors; the last before a gap is smaller."""
     start, spans = 0, list[_Span]()
     filled = 0
     for name, shape in parameters.layout.blocks:
-        rate, count, done = _rate(name, training), math.prod(shape), 0
+        rate, count, done = learning_rate(name, training), math.prod(shape), 0
+        if name in frozen:
+            if spans:
+                yield _Piece(slice(start, start + filled), tuple(spans))
+            start, filled, spans = start + filled + count, 0, []
+            continue
         while done < count:
             size = min(count - done, _CHUNK - filled)
             spans.append(_Span(name, slice(done, done + size), slice(filled, filled + size), rate))
@@ -130,7 +141,8 @@ def _pieces(parameters: AdapterParameters, training: Training) -> Iterator[_Piec
         yield _Piece(slice(start, start + filled), tuple(spans))
 
 
-def _rate(name: str, training: Training) -> float:
+def learning_rate(name: str, training: Training) -> float:
+    """Of a tensor, by its kind: A factors, B factors, head."""
     if name.endswith(".lora_a"):
         return training.lr_a
     if name.endswith(".lora_b"):

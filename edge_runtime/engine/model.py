@@ -103,7 +103,8 @@ class BlockEngine:
 
         Args:
             parameters: What is trained, and the rest of the adapter.
-            remembered: For :meth:`gradients`, until the next call closes it.
+            remembered: For :meth:`gradients`, until the next call closes it. Given again with the same parameters, of
+                which some have been frozen, it stays open.
 
         Raises:
             EngineInputError: an adapter tensor is missing, or an alive name is none of the bundle's.
@@ -131,6 +132,7 @@ class BlockEngine:
         self._head_alive = bool(alive)
         self._head.use(tensors)
         self._lora = lora
+        lowest_before = self._lowest
         self._lowest = next((i for i, slots in enumerate(alive_slots) if slots), len(alive_slots))
         self._variants = [
             Variant(frozenset(slots), input_gradient=index > self._lowest, keep=True)
@@ -138,12 +140,20 @@ class BlockEngine:
         ]
         kinds = (block.kind for block in self._manifest.blocks)
         self._size_keys = list(zip(kinds, self._variants, strict=True))[self._lowest :]
-        self._parameters = parameters
-        if self._remembered is not None:
-            self._remembered.close()  # even when it is given again: it holds what another adapter made
-        self._remembered = remembered
-        if remembered is not None and self._lowest:
+        self._take_memory(parameters, remembered, risen=self._lowest != lowest_before)
+
+    def _take_memory(self, parameters: AdapterParameters, remembered: RememberedHidden | None, *, risen: bool) -> None:
+        """Go on with the memory of the same training, or take another; ``risen``: the lowest alive block has."""
+        again = remembered is not None and self._remembered is remembered and self._parameters is parameters
+        if self._remembered is not None and not again:
+            self._remembered.close()  # even when it is given again: it is another adapter's
+        self._parameters, self._remembered = parameters, remembered
+        if remembered is None or not self._lowest:
+            return
+        if not again:
             remembered.stand_on(self._lowest, self._ground)
+        elif risen:
+            remembered.rise(self._lowest, self._ground)
 
     def _ground(self, level: int) -> bytes:
         """A digest of all that the lowest ``level`` blocks compute with, 32 bytes."""

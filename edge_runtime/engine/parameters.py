@@ -7,7 +7,7 @@ components are trained has an array of its own, into which :meth:`AdapterParamet
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -27,11 +27,13 @@ class AdapterParameters:
         origin: What is trained of the alive tensors, as it came, for the update and the proximal term; mapped tensors
             that are trained whole take no memory.
         layout: Names and shapes of what is trained.
+        frozen: Names of those that are trained no longer; they stay in the layout, as they are.
     """
 
     def __init__(self, adapter: Mapping[str, Array], layout: Layout) -> None:
         """Copy what is trained of ``adapter`` into one array."""
         self.layout = layout
+        self.frozen: frozenset[str] = frozenset()
         self.flat: Flat = np.empty(layout.count, dtype=np.float32)
         views = layout.split(self.flat)
         self.origin: dict[str, Array] = {}
@@ -47,6 +49,10 @@ class AdapterParameters:
         }
         self.tensors: dict[str, Array] = {**dead, **partly, **views}
 
+    def freeze(self, names: Collection[str]) -> None:
+        """Train these tensors no longer: they keep the values they have."""
+        self.frozen |= frozenset(names)
+
     def settle(self) -> None:
         """Copy trained components from ``flat`` to where the engine reads them; a tensor trained whole needs none."""
         for name, part in self._parts.items():
@@ -54,8 +60,8 @@ class AdapterParameters:
 
     @property
     def alive(self) -> frozenset[str]:
-        """Names of the alive tensors."""
-        return frozenset(name for name, _ in self.layout.blocks)
+        """Names of the tensors that need gradients."""
+        return frozenset(name for name, _ in self.layout.blocks) - self.frozen
 
     def change(self) -> Flat:
         """What training has changed, shape (layout.count,)."""

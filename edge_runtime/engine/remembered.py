@@ -87,6 +87,7 @@ class RememberedHidden:
         self._below: HiddenFile | None = None  # of a lower level, from before the lowest alive block rose
         self._asked: set[bytes] = set()
         self._full = False
+        self._risen = False
         self._closed = False
 
     @property
@@ -144,6 +145,17 @@ class RememberedHidden:
             if file is not None:
                 file.close()
         self._file = self._below = None
+
+    def rise(self, level: int, digest: Callable[[int], bytes]) -> None:
+        """Go on at a higher level, for this training alone: blocks that it has changed so far are frozen now.
+
+        What was remembered at the level before still spares the blocks below that, and is what lasts.
+        """
+        if self._below is not None:
+            self._below.close()
+        self._below, self._file = self._file, None
+        self._ground = Ground(level, digest(level))
+        self._risen, self._full, self.used_bytes = True, False, 0
 
     def recall(self, keys: Sequence[bytes], wanted: Flags, compute: Compute) -> Array:
         """Hidden states of a batch: read where they are remembered, computed and remembered where not.
@@ -223,7 +235,8 @@ class RememberedHidden:
             return
         try:
             if self._file is None:
-                self._file = HiddenFile.create(self._ground, folder=self._folder, path=self._path)
+                path = None if self._risen else self._path
+                self._file = HiddenFile.create(self._ground, folder=self._folder, path=path)
             self._file.append(key, rows)
         except OSError as error:
             self._give_up(error)

@@ -38,6 +38,7 @@ class AloneOptions(msgspec.Struct, frozen=True):
     lr_schedule: Schedule
     weight_decay: float
     clip_norm: float | None
+    local_kill: float | None
     seed: int
     threads: int | None
     memory_budget_mb: int | None
@@ -54,6 +55,8 @@ class AloneOptions(msgspec.Struct, frozen=True):
         """
         if self.epochs and self.steps:
             raise EngineInputError("--epochs and --steps: give one of them")
+        if self.local_kill is not None and not 0 < self.local_kill <= 1:
+            raise EngineInputError(f"--local-kill: expected more than 0 and at most 1, got {self.local_kill}")
         for name in ("lr_a", "lr_b", "lr_head", "weight_decay", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
@@ -68,6 +71,7 @@ class AloneOptions(msgspec.Struct, frozen=True):
             epochs=None if self.steps else self.epochs or 3,
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm or None,
+            local_kill=msgspec.UNSET if self.local_kill is None else self.local_kill,
         )
 
 
@@ -80,6 +84,7 @@ class AloneResult(msgspec.Struct, frozen=True):
     steps: int
     loss_start: float | None
     loss_end: float | None
+    skipped: int  # steps of modules that were left out because the module stood still
     train_s: float
     interrupted: bool
     before: Measured | None
@@ -124,6 +129,7 @@ def train_alone(options: AloneOptions, terminal: Terminal) -> AloneResult:
         steps=trained.steps if trained else 0,
         loss_start=trained.loss_start if trained else None,
         loss_end=trained.loss_end if trained else None,
+        skipped=trained.skipped if trained else 0,
         train_s=round(trained.seconds, 3) if trained else 0.0,
         interrupted=trained is None,
         before=before,

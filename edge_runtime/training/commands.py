@@ -88,6 +88,12 @@ def _one_clear_line() -> Iterator[None]:
 )
 @click.option("--weight-decay", type=float, default=0.0, show_default=True)
 @click.option("--clip-norm", type=float, help="Clip the gradient's global norm.  [default: no clipping]")
+@click.option(
+    "--local-kill",
+    type=float,
+    help="Stop training a module once it moves less than this share, above 0 and at most 1, of what all moved at the "
+    "start.  [default: all are trained to the end]",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Order of the examples.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
 @click.option(

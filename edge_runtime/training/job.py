@@ -41,6 +41,7 @@ class TrainingJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     remembered: str | None = None  # file: the same from round to round; None: forgotten when the training ends
     residual: str | None = None  # file: what updates before did not say; None, or no such file: nothing
     personal: str | None = None  # file: what this device keeps for itself; None, or no such file: nothing yet
+    tier: int = 0  # of the plan's, that this device carries
     rounding_seed: int = 0  # for stochastic rounding; of the device's own entropy, so that no two devices round alike
 
 
@@ -66,6 +67,13 @@ class Stepped(msgspec.Struct, frozen=True, tag="stepped"):
     loss: float  # mean nats of this batch
 
 
+class Stilled(msgspec.Struct, frozen=True, tag="stilled"):
+    """These modules stand still; they are not trained after this step of the round."""
+
+    step: int  # counted from 1
+    modules: tuple[str, ...]
+
+
 class MeasuredPart(msgspec.Struct, frozen=True, tag="measured"):
     """So many of the device's examples are measured, in a round that measures class means."""
 
@@ -79,6 +87,7 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     weight: int
     metrics: LocalMetrics
     spared: dict[int, int] = {}  # tokens whose lowest blocks were read and not computed, by how many blocks
+    skipped: int = 0  # steps of modules that were left out because the module stood still
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -88,7 +97,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     input: bool
 
 
-Event = Notice | Evaluated | Stepped | MeasuredPart | Done | Failed
+Event = Notice | Evaluated | Stepped | Stilled | MeasuredPart | Done | Failed
 
 
 def decode_event(line: bytes) -> Event:

@@ -17,9 +17,11 @@ from edge_runtime.engine.interface import Engine, Score
 from edge_runtime.engine.parameters import AdapterParameters
 from edge_runtime.engine.remembered import RememberedHidden
 from edge_runtime.training.accumulate import MICRO_TOKENS, accumulate, micro_batches
+from edge_runtime.training.stillness import Stillness, window_steps
 from edge_runtime.wire import Schedule, Training, rate_share
 
 OnStep = Callable[[int, int, float], None]  # step from 1, steps, mean loss of the batch in nats
+OnStill = Callable[[int, frozenset[str]], None]  # step from 1, modules that are trained no longer from then on
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Trained:
         loss_end: The same over the last quarter.
         seconds: All of it took.
         spared: Tokens for which the lowest blocks were not computed, by how many blocks these were.
+        skipped: Steps of modules that were left out because the module stood still.
     """
 
     steps: int
@@ -39,6 +42,7 @@ class Trained:
     loss_end: float
     seconds: float
     spared: Mapping[int, int] = field(default_factory=dict)
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,28 +79,38 @@ def train(
     course: Course,
     *,
     on_step: OnStep | None = None,
+    on_still: OnStill | None = None,
 ) -> Trained:
-    """Train the alive parameters in place.
+    """Train the alive parameters in place; where the settings ask for it, those that stand still no longer.
 
     Args:
         engine: The engine; it is given ``parameters``.
         parameters: Changed in place, alive tensors only.
         course: Data, settings and order.
         on_step: Called after every step; may raise to stop.
+        on_still: Called when modules stand still.
 
     Raises:
         DivergedError: the loss is no longer finite; the parameters are those of the last good step.
     """
     with course.remembered or contextlib.nullcontext():
-        return _train(engine, parameters, course, on_step)
+        return _train(engine, parameters, course, on_step, on_still)
 
 
-def _train(engine: Engine, parameters: AdapterParameters, course: Course, on_step: OnStep | None) -> Trained:
+def _train(
+    engine: Engine,
+    parameters: AdapterParameters,
+    course: Course,
+    on_step: OnStep | None,
+    on_still: OnStill | None,
+) -> Trained:
     steps, training = course.steps, course.training
-    again = steps > steps_per_epoch(course.dataset, training.batch_size)
+    an_epoch = steps_per_epoch(course.dataset, training.batch_size)
     memory = course.remembered
-    engine.use(parameters, memory if memory and (again or memory.lasting) else None)  # not what is never seen again
+    remembered = memory if memory and (steps > an_epoch or memory.lasting) else None  # not what is never seen again
+    engine.use(parameters, remembered)
     optimizer = AdamW(parameters, training)
+    stillness = Stillness(parameters, training, window=window_steps(an_epoch))
     losses: list[float] = []
     began = time.perf_counter()
     for batch in training_batches(course.dataset, training.batch_size, steps=steps, rng=course.rng):
@@ -104,10 +118,18 @@ def _train(engine: Engine, parameters: AdapterParameters, course: Course, on_ste
         loss = gradients.score.loss
         if not math.isfinite(loss):
             raise DivergedError(f"training: step {len(losses) + 1}: the loss is {loss}: lower the learning rates")
-        optimizer.step(gradients.tensors, share=rate_share(course.schedule, len(losses) / max(steps - 1, 1)))
+        share = rate_share(course.schedule, len(losses) / max(steps - 1, 1))
+        optimizer.step(gradients.tensors, share=share)
         losses.append(loss)
         if on_step is not None:
             on_step(len(losses), steps, loss)
+        still = stillness.after_step(share)
+        if still and len(losses) < steps:
+            parameters.freeze(stillness.tensors(still))
+            optimizer.freeze(parameters.frozen)
+            engine.use(parameters, remembered)
+            if on_still is not None:
+                on_still(len(losses), still)
     quarter = max(1, len(losses) // 4)
     return Trained(
         len(losses),
@@ -115,6 +137,7 @@ def _train(engine: Engine, parameters: AdapterParameters, course: Course, on_ste
         float(np.mean(losses[-quarter:])),
         time.perf_counter() - began,
         dict(memory.spared) if memory else {},
+        stillness.skipped,
     )
 
 

@@ -17,7 +17,7 @@ from edge_runtime.training.carried import fitting, read_carried, some
 
 
 @dataclass(frozen=True)
-class Personal:
+class PersonalTensors:
     """A device's own tensors.
 
     Attributes:
@@ -31,7 +31,9 @@ class Personal:
     notices: tuple[str, ...] = ()
 
 
-def read_personal(file: Path | None, parts: Collection[str], manifest: Manifest, ranks: Mapping[str, int]) -> Personal:
+def read_personal(
+    file: Path | None, parts: Collection[str], manifest: Manifest, ranks: Mapping[str, int]
+) -> PersonalTensors:
     """A device's own tensors for an adapter of these ranks.
 
     Args:
@@ -42,18 +44,20 @@ def read_personal(file: Path | None, parts: Collection[str], manifest: Manifest,
     """
     names = _names(parts, manifest)
     if not names or file is None:
-        return Personal(names)
+        return PersonalTensors(names)
     try:
         stored = read_carried(file)
     except TensorFileError as error:  # a device that never trained again would lose the shared part as well
-        return Personal(names, notices=(f"what this device kept for itself is lost and starts again: {error}",))
+        return PersonalTensors(names, notices=(f"what this device kept for itself is lost and starts again: {error}",))
     tensors, others = fitting(stored, adapter_shapes(manifest, ranks))
     notice = f"what this device kept for itself starts again where shapes changed: {some(others)}"
     mine = {name: array for name, array in tensors.items() if name in names}
-    return Personal(names, mine, (notice,) if others else ())
+    return PersonalTensors(names, mine, (notice,) if others else ())
 
 
-def trained_personal(personal: Personal, tensors: Mapping[str, Array], trained: Collection[str]) -> dict[str, Array]:
+def trained_personal(
+    personal: PersonalTensors, tensors: Mapping[str, Array], trained: Collection[str]
+) -> dict[str, Array]:
     """What is to be kept after a training: of the tensors ``trained`` their new values, of the others the old ones."""
     return personal.tensors | {name: tensors[name] for name in trained if name in personal.names}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +37,12 @@ from edge_runtime.training.job import (
     MeasuredPart,
     Notice,
     Stepped,
+    Stilled,
     TrainingJob,
 )
 from edge_runtime.training.local import Course, Trained, evaluate, train
 from edge_runtime.training.memory import MemorySampler
-from edge_runtime.training.personal import Personal, read_personal, trained_personal
+from edge_runtime.training.personal import PersonalTensors, read_personal, trained_personal
 from edge_runtime.training.quantise import Flat, quantise
 from edge_runtime.training.session import WorkingBundle
 from edge_runtime.wire import Layout, LocalMetrics, Plan, Update, check_values, encode_update, open_plan
@@ -94,14 +95,15 @@ def run_round(
         score = _evaluate(work, adapter, plan, job, emit)
         make = _measure if plan.state == "measure" else _train
         made = make(work, adapter, dataset, _Errand(plan, job, emit, personal))
-    metrics = _metrics(made.trained, score, memory, time.perf_counter() - began)
+    metrics = replace(_metrics(made.trained, score, memory, time.perf_counter() - began), tier=job.tier)
     values = made.values
     check_values(values, dataset.weight, plan.update)
     if plan.quantisation:
         values = _round_off(values, work, plan, job, emit)
     update = Update(values, dataset.weight, metrics)
-    spared = dict(made.trained.spared) if made.trained else {}
-    return encode_update(update, signed_plan=signed, layout=made.layout), Done(update.weight, metrics, spared)
+    spared, skipped = (dict(made.trained.spared), made.trained.skipped) if made.trained else ({}, 0)
+    done = Done(update.weight, metrics, spared, skipped)
+    return encode_update(update, signed_plan=signed, layout=made.layout), done
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class _Errand:
     plan: Plan
     job: TrainingJob
     emit: Callable[[Event], None]
-    personal: Personal
+    personal: PersonalTensors
 
 
 @dataclass(frozen=True)
@@ -125,17 +127,23 @@ class _Made:
 
 def _train(work: WorkingBundle, adapter: dict[str, Array], dataset: Dataset, errand: _Errand) -> _Made:
     plan, emit = errand.plan, errand.emit
-    parameters = AdapterParameters(adapter, work.trained_layout(plan))
+    parameters = AdapterParameters(adapter, work.trained_layout(plan, errand.job.tier))
     course = _course(work, dataset, plan, errand.job)
-    trained = train(work.engine, parameters, course, on_step=lambda step, steps, loss: emit(Stepped(step, steps, loss)))
+    trained = train(
+        work.engine,
+        parameters,
+        course,
+        on_step=lambda step, steps, loss: emit(Stepped(step, steps, loss)),
+        on_still=lambda step, modules: emit(Stilled(step, tuple(sorted(modules)))),
+    )
     if course.remembered is not None and course.remembered.trouble:
         emit(Notice(course.remembered.trouble))
     _keep_personal(parameters, errand)
-    layout = work.plan_layout(plan)
+    layout = work.plan_layout(plan, errand.job.tier)
     return _Made(layout, parameters.change_of(layout), trained)
 
 
-def _personal(work: WorkingBundle, plan: Plan, job: TrainingJob, emit: Callable[[Event], None]) -> Personal:
+def _personal(work: WorkingBundle, plan: Plan, job: TrainingJob, emit: Callable[[Event], None]) -> PersonalTensors:
     file = Path(job.personal) if job.personal else None
     found = read_personal(file, plan.personal_parts, work.bundle.manifest, plan.ranks)
     for text in found.notices:
@@ -147,7 +155,8 @@ def _keep_personal(parameters: AdapterParameters, errand: _Errand) -> None:
     """Write what the device keeps for itself; the shared part is checked where the frame is made."""
     if not errand.personal.names:
         return
-    kept = trained_personal(errand.personal, parameters.tensors, parameters.alive)
+    trained = [name for name, _ in parameters.layout.blocks]
+    kept = trained_personal(errand.personal, parameters.tensors, trained)
     broken = sorted(name for name, array in kept.items() if not np.isfinite(array).all())
     if broken:
         raise DivergedError(f"training: {broken[0]} is no longer finite: lower the learning rates")
@@ -177,7 +186,7 @@ def _round_off(change: Flat, work: WorkingBundle, plan: Plan, job: TrainingJob, 
     residual, others = fitting(stored, shapes)
     if others:
         emit(Notice(f"what earlier updates left out is dropped where ranks changed: {some(others)}"))
-    layout = work.plan_layout(plan)
+    layout = work.plan_layout(plan, job.tier)
     for name in layout.components:  # of these, only some components are sent
         residual.setdefault(name, np.zeros(shapes[name], np.float32))
     rng = np.random.default_rng([job.rounding_seed, plan.round])

@@ -17,7 +17,7 @@ from edge_runtime.engine.ort_training.model import OrtTrainingEngine
 from edge_runtime.engine.parameters import AdapterParameters
 from edge_runtime.engine.runtime import check_runtime, start_runtime
 from edge_runtime.training.accumulate import default_micro_tokens
-from edge_runtime.wire import Layout, ModulePlan, Plan, Products, layout_of
+from edge_runtime.wire import Layout, ModulePlan, Plan, Products, carried_modules, layout_of, tier_layouts
 
 
 class WorkingBundle:
@@ -97,28 +97,28 @@ class WorkingBundle:
         manifest = self.bundle.manifest
         return layout_of(modules, manifest.features, manifest.head_shapes if head_alive else {})
 
-    def plan_layout(self, plan: Plan) -> Layout:
-        """The layout of updates to a plan.
+    def plan_layout(self, plan: Plan, tier: int = 0) -> Layout:
+        """The layout of updates to a plan by devices of one of its tiers.
 
         Raises:
             PlanFormatError: the plan names a module that the bundle does not have, or not one range for every block.
         """
         manifest = self.bundle.manifest
-        head = manifest.head_shapes if plan.head_alive else {}
-        return layout_of(plan.modules, manifest.features, head, plan.quantisation or None)
+        found = tier_layouts(plan, features=manifest.features, places=manifest.places, head=manifest.head_shapes)
+        return found[tier]
 
-    def trained_layout(self, plan: Plan) -> Layout:
-        """The layout of what a device trains for a plan: what its update holds, and what of that it keeps instead.
+    def trained_layout(self, plan: Plan, tier: int = 0) -> Layout:
+        """The layout of what a device of a tier trains for a plan: what its update holds, and what it keeps instead.
 
         Raises:
             PlanFormatError: see :meth:`plan_layout`.
         """
         parts = plan.personal_parts
         if not parts:
-            return self.plan_layout(plan)
+            return self.plan_layout(plan, tier)
         modules = [
             msgspec.structs.replace(module, alive="AB") if "B" in parts and module.alive else module
-            for module in plan.modules
+            for module in carried_modules(plan, tier, self.bundle.manifest.places)
         ]
         return self.layout(modules, head_alive=plan.head_alive or "head" in parts)
 

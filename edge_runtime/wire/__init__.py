@@ -1,5 +1,6 @@
 """The contract between devices and aggregator: plans, updates, envelopes, requests, problems."""
 
+from edge_runtime.wire.capability import Capability
 from edge_runtime.wire.envelope import EnvelopeContext, seal, unseal
 from edge_runtime.wire.errors import (
     EnvelopeError,
@@ -73,12 +74,25 @@ from edge_runtime.wire.problems import Problem, ProblemDocument, decode_problem,
 from edge_runtime.wire.quantisation import Quantisation
 from edge_runtime.wire.requests import SignedRequest, authorization, parse_authorization, verify_request
 from edge_runtime.wire.schedule import Schedule, rate_share
-from edge_runtime.wire.update import Layout, LocalMetrics, Update, check_values, decode_update, encode_update, layout_of
+from edge_runtime.wire.tiers import Tier, choose_tier
+from edge_runtime.wire.update import (
+    Layout,
+    LocalMetrics,
+    Update,
+    carried_modules,
+    check_values,
+    decode_update,
+    encode_update,
+    layout_for,
+    layout_of,
+    tier_layouts,
+)
 
 __all__ = [
     "CLASS_COUNTS",
     "CLASS_SUMS",
     "SECOND_MOMENTS",
+    "Capability",
     "DeviceStatus",
     "Enrolled",
     "Enrolment",
@@ -116,6 +130,7 @@ __all__ = [
     "SignedRequest",
     "TaskFinishedError",
     "TaskStatus",
+    "Tier",
     "Token",
     "TokenAnswer",
     "TokenError",
@@ -136,10 +151,12 @@ __all__ = [
     "WireError",
     "adapter_layout",
     "authorization",
+    "carried_modules",
     "check_measurement",
     "check_name",
     "check_order",
     "check_values",
+    "choose_tier",
     "decode_message",
     "decode_patch",
     "decode_problem",
@@ -149,6 +166,7 @@ __all__ = [
     "encode_problem",
     "encode_update",
     "fewest_bits",
+    "layout_for",
     "layout_of",
     "measurement_layout",
     "open_plan",
@@ -159,6 +177,7 @@ __all__ = [
     "rate_share",
     "seal",
     "sign_plan",
+    "tier_layouts",
     "unpack_triangle",
     "unseal",
     "verify_request",

@@ -9,11 +9,12 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
+from edge_runtime.wire.capability import Capability
 from edge_runtime.wire.errors import RequestFormatError
 from edge_runtime.wire.names import Hex32, Name
 
 MAX_MESSAGE_BYTES = 64 << 10
-MAX_STATUS_BYTES = 16 << 20  # about 300 bytes a device and a round: thousands of each
+MAX_STATUS_BYTES = 16 << 20  # about 500 bytes a device and a round: thousands of each
 OPERATOR = "operator"  # the name that signs operator requests; no device may have it
 _TOKEN = re.compile(r"ember1\.([A-Za-z0-9_-]{64})")  # 48 bytes in 64 characters, no padding
 T = TypeVar("T", bound=msgspec.Struct)
@@ -78,6 +79,9 @@ class DeviceStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     peak_private_mb: float | None = None
     peak_total_mb: float | None = None
     train_s: float | None = None  # of its last update
+    tier: int | None = None  # of its last update; None before it has sent any
+    capability: Capability | None = None  # its own figures; None: never told
+    capability_told: float | None = None  # Unix time in seconds
 
 
 class RoundStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,6 +98,8 @@ class RoundStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seconds: float
     adapter: str  # digest of the adapter it produced
     state: str = "train"  # of its plan; one that was measured has no losses, and a device weighs 1 in it
+    # Components that it was to train and did not move, because fewer than two devices carried them, by module.
+    idle: dict[str, tuple[int, ...]] = {}
 
 
 class TaskStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

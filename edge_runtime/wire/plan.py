@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from edge_runtime.wire.errors import PlanFormatError, PlanOrderError, PlanSignatureError
 from edge_runtime.wire.names import is_name
 from edge_runtime.wire.quantisation import Quantisation
+from edge_runtime.wire.tiers import Tier, tier_problems
 
 SCHEMA = 1
 MAX_PLAN_BYTES = 1 << 20
@@ -78,6 +79,9 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # With frozen weights; left out: exact. int8 is faster, its gradients a few per cent off. A plan without it is one
     # that devices from before this field understand.
     products: Literal["int8"] | msgspec.UnsetType = msgspec.UNSET
+    # A module that moves less than this share of what all moved at the round's start is trained no longer on this
+    # device in this round. Left out: all are trained to the end. Devices from before this field obey such plans.
+    local_kill: float | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def products_wanted(self) -> Products:
@@ -121,12 +125,14 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deadline: float  # Unix time in seconds after which the round may close without this device
     round_key: str = ""  # X25519 public key of the round, hex; updates are sealed to it
     min_examples: int = 1  # a device with fewer stays out of the round
-    tier: int = 0
+    tier: int = 0  # nobody reads it
     # How updates are sent; left out: as float32. Devices from before this field obey such plans.
     quantisation: Quantisation | msgspec.UnsetType = msgspec.UNSET
     # What a device trains beside what is alive, and keeps: the trained head, factor B of every living module. Left out:
     # nothing. Devices from before this field obey such plans.
     personal: tuple[Personal, ...] | msgspec.UnsetType = msgspec.UNSET
+    # What weaker devices carry, tier 1 first; left out: all carry everything. The same holds for this one.
+    tiers: tuple[Tier, ...] | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def personal_parts(self) -> tuple[Personal, ...]:
@@ -229,6 +235,9 @@ def plan_problems(plan: Plan) -> list[str]:
         ),
         "betas must be at least 0 and below 1": any(not 0 <= beta < 1 for beta in (training.beta1, training.beta2)),
         "clip_norm must be positive": training.clip_norm is not None and not training.clip_norm > 0,
+        "local_kill must be more than 0 and at most 1": not (
+            training.local_kill is msgspec.UNSET or 0 < training.local_kill <= 1
+        ),
         "update bounds do not fit 63 bits": not _sum_fits(rules),
         "a plan that is answered needs a round key of 64 hex digits": (
             plan.state != "finished" and not _is_digest(plan.round_key)
@@ -242,8 +251,10 @@ def plan_problems(plan: Plan) -> list[str]:
         "personal must be head, B, or both in this order": plan.personal not in _PERSONAL,
         "what is personal must not be sent": _sends_personal(plan),
         "digests must be 64 hex digits": not (_is_digest(plan.bundle) and _is_digest(plan.adapter)),
+        "only a plan that trains has tiers": plan.state != "train" and plan.tiers is not msgspec.UNSET,
     }
-    return [message for message, broken in fields.items() if broken]
+    problems = [message for message, broken in fields.items() if broken]
+    return problems if plan.tiers is msgspec.UNSET else [*problems, *tier_problems(plan.tiers)]
 
 
 def _trains_some_or_all(module: ModulePlan) -> bool:

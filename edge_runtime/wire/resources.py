@@ -5,6 +5,7 @@ method  path                                                       meaning
 ======  =========================================================  ==================================================
 POST    /v1/enrolments                                             a device becomes known (not signed: it has a token)
 DELETE  /v1/devices/{device}                                       a device leaves
+PUT     /v1/tasks/{task}/devices/{device}/capability               what a device measured of itself
 GET     /v1/tasks/{task}/plan?after=N&wait=S                       long poll: the first plan of a round after N
 GET     /v1/blobs/{digest}                                         bundle files and adapters, with ``Range``
 GET     /v1/tasks/{task}/rounds/{round}/adapter?since=N            a patch to the plan's adapter from that of round N
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 ENROLMENTS = "/v1/enrolments"
 DEVICE = "/v1/devices/{device}"
+CAPABILITY = "/v1/tasks/{task}/devices/{device}/capability"
 PLAN = "/v1/tasks/{task}/plan"
 BLOB = "/v1/blobs/{digest}"
 PATCH = "/v1/tasks/{task}/rounds/{round}/adapter"
@@ -38,6 +40,11 @@ def plan_target(task: str, *, after: int, wait_s: int) -> str:
 def patch_target(task: str, round_: int, *, since: int) -> str:
     """Target of a patch from the adapter of round ``since``, -1 for the bundle's own, to that of ``round_``."""
     return f"{PATCH.format(task=task, round=round_)}?since={since}"
+
+
+def capability_path(task: str, device: str) -> str:
+    """Path of what a device measured of itself."""
+    return CAPABILITY.format(task=task, device=device)
 
 
 def update_path(task: str, round_: int, device: str) -> str:

@@ -2,7 +2,8 @@
 
 A header of fixed size, then the alive blocks in plan order as little-endian float32 or, where the plan quantises, as
 packed codes, then a trailer of fixed size with the weight and the local metrics. There is no general parser: the plan
-says how long the payload is, and anything else is refused before a value is looked at. ``docs/wire.md`` has the bytes.
+and the tier say how long the payload is, and anything else is refused before a value is looked at. ``docs/wire.md`` has
+the bytes.
 
 numpy is imported where values are read or written, not with the module: a device that waits for plans does without.
 """
@@ -12,9 +13,11 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from edge_runtime.wire.errors import (
     PlanFormatError,
@@ -23,8 +26,9 @@ from edge_runtime.wire.errors import (
     UpdatePlanError,
     UpdateValueError,
 )
-from edge_runtime.wire.plan import ModulePlan, SignedPlan, UpdateRules
+from edge_runtime.wire.plan import ModulePlan, Plan, SignedPlan, UpdateRules
 from edge_runtime.wire.quantisation import Quantisation, decode_codes, encode_codes, payload_bytes
+from edge_runtime.wire.tiers import Tier
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
 MAGIC = b"EMBERUPD"
 VERSION = 1
 QUANTISED_VERSION = 2  # the payload is packed codes
-# magic, version, reserved, round, plan digest, layout digest, number of values
+# magic, version, tier, round, plan digest, layout digest, number of values
 _HEADER = struct.Struct("<8sHHI32s32sQ")
 # weight, steps, examples evaluated, correct of them, loss at start, loss at end, evaluation loss, seconds, peak MB ×2
 _TRAILER = struct.Struct("<QIIIddddff")
@@ -49,11 +53,13 @@ class Layout:
         blocks: Name and shape of what is trained of each tensor.
         quantisation: A range for each of them where updates are sent as codes; None: as float32.
         components: By name, the numbers of a factor's components that are trained, where not all are.
+        tier: Of the devices that send such updates.
     """
 
     blocks: tuple[tuple[str, tuple[int, ...]], ...]
     quantisation: Quantisation | None = None
     components: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    tier: int = 0
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -137,9 +143,62 @@ def layout_of(
     return layout
 
 
+def tier_layouts(
+    plan: Plan,
+    *,
+    features: Mapping[str, tuple[int, int]],
+    places: Mapping[str, int],
+    head: Mapping[str, tuple[int, ...]],
+) -> tuple[Layout, ...]:
+    """The layouts of updates to a plan that trains, of tier 0, 1 and so on.
+
+    Args:
+        plan: Says what is alive, and what of it each tier carries.
+        features: (in, out) features of every module, from the bundle.
+        places: Number of the block of every module, from the bundle.
+        head: Shapes of the trained head's tensors by adapter name; every tier carries it where it is alive.
+
+    Raises:
+        PlanFormatError: see :func:`layout_of`.
+    """
+    head = head if plan.head_alive else {}
+    whole = layout_of(plan.modules, features, head, plan.quantisation or None)
+    names = [name for name, _ in whole.blocks]
+    found = [whole]
+    for number in range(1, 1 + len(plan.tiers or ())):
+        part = layout_of(carried_modules(plan, number, places), features, head)
+        quantisation = whole.quantisation
+        if quantisation is not None:
+            ranges = dict(zip(names, quantisation.ranges, strict=True))
+            quantisation = Quantisation(quantisation.bits, tuple(ranges[name] for name, _ in part.blocks))
+        found.append(Layout(part.blocks, quantisation, part.components, number))
+    return tuple(found)
+
+
+def carried_modules(plan: Plan, number: int, places: Mapping[str, int]) -> tuple[ModulePlan, ...]:
+    """A plan's modules as a tier of it trains them; ``places`` are the numbers of their blocks."""
+    if number == 0 or plan.tiers is msgspec.UNSET:
+        return plan.modules
+    tier = plan.tiers[number - 1]
+    return tuple(_carried(module, tier, places[module.name]) for module in plan.modules)
+
+
+def _carried(module: ModulePlan, tier: Tier, place: int) -> ModulePlan:
+    if not module.alive:
+        return module
+    if place < tier.lowest_block:
+        return ModulePlan(module.name, module.rank, "")
+    if module.trained_rank <= tier.rank_bound:
+        return module
+    return msgspec.structs.replace(module, trained=module.trained_components[: tier.rank_bound])
+
+
 @dataclass(frozen=True)
 class LocalMetrics:
-    """What a device says about its round. Losses are mean nats; None (NaN in the frame) where nothing was measured."""
+    """What a device says about its round. Losses are mean nats; None (NaN in the frame) where nothing was measured.
+
+    ``tier`` is that of the layout, and stands in the frame's header.
+    """
 
     steps: int = 0
     eval_examples: int = 0
@@ -150,6 +209,7 @@ class LocalMetrics:
     seconds: float | None = None
     peak_private_mb: float | None = None
     peak_total_mb: float | None = None
+    tier: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -168,7 +228,7 @@ def encode_update(update: Update, *, signed_plan: SignedPlan, layout: Layout) ->
     """The frame of an update.
 
     Raises:
-        UpdateLayoutError: the values are not as many as the layout wants.
+        UpdateLayoutError: the values are not as many as the layout wants, or of another tier.
         UpdateValueError: no code stands for a value of a layout that quantises.
     """
     import numpy as np
@@ -176,11 +236,13 @@ def encode_update(update: Update, *, signed_plan: SignedPlan, layout: Layout) ->
     if update.values.shape != (layout.count,):
         raise UpdateLayoutError(f"update: expected {layout.count} values, got shape {update.values.shape}")
     m = update.metrics
+    if m.tier != layout.tier:
+        raise UpdateLayoutError(f"update: expected tier {layout.tier}, got {m.tier}")
     measured = (m.loss_start, m.loss_end, m.eval_loss, m.seconds, m.peak_private_mb, m.peak_total_mb)
     header = _HEADER.pack(
         MAGIC,
         layout.version,
-        0,
+        layout.tier,
         signed_plan.plan.round,
         bytes.fromhex(signed_plan.digest),
         layout.digest(),
@@ -201,11 +263,24 @@ def encode_update(update: Update, *, signed_plan: SignedPlan, layout: Layout) ->
         raise UpdateValueError(f"update: values: {error}") from error
 
 
+def layout_for(data: bytes, layouts: Sequence[Layout]) -> Layout:
+    """The layout of the tier that a frame claims; that of tier 0 for a frame with which anything is wrong.
+
+    Args:
+        data: The frame, not checked yet.
+        layouts: Of the plan's tiers, at least one.
+    """
+    if len(data) < _HEADER.size:
+        return layouts[0]
+    tier = _HEADER.unpack_from(data)[2]
+    return layouts[tier] if tier < len(layouts) else layouts[0]
+
+
 def decode_update(data: bytes, *, signed_plan: SignedPlan, layout: Layout) -> Update:
     """Check and read a frame; float32 values are a view of ``data``.
 
     Raises:
-        UpdateFormatError: magic, version or length.
+        UpdateFormatError: magic, version, tier or length.
         UpdatePlanError: another round or plan.
         UpdateLayoutError: other blocks than the plan's.
         UpdateValueError: NaN, infinity, a value over ``max_abs``, a code that is none, a weight of zero, or more
@@ -213,11 +288,11 @@ def decode_update(data: bytes, *, signed_plan: SignedPlan, layout: Layout) -> Up
     """
     if len(data) < _HEADER.size + _TRAILER.size:
         raise UpdateFormatError(f"update: length: expected {layout.frame_bytes} bytes, got {len(data)}")
-    magic, version, reserved, round_, plan_digest, layout_digest, count = _HEADER.unpack_from(data)
-    if (magic, version, reserved) != (MAGIC, layout.version, 0):
-        raise UpdateFormatError(
-            f"update: expected {MAGIC!r} version {layout.version}.0, got {magic!r} version {version}.{reserved}"
-        )
+    magic, version, tier, round_, plan_digest, layout_digest, count = _HEADER.unpack_from(data)
+    if (magic, version) != (MAGIC, layout.version):
+        raise UpdateFormatError(f"update: expected {MAGIC!r} version {layout.version}, got {magic!r} version {version}")
+    if tier != layout.tier:
+        raise UpdateFormatError(f"update: tier: expected {layout.tier}, or another one of the plan's, got {tier}")
     plan = signed_plan.plan
     if (round_, plan_digest.hex()) != (plan.round, signed_plan.digest):
         raise UpdatePlanError(
@@ -237,7 +312,8 @@ def decode_update(data: bytes, *, signed_plan: SignedPlan, layout: Layout) -> Up
     if correct > examples:
         raise UpdateValueError(f"update: metrics: expected at most {examples} correct examples, got {correct}")
     known = (value if math.isfinite(value) else None for value in measured)
-    return Update(values, weight, LocalMetrics(steps, examples, correct, *known))
+    metrics = LocalMetrics(steps, examples, correct, *known)
+    return Update(values, weight, replace(metrics, tier=tier))
 
 
 def _read_values(data: bytes, layout: Layout) -> Values:

@@ -21,15 +21,19 @@ from bench.federation.compute import Texts, full_flop, training_flop
 from bench.federation.data import Corpus, divide, read_corpus
 from bench.federation.drift import drift
 from bench.federation.equal_bytes import rivals_of
-from bench.federation.experiment import Setup, run
-from bench.federation.lines import Key, Line, RoundLine, append_line, read_lines
+from bench.federation.experiment import run
+from bench.federation.lines import Key, Line, append_line, read_lines
 from bench.federation.links import Link, seconds_to
 from bench.federation.methods import METHODS, VARIED, WITHOUT, config_text
+from bench.federation.shares import Sizes
+from bench.federation.site import Setup
 from bench.federation.summary import Split, rows_of
+from bench.federation.workloads import WORKLOADS
 from cloud.config import parse_config
 from edge_runtime.bundle import open_bundle
 from edge_runtime.engine.runtime import start_runtime
 from edge_runtime.wire import ModulePlan
+from tests.bench.federation_lines import KEY, a_line
 
 LABELS = ("asyncio", "email", "tkinter", "xml")
 
@@ -94,7 +98,7 @@ def test_operations_are_those_that_pytorch_counts(alive: str, bert_bundle: Path,
         "mixed": {name: ("", "A", "B", "AB")[number % 4] for number, name in enumerate(manifest.module_names)},
     }[alive]
     plans = [ModulePlan(name, 4, factor) for name, factor in factors.items()]  # type: ignore[arg-type]
-    counted = training_flop(manifest, plans, Texts.of([8, 8, 8]))
+    counted = training_flop(manifest, plans, Texts(tokens=24, squares=3 * 64, rows=3))
     assert counted == _pytorch_flop(bert_folder, factors, batch=3, tokens=8)
 
 
@@ -141,10 +145,7 @@ def a_setup(tmp_path: Path, bundle: Path, name: str = "run", **extra: dict[str, 
         data=str(data),
         bundle=str(bundle),
         folder=str(tmp_path / name),
-        devices=4,
-        cohort=2,
-        rounds=4,
-        examples=160,
+        sizes=Sizes(devices=4, cohort=2, rounds=4, examples=160, glimpse=400, every=2),
         threads=start_runtime(),
         products="exact",
         extra={"task": {"rank": 4, **extra.pop("task", {})}, "training": {"lr_a": 1e-2, "lr_b": 1e-2}, **extra},
@@ -173,31 +174,6 @@ def test_a_task_is_learned_counted_and_can_be_replayed(tmp_path: Path, bert_bund
     again = asyncio.run(run(a_setup(tmp_path, bert_bundle, "again"), said.append))
     assert again.accuracy == line.accuracy
     assert [made.accuracy for made in again.curve] == [made.accuracy for made in line.curve]
-
-
-def a_line(key: Key) -> Line:
-    made = RoundLine(0.5, 10, 20, 3, 4, 0.1, 1.5, 0.5, 8.0, 1.0)
-    values = {name: getattr(key, name) for name in key.__struct_fields__}
-    counts = dict.fromkeys(("bytes_up", "bytes_down", "params_up", "params_down", "bytes_head"), 7)
-    return Line(
-        **values,
-        **counts,
-        accuracy=0.5,
-        bytes_first_download=9,
-        device_gflop=0.1,
-        rounds=1,
-        rounds_to_95=1,
-        accuracy_start=0.1,
-        drift=1.5,
-        devices=2,
-        seconds=3.0,
-        commit="abc",
-        curve=(made,),
-        host={"cpu": "x"},
-    )
-
-
-KEY = Key("banking77", 0.5, 0, "lora-r8", "", "", False)
 
 
 def test_a_run_is_one_line_with_the_names_of_the_issue(tmp_path: Path) -> None:
@@ -258,6 +234,25 @@ def test_bad_arguments_are_one_line(arguments: list[str], message: str, tmp_path
 def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="not the data of clinc150"):
         read_corpus("clinc150", tmp_path)
+
+
+def test_a_mixed_fleet_carries_less_where_it_is_weak(tmp_path: Path, bert_bundle: Path) -> None:
+    """Real devices of two tiers: the weak ones send one block of three, at rank 2, and compute less."""
+    tiers = {"enabled": True, "blocks": [0.3], "max_rank": [2], "memory_mib": [], "step_s": []}
+    four = msgspec.structs.replace(a_setup(tmp_path, bert_bundle).sizes, cohort=4)
+    setup = msgspec.structs.replace(a_setup(tmp_path, bert_bundle, "mixed", tiers=tiers), sizes=four, tiers=(0, 1))
+    line = asyncio.run(run(setup, lambda text: None))
+    manifest = open_bundle(bert_bundle, verify=False).manifest
+    # In the first round two devices carry all of B at rank 4, and two the last block's at rank 2.
+    outs = {name: features[1] for name, features in manifest.features.items()}
+    last = sum(size for name, size in outs.items() if manifest.places[name] == len(manifest.blocks) - 1)
+    assert line.curve[0].params_up == 2 * (4 * sum(outs.values()) + 2 * last)
+    assert line.bytes_up == 4 * line.params_up + 16 * (148 + 48)
+    everyone = msgspec.structs.replace(a_setup(tmp_path, bert_bundle, "strong"), sizes=four)
+    whole = asyncio.run(run(everyone, lambda text: None))
+    # No backward pass through two blocks of three, nor a forward one where they are remembered.
+    assert line.device_gflop < 0.9 * whole.device_gflop
+    assert all(made.drift for made in line.curve)
 
 
 def test_rows_compare_with_the_reference_of_the_same_seed() -> None:
@@ -351,9 +346,14 @@ def test_the_report_has_a_table_a_split_and_a_picture(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("method", "budget"), [(name, budget) for name in METHODS for budget in METHODS[name].budgets])
 def test_every_method_is_a_config_that_the_aggregator_takes(method: str, budget: str, tmp_path: Path) -> None:
-    fleet = {"rounds": 30, "devices_per_round": 5, "head_init_devices": 20}
+    workload = WORKLOADS["banking77"]
+    tables = workload.tables(workload.sizes)
+    shared = {**tables, "task": {**tables["task"], "rounds": 30, "devices_per_round": 5}}
     extra = {"task": {"rounds": 20}}
-    text = config_text(METHODS[method], budget, bundle="b", seed=3, fleet=fleet, extra=extra)
+    reference = workload.reference_bytes
+    text = config_text(
+        METHODS[method], budget, bundle="b", seed=3, shared=shared, reference_bytes=reference, extra=extra
+    )
     config = parse_config(text.encode(), path=tmp_path / "emberlora.toml")
     assert (config.task.head, config.task.head_init, config.task.seed) == ("frozen", "class-means", 3)
     assert config.task.rounds == 20  # what is tried out replaces what follows from the fleet
@@ -364,7 +364,9 @@ def test_every_variant_is_a_config_that_the_aggregator_takes(without: str, tmp_p
     """And, but for what devices choose, another one than that of the method."""
     method = METHODS["annealed-kill-revive"]
     texts = [
-        config_text(method, VARIED, bundle="b", seed=3, fleet={"rounds": 30}, extra=extra)
+        config_text(
+            method, VARIED, bundle="b", seed=3, shared={"task": {"rounds": 30}}, reference_bytes=10**6, extra=extra
+        )
         for extra in ({}, WITHOUT[without])
     ]
     whole, variant = (parse_config(text.encode(), path=tmp_path / "emberlora.toml") for text in texts)
@@ -396,4 +398,4 @@ def test_operations_of_the_whole_model(bert_bundle: Path, bert_folder: Path) -> 
     with FlopCounterMode(display=False) as counter:
         model.bert.encoder(torch.randn(3, 8, 32, requires_grad=True)).last_hidden_state.sum().backward()
     manifest = open_bundle(bert_bundle, verify=False).manifest
-    assert full_flop(manifest, Texts.of([8, 8, 8])) == counter.get_total_flops()
+    assert full_flop(manifest, Texts(tokens=24, squares=3 * 64, rows=3)) == counter.get_total_flops()

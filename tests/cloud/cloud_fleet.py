@@ -19,7 +19,7 @@ from cloud.http import Server
 from cloud.init import init_folder
 from cloud.keys import KEYS_FOLDER, load_keys
 from cloud.operator import OperatorClient
-from cloud.planning import plan_layout
+from cloud.planning import plan_layouts
 from cloud.service import Surroundings
 from edge_runtime import wire
 from edge_runtime.bundle import (
@@ -133,13 +133,24 @@ class Site:
 
     @classmethod
     def make(
-        cls, folder: Path, *, bundle: Bundle | None = None, annealing: dict[str, object] | None = None, **task: object
+        cls,
+        folder: Path,
+        *,
+        bundle: Bundle | None = None,
+        annealing: dict[str, object] | None = None,
+        tiers: dict[str, object] | None = None,
+        **task: object,
     ) -> Site:
         """A task of three rounds and two devices a round, if nothing else is asked."""
         bundle = bundle or make_bundle(folder / "bundle")
         init_folder(folder / "site", bundle=bundle.folder, task="tiny", force=False)
         table = {"name": "tiny", "bundle": "../bundle", "rounds": 3, "devices_per_round": 2, "min_devices": 1, **task}
-        tables = {"task": table, "annealing": annealing or {}, "server": {"port": 0, "request_timeout_s": 5}}
+        tables = {
+            "task": table,
+            "annealing": annealing or {},
+            "tiers": tiers or {},
+            "server": {"port": 0, "request_timeout_s": 5},
+        }
         text = "".join(
             f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
             for name, values in tables.items()
@@ -244,9 +255,12 @@ class Device:
         assert answer.status == 200, answer
         return wire.open_plan(answer.body, self.plan_key)
 
-    def frame(self, signed: wire.SignedPlan, values: np.ndarray, *, weight: int = 10, **metrics: Any) -> bytes:
-        update = wire.Update(values.astype(np.float32), weight, wire.LocalMetrics(**metrics))
-        return wire.encode_update(update, signed_plan=signed, layout=plan_layout(self.site.bundle, signed.plan))
+    def frame(
+        self, signed: wire.SignedPlan, values: np.ndarray, *, weight: int = 10, tier: int = 0, **metrics: Any
+    ) -> bytes:
+        update = wire.Update(values.astype(np.float32), weight, wire.LocalMetrics(**metrics, tier=tier))
+        layout = plan_layouts(self.site.bundle, signed.plan)[tier]
+        return wire.encode_update(update, signed_plan=signed, layout=layout)
 
     def seal(self, signed: wire.SignedPlan, frame: bytes) -> bytes:
         context = wire.EnvelopeContext.of(signed, self.name)
@@ -263,7 +277,7 @@ class Device:
         return await self.send("GET", target, headers=self.head("GET", target) | headers)
 
 
-def values_for(site: Site, signed: wire.SignedPlan, seed: int) -> np.ndarray:
+def values_for(site: Site, signed: wire.SignedPlan, seed: int, *, tier: int = 0) -> np.ndarray:
     """A random change for a plan, float32, shape (count,)."""
-    count = plan_layout(site.bundle, signed.plan).count
+    count = plan_layouts(site.bundle, signed.plan)[tier].count
     return np.random.default_rng(seed).normal(scale=0.1, size=count).astype(np.float32)

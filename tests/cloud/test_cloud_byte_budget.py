@@ -24,7 +24,7 @@ from test_cloud_replay import replay
 from cloud.budgeting import with_budget
 from cloud.config import Config, parse_config
 from cloud.errors import ConfigError
-from cloud.planner import AGGREGATIONS, Annealing, PastRound, Situation, Traffic, afford, choose
+from cloud.planner import AGGREGATIONS, Annealing, PastRound, Situation, Tiers, Traffic, afford, choose, plan_tiers
 from cloud.planner.annealing import CURVES
 from cloud.planner.byte_budget import least_bytes, planned_bytes, planned_share
 from cloud.planner.costs import fixed_bytes, plan_bytes, result_bytes, update_bytes
@@ -89,6 +89,7 @@ def real_bytes(traffic: Traffic, modules: tuple[wire.ModulePlan, ...]) -> tuple[
         deadline=1_700_000_000.123,
         round_key=X25519PrivateKey.generate().public_key().public_bytes_raw().hex(),
         quantisation=quantisation,
+        tiers=plan_tiers(traffic.tiers, traffic.manifest, modules),
     )
     signed = wire.sign_plan(plan, Ed25519PrivateKey.generate())
     layout = wire.layout_of(modules, features, head, quantisation or None)
@@ -108,12 +109,12 @@ def real_bytes(traffic: Traffic, modules: tuple[wire.ModulePlan, ...]) -> tuple[
     return len(sealed), len(patch), len(signed.data)
 
 
-@given(st.sampled_from(BITS), st.sampled_from(BITS), st.booleans(), st.randoms(use_true_random=False))
+@given(st.sampled_from(BITS), st.sampled_from(BITS), st.booleans(), st.booleans(), st.randoms(use_true_random=False))
 def test_costs_are_those_of_the_wire(
-    bundle: Bundle, upload: PatchBits, download: PatchBits, head: bool, rng: random.Random
+    bundle: Bundle, upload: PatchBits, download: PatchBits, head: bool, tiers: bool, rng: random.Random
 ) -> None:
     """Update and patch to the byte; a plan is no longer than its estimate."""
-    traffic = traffic_of(bundle.manifest, upload, download, head_trained=head)
+    traffic = traffic_of(bundle.manifest, upload, download, head_trained=head, tiers=Tiers(enabled=tiers))
     modules = random_modules(bundle.manifest, rng)
     sealed, patch, plan = real_bytes(traffic, modules)
     assert (update_bytes(traffic, modules), result_bytes(traffic, modules)) == (sealed, patch)
@@ -170,7 +171,10 @@ def play(
         ranks = {module.name: module.rank for module in modules}
         components = {m.name: tuple(rng.exponential(size=m.rank)) for m in modules if m.alive}
         moved = {name: float(np.linalg.norm(values)) for name, values in components.items()}
-        past = (*past, PastRound(modules, moved, components))
+        # In some rounds too few devices carry a module.
+        few = (m for m in modules if m.alive and seed % 2 and rng.random() < 0.3)
+        idle = {module.name: module.trained_components for module in few}
+        past = (*past, PastRound(modules, moved, components, idle=idle))
     return [round_.modules for round_ in past]
 
 

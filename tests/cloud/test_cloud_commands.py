@@ -129,7 +129,7 @@ def test_open_address_without_tls_is_refused(folder: Path) -> None:
     assert "--insecure-http" in one_line(result)
 
 
-@pytest.mark.parametrize("command", ["init", "serve", "token", "status", "stop", "adapter"])
+@pytest.mark.parametrize("command", ["init", "serve", "token", "status", "devices", "stop", "adapter"])
 def test_help_teaches_with_an_example(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0

@@ -70,6 +70,8 @@ def test_sample_gives_the_defaults() -> None:
         (BASE + '[training]\nlr_schedule = "steps"', r"\$.training.lr_schedule"),
         (BASE + "[training]\nbatch_size = 0", "training.batch_size"),
         (BASE + "[training]\nclip_norm = 0.0", "training.clip_norm"),
+        (BASE + "[training]\nlocal_kill = 0.0", "training.local_kill: expected more than 0 and at most 1, got 0.0"),
+        (BASE + "[training]\nlocal_kill = 1.5", "training.local_kill: expected more than 0 and at most 1, got 1.5"),
         (BASE + 'policy = "anneal"\n[annealing]\ncurve = "steep"', "annealing.curve: expected one of cubic"),
         (BASE + 'policy = "anneal"\n[annealing]\nbudget_end = 1.1', r"annealing.budget_end \(1.1\) must be"),
         (BASE + 'policy = "anneal"\n[annealing]\nfinal_rounds = 30', r"at most task.rounds \(12\)"),

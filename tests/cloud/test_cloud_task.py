@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import aiohttp
+import msgspec
 import numpy as np
 import pytest
 from cloud_fleet import Device, Site, values_for
@@ -158,6 +159,21 @@ async def test_round_key_is_destroyed(site: Site, session: aiohttp.ClientSession
     await contribute(two, signed, seed=1, weight=1)
     assert (await one.plan(after=0)).plan.round == 1
     assert key not in files()
+
+
+async def test_devices_are_told_to_leave_still_modules(tmp_path: Path, session: aiohttp.ClientSession) -> None:
+    """By every plan, where the config says so; a plan of any other task has no such field."""
+    for number, asked in enumerate((None, 0.3)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        site = Site.make(folder)
+        training = msgspec.structs.replace(site.config.training, local_kill=asked)
+        site.config = msgspec.structs.replace(site.config, training=training)
+        await site.start()
+        signed = await (await site.device(session, "one")).plan()
+        await site.close()
+        assert (b"local_kill" in signed.data) == (asked is not None)
+        assert signed.plan.training.local_kill == (msgspec.UNSET if asked is None else asked)
 
 
 async def test_learning_rates_fall_over_the_rounds(site: Site, session: aiohttp.ClientSession) -> None:

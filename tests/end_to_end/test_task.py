@@ -199,6 +199,37 @@ def test_a_task_that_begins_with_class_means(site: Site) -> None:
     assert not [event for event in events if event["event"] == "plan" and event["head_alive"]]
 
 
+@pytest.mark.slow
+def test_a_pilot_with_real_devices(site: Site, tmp_path: Path) -> None:
+    """Two devices measure themselves and train; the pilot knows their speed, memory and what was learned."""
+    with ExitStack() as stack:
+        stack.enter_context(site.serve())
+        site.wait_until_serving()
+        for name in ("one", "two"):
+            site.enroll(name)
+        told = [
+            json.loads(line) for line in emberlora("cloud", "devices", "--config", site.config, "--json").splitlines()
+        ]
+        assert [device["capability"]["calibration_s"] > 0 for device in told] == [True, True]
+        devices = [stack.enter_context(site.run(name)) for name in ("one", "two")]
+        wait_for(lambda: all(d.poll() is not None for d in devices), what="both devices' end", logs=site.folder)
+        page = tmp_path / "pilot.html"
+        options = ("--config", site.config, "--devices", 20, "--html", page)
+        found = json.loads(emberlora("cloud", "pilot", *options, "--json"))  # ends with 0: go
+    assert found["go"]
+    passed = {reason["about"]: reason["passed"] for reason in found["reasons"]}
+    assert passed["learning"] is True
+    assert passed["memory"] is True
+    for device, seen in zip(found["devices"], told, strict=True):
+        assert device["counted"] == ROUNDS
+        assert 0 < device["step_s"] < device["train_s"] < device["answer_s"]
+        assert 0 < device["peak_mb"] < device["available_mb"] <= seen["capability"]["memory_mb"]
+        assert device["round_trip_s"] > 0
+        assert device["grades"]["memory"] == "A"
+    assert found["suggestion"]["devices_per_round"] == 16
+    assert "one" in page.read_text()
+
+
 def status_bundle(site: Site) -> str:
     """The only bundle in the first device's home."""
     (folder,) = (site.folder / "one" / "bundles").iterdir()

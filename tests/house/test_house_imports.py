@@ -38,7 +38,7 @@ HOMES = {
     "alembic": ("cloud.store",),
     "obstore": ("cloud.store",),
     "sklearn": ("cloud.demo",),
-    "plotly": ("cloud.demo", "cloud.plans_page"),
+    "plotly": ("cloud.demo", "cloud.plans_page", "cloud.pilot.page"),
     "rich": ("cloud",),
     "safetensors": ("export",),
 }

@@ -117,7 +117,7 @@ class OrtTrainingEngine:
         return [value.numpy() for value in self._evaluation.run_with_ort_values(outputs, feeds)]
 
     def _make_trainer(self, parameters: AdapterParameters) -> _Trainer:
-        alive = {name: parameters.tensors[name] for name, _ in parameters.layout.blocks}
+        alive = {name: parameters.tensors[name] for name, _ in parameters.layout.blocks if name in parameters.alive}
         options = session_options(self._threads)
         if {name: array.shape for name, array in alive.items()} == self._shapes:
             return _Trainer(self._bindings, self._bundle.path(TRAINING_MODEL), self._state, alive, options)

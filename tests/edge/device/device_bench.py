@@ -34,13 +34,15 @@ class FakeTrainer:
 
     weight: int = WEIGHT
     calls: list[int] = field(default_factory=list)
+    steps: int = 1
     before: Callable[[TrainingJob], object] | None = None
 
     async def train(self, job: TrainingJob, on_event: Callable[[Event], None]) -> Done:
         self.calls.append(int(Path(job.plan).stem.removeprefix("round-")))
         if self.before is not None:
             self.before(job)
-        on_event(Stepped(1, 1, 2.0))
+        for step in range(1, self.steps + 1):
+            on_event(Stepped(step, self.steps, 2.0))
         return make_frame(job, self.weight)
 
 
@@ -54,6 +56,8 @@ class Bench:
     seen: list[events.DeviceEvent] = field(default_factory=list)
     on_event: Callable[[events.DeviceEvent], None] | None = None
     slept: list[float] = field(default_factory=list)
+    memory_mb: int | None = None
+    tier: int = 0
 
     async def run(self, *, limit_s: float = 10, once: bool = False) -> None:
         """One process's life on this home, sleeps shortened."""
@@ -69,7 +73,9 @@ class Bench:
 
         host = Host(rng=random.Random(5), sleep=sleep)
         tools = Tools(self.trainer, InProcessInspector(), host, report)
-        options = RunOptions(Settings(data=("data.jsonl",)), once=once, wait_s=1)
+        options = RunOptions(
+            Settings(data=("data.jsonl",)), once=once, wait_s=1, memory_budget_mb=self.memory_mb, tier=self.tier
+        )
         with self.home.locked():
             await asyncio.wait_for(run_device(self.home, tools, options), limit_s)
 

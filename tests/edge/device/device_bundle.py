@@ -31,6 +31,7 @@ RANK = 4
 WIDTH = 6
 FEATURES = {"layers.0.up": (WIDTH, 10), "layers.1.up": (WIDTH, 10)}
 MODULES = tuple(FEATURES)
+PLACES = {name: number for number, name in enumerate(MODULES)}
 WEIGHT_BYTES = 300_000
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from device_bundle import FEATURES, MODULES, RANK, TinyBundle
+from device_bundle import FEATURES, MODULES, PLACES, RANK, TinyBundle
 
 from edge_runtime import wire
 from edge_runtime.bundle import encode_tensors, parse_tensors
@@ -38,6 +38,7 @@ class Faults:
     cut: dict[str, int] = field(default_factory=dict)  # blob digest -> bytes before the connection breaks, once
     ignore_range: bool = False
     swap_blob: dict[str, bytes] = field(default_factory=dict)  # blob digest -> other bytes
+    no_capability: bool = False  # as an aggregator from before devices measured themselves
     no_patches: bool = False  # as an aggregator from before there were any
     swap_patch: Callable[[bytes], bytes] | None = None  # other bytes in place of a patch
     cut_patches: int = 0  # so many patches break after their first bytes
@@ -54,12 +55,14 @@ class Aggregator:
         self.bundle, self.rounds, self.wanted, self.min_examples = bundle, rounds, wanted, min_examples
         self.quantisation: wire.Quantisation | None = None  # of the plans to come
         self.personal: tuple[wire.Personal, ...] = ()  # the same
+        self.tiers: tuple[wire.Tier, ...] = ()  # of the plans to come; all of a round's devices then carry the same
         self.key = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
         self.faults = Faults()
         self.blobs: dict[str, bytes] = dict(bundle.blobs)
         self.adapter = self.store(bundle.adapter)
         self.tokens: dict[str, tuple[str, str | None]] = {}  # secret -> (name, key that used it)
         self.devices: dict[str, str] = {}
+        self.told: list[wire.Capability] = []
         self.nonces: set[str] = set()
         self.plans: list[wire.SignedPlan] = []
         self.received: list[tuple[int, str, bytes]] = []  # every upload that arrived whole: round, device, bytes
@@ -88,8 +91,9 @@ class Aggregator:
             weights = [update.weight for update in updates]
             mean = np.average([update.values for update in updates], axis=0, weights=weights).astype(np.float32)
             tensors = {name: array.copy() for name, array in parse_tensors(self.blobs[self.adapter], what="").items()}
-            for name, change in self.layout.split(mean).items():
-                tensors[name] += change
+            layout = self.layouts[updates[0].metrics.tier]
+            for name, change in layout.split(mean).items():
+                tensors[name][layout.where(name)] += change
             self.adapter = self.store(encode_tensors(tensors))
         self._open()
 
@@ -115,13 +119,13 @@ class Aggregator:
             min_examples=self.min_examples,
             quantisation=self.quantisation or msgspec.UNSET,
             personal=self.personal or msgspec.UNSET,
+            tiers=self.tiers if self.tiers and round_ < self.rounds else msgspec.UNSET,
         )
         return msgspec.structs.replace(plan, **changes)
 
     @property
-    def layout(self) -> wire.Layout:
-        plan = self.plans[-1].plan
-        return wire.layout_of(plan.modules, FEATURES, {}, plan.quantisation or None)
+    def layouts(self) -> tuple[wire.Layout, ...]:
+        return wire.tier_layouts(self.plans[-1].plan, features=FEATURES, places=PLACES, head={})
 
     def _open(self) -> None:
         self.plans.append(wire.sign_plan(self.next_plan(), self.key))
@@ -134,6 +138,7 @@ class Aggregator:
         app = web.Application(middlewares=[self._middleware], client_max_size=64 << 20)
         app.router.add_post(resources.ENROLMENTS, self._enrol)
         app.router.add_delete(resources.DEVICE, self._leave)
+        app.router.add_put(resources.CAPABILITY, self._tell)
         app.router.add_get(resources.PLAN, self._plan)
         app.router.add_get(resources.BLOB, self._blob)
         app.router.add_get(resources.PATCH, self._patch)
@@ -188,6 +193,15 @@ class Aggregator:
             return self._drop(request)
         key = self.key.public_key().public_bytes_raw().hex()
         return web.Response(status=201, body=wire.encode_message(wire.Enrolled(name, TASK, key)))
+
+    async def _tell(self, request: web.Request) -> web.Response:
+        signed, body = self._verify(request), await request.read()
+        assert hashlib.sha256(body).hexdigest() == signed.body_digest
+        assert request.match_info["device"] == signed.device
+        if self.faults.no_capability:
+            raise wire.NotFoundError(f"PUT {request.path}: Not Found")
+        self.told.append(wire.decode_message(body, wire.Capability))
+        return web.Response(status=204)
 
     async def _leave(self, request: web.Request) -> web.Response:
         del self.devices[self._verify(request).device]
@@ -297,7 +311,7 @@ class Aggregator:
         if plan.plan.round != round_ or plan.plan.state != "train":
             raise wire.RoundClosedError(f"round {round_}: closed")
         frame = wire.unseal(sealed, round_key=self.round_key, context=wire.EnvelopeContext.of(plan, device))
-        update = wire.decode_update(frame, signed_plan=plan, layout=self.layout)
+        update = wire.decode_update(frame, signed_plan=plan, layout=wire.layout_for(frame, self.layouts))
         receipt = wire.UpdateReceipt(device, round_, digest, min(update.weight, plan.plan.update.weight_cap))
         self.counted.setdefault(round_, {})[device] = (receipt, replace(update, values=update.values.copy()))
         if len(self.counted[round_]) >= self.wanted:

@@ -29,7 +29,7 @@ from edge_runtime.training.job import (
     TrainingJob,
 )
 from edge_runtime.training.quantise import quantise
-from edge_runtime.wire import LocalMetrics, Update, encode_update, layout_of, open_plan
+from edge_runtime.wire import LocalMetrics, Update, encode_update, open_plan, tier_layouts
 
 WEIGHT = 5
 
@@ -44,8 +44,8 @@ def make_frame(job: TrainingJob, weight: int = WEIGHT) -> Done:
     signed = open_plan(Path(job.plan).read_bytes(), key)
     bundle = open_bundle(Path(job.bundle), expected_digest=signed.plan.bundle)
     assert Path(job.adapter).stem == signed.plan.adapter
-    features = {module.name: (module.in_features, module.out_features) for module in bundle.manifest.modules}
-    layout = layout_of(signed.plan.modules, features, {}, signed.plan.quantisation or None)
+    manifest = bundle.manifest
+    layout = tier_layouts(signed.plan, features=manifest.features, places=manifest.places, head={})[job.tier]
     values = np.full(layout.count, 0.25 * (signed.plan.round + 1), dtype=np.float32)
     if layout.quantisation is not None:
         assert job.residual is not None
@@ -58,7 +58,7 @@ def make_frame(job: TrainingJob, weight: int = WEIGHT) -> Done:
         own = read_carried(Path(job.personal)) or map_tensors(Path(job.adapter))
         own = {name: array + np.float32(0.5) for name, array in own.items() if name.endswith(".lora_b")}
         (Path(job.out) / PERSONAL_NAME).write_bytes(encode_tensors(own))
-    metrics = LocalMetrics(steps=3, loss_start=2.0, loss_end=1.0, seconds=0.5)
+    metrics = LocalMetrics(steps=3, loss_start=2.0, loss_end=1.0, seconds=0.5, tier=job.tier)
     frame = encode_update(Update(values, max(weight, 1), metrics), signed_plan=signed, layout=layout)
     (Path(job.out) / FRAME_NAME).write_bytes(frame)
     return Done(weight, metrics)

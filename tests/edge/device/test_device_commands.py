@@ -10,16 +10,18 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 from device_bench import FakeTrainer, InProcessInspector
 from device_bundle import TinyBundle
 from device_server import Aggregator, Serving
 
+from edge_runtime import wire
 from edge_runtime.device import commands, inspector, trainer, trial
 from edge_runtime.device.commands import enroll, leave, run, status
 from edge_runtime.device.display import TerminalDisplay
-from edge_runtime.device.events import MeasuredPart, Noticed, Planned, TrainedRound, Uploaded
+from edge_runtime.device.events import MeasuredPart, ModulesStilled, Noticed, Planned, TrainedRound, Uploaded
 from edge_runtime.device.home import Home, default_home
 from edge_runtime.device.trial import try_engine
 from edge_runtime.training.job import TrainingJob
@@ -158,6 +160,21 @@ def test_what_the_user_decides_about_training_reaches_it(enrolled: User, monkeyp
     )
 
 
+@pytest.mark.parametrize(("options", "tier"), [((), 0), (("--memory-mb", 300), 1), (("--tier", 2), 2)])
+def test_a_weak_device_carries_less(
+    enrolled: User, server: Aggregator, monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...], tier: int
+) -> None:
+    """What it may plan with says which tier is meant for it; its user may want a weaker one."""
+    jobs: list[TrainingJob] = []
+    monkeypatch.setattr(trainer, "ChildTrainer", lambda: FakeTrainer(before=jobs.append))
+    tiers = (wire.Tier(0, max_rank=2, memory_mib=512), wire.Tier(1, max_rank=2))
+    server.plans[-1] = wire.sign_plan(msgspec.structs.replace(server.plans[-1].plan, tiers=tiers), server.key)
+    result = enrolled.types(run, *options)
+    assert result.exit_code == 0
+    assert [job.tier for job in jobs] == [tier]
+    assert (f"tier {tier}" in result.stdout) == bool(tier)
+
+
 def test_a_notice_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     display = TerminalDisplay()
     for text in ("60 examples", "60 examples", "3 were cut"):
@@ -175,7 +192,8 @@ def test_a_round_that_measures_is_told(capsys: pytest.CaptureFixture[str]) -> No
         TrainedRound(0, 40, 0, None, None, 2.5, None, None),
         Uploaded(0, 1500, 1),
         Planned(1, 13, "train", "d" * 64, 36, 72, True, 10),
-        TrainedRound(1, 40, 6, 2.0, 1.0, 2.5, None, None),
+        ModulesStilled(1, 4, ("layer.0.query",)),
+        TrainedRound(1, 40, 6, 2.0, 1.0, 2.5, None, None, skipped=2),
         Uploaded(1, 1500, 40),
     ):
         display.show(event)
@@ -183,7 +201,8 @@ def test_a_round_that_measures_is_told(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out.splitlines() == [
         "round 1 of 13: measuring class means",
         "round 1 of 13: update sent, 1.5 kB, weight 1 · class means measured in 2.5 s",
-        "round 2 of 13: update sent, 1.5 kB, weight 40 · loss 2.000 → 1.000 · 6 steps in 2.5 s",
+        "round 2 of 13: update sent, 1.5 kB, weight 40 · loss 2.000 → 1.000 · 6 steps in 2.5 s · "
+        "2 steps of still modules left out",
     ]
 
 

@@ -8,6 +8,7 @@ import json
 import stat
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from device_bench import Bench
@@ -22,6 +23,7 @@ from edge_runtime.device.errors import NotPublishedError, TrainingError, Trainin
 from edge_runtime.device.home import Home, published_adapter
 from edge_runtime.device.host import Host
 from edge_runtime.device.outbox import Outbox, pending_for
+from edge_runtime.device.records import Measured
 
 
 async def test_a_task_runs_from_first_plan_to_published_adapter(bench: Bench, tiny_bundle: TinyBundle) -> None:
@@ -34,6 +36,45 @@ async def test_a_task_runs_from_first_plan_to_published_adapter(bench: Bench, ti
     for name in MODULES:
         np.testing.assert_allclose(end[f"{name}.lora_b"], start[f"{name}.lora_b"] + 0.75, rtol=1e-6)
         np.testing.assert_array_equal(end[f"{name}.lora_a"], start[f"{name}.lora_a"])
+
+
+@pytest.mark.parametrize(("told_s", "tier"), [(9.0, 1), (1.0, 0)])
+async def test_a_slow_device_does_not_think_itself_fast(bench: Bench, told_s: float, tier: int) -> None:
+    """Its steps of a weaker tier are faster, and say nothing about those of the whole plan."""
+    bench.aggregator.rounds = 1
+    bench.aggregator.tiers = (wire.Tier(1, step_s=4.0),)
+    bench.aggregator.plans[0] = wire.sign_plan(
+        msgspec.structs.replace(bench.aggregator.plans[0].plan, tiers=bench.aggregator.tiers), bench.aggregator.key
+    )
+    bench.home.save_measured(Measured(wire.Capability("aarch64", 4, 3906, 3000, step_s=told_s)))
+    bench.trainer.steps = 4
+    await bench.run()
+    assert [event.tier for event in bench.of(events.TrainedRound)] == [tier]
+    measured = bench.home.measured()
+    assert measured is not None
+    assert (measured.capability.step_s == told_s) == (tier == 1)
+
+
+@pytest.mark.parametrize(
+    ("memory_mib", "wanted", "tier"), [(None, 0, 0), (4096, 0, 0), (400, 0, 1), (400, 2, 2), (4096, 1, 1), (4096, 9, 2)]
+)
+async def test_a_device_carries_the_tier_that_is_meant_for_it(
+    bench: Bench, tiny_bundle: TinyBundle, memory_mib: int | None, wanted: int, tier: int
+) -> None:
+    """By its memory and its user's wish, from the plan alone; what it does not carry stays, and the user is told."""
+    bench.aggregator.rounds = 1
+    bench.aggregator.tiers = (wire.Tier(0, max_rank=2, memory_mib=512), wire.Tier(1, max_rank=2))
+    bench.aggregator.plans[0] = wire.sign_plan(
+        msgspec.structs.replace(bench.aggregator.plans[0].plan, tiers=bench.aggregator.tiers), bench.aggregator.key
+    )
+    bench.memory_mb, bench.tier = memory_mib, wanted
+    await bench.run()
+    assert [event.tier for event in bench.of(events.TrainedRound)] == [tier]
+    (finished,) = bench.of(events.Finished)
+    start = parse_tensors(tiny_bundle.adapter, what="start")
+    end = parse_tensors(bench.home.adapter_path(finished.adapter).read_bytes(), what="end")
+    moved = [(end[f"{name}.lora_b"] != start[f"{name}.lora_b"]).all(axis=0).sum() for name in MODULES]
+    assert moved == {0: [4, 4], 1: [2, 2], 2: [0, 2]}[tier]
 
 
 async def test_the_published_folder_is_what_peft_loads(bench: Bench) -> None:

@@ -19,7 +19,14 @@ SIGILL = child("import os, signal; os.kill(os.getpid(), signal.SIGILL)")
 
 
 async def test_the_real_child_says_yes_here() -> None:
-    await try_engine()
+    seconds = await try_engine()
+    assert seconds is not None
+    assert 0 < seconds < 120
+
+
+@pytest.mark.parametrize("said", ["", "{}", "[]", '{"calibration_s": 0.0}', '{"calibration_s": "fast"}', "NaN"])
+async def test_a_child_that_does_not_say_how_fast_it_was_has_worked_all_the_same(said: str) -> None:
+    assert await try_engine(child(f"print({said!r})")) is None
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,21 @@ def test_a_higher_level_starts_from_the_lower_one(computer: Computer, tmp_path: 
     assert computer.asked[3:] == [[1]]
 
 
+def test_what_rises_within_a_training_does_not_last(computer: Computer, tmp_path: Path) -> None:
+    """The blocks between were trained by this device alone: the next round begins where this one did."""
+    with lasting(tmp_path) as memory:
+        computer.recall(memory, [1, 2])
+        memory.rise(4, digest)
+        computer.recall(memory, [1, 2])
+        computer.recall(memory, [1, 2])
+        assert memory.spared == {2: 5, 4: 5}
+    with lasting(tmp_path) as memory:
+        computer.recall(memory, [1, 2])
+        assert memory.spared == {2: 5}
+    assert computer.asked == [[1, 2], [1, 2]]
+    assert [start and start.level for start in computer.starts] == [None, 2]
+
+
 def test_a_crash_leaves_whole_records(computer: Computer, tmp_path: Path) -> None:
     """The memory that wrote the file is never closed, and the disk lost the end of it."""
     memory = lasting(tmp_path)
@@ -509,6 +524,40 @@ def test_the_next_use_ends_it(bundle: Bundle, engine: BlockEngine, dataset: Data
     plain.use(other)
     for _ in range(2):
         assert relative_error(engine.gradients(batch).tensors, plain.gradients(batch).tensors) < EXACT
+
+
+@pytest.mark.parametrize("frozen", [1, 2], ids=["the block at the boundary", "one above it"])
+def test_blocks_frozen_on_the_way(
+    bundle: Bundle,
+    engine: BlockEngine,
+    dataset: Dataset,
+    memory: RememberedHidden,
+    runs: list[tuple[int, ...]],
+    frozen: int,
+) -> None:
+    """What is remembered holds; where the lowest alive block is a higher one, as far as it goes."""
+    parameters = random_parameters(bundle, alive_from(bundle, 1))
+    engine.use(parameters, memory)
+    for batch in batches(dataset, 0):
+        engine.gradients(batch)
+    for name in sorted(parameters.alive):  # as if trained: what the blocks made of an example changes above block 0
+        parameters.tensors[name][...] *= np.float32(1.1)
+    blocks = {module.name: module.block for module in bundle.manifest.modules}
+    still = {name for name in parameters.alive if blocks.get(name.rpartition(".lora_")[0]) == frozen}
+    parameters.freeze(still)
+    engine.use(parameters, memory)
+    assert memory.examples == (0 if frozen == 1 else len(LENGTHS))
+    plain = BlockEngine(bundle)
+    plain.use(parameters)
+    first, later = (2, 1) if frozen == 1 else (2, 2)
+    for epoch, ran in ((1, first), (2, later)):
+        wanted = [plain.gradients(batch).tensors for batch in batches(dataset, epoch)]
+        runs.clear()
+        found = [engine.gradients(batch).tensors for batch in batches(dataset, epoch)]
+        assert len(runs) == 4 * ran
+        assert found[0].keys() == parameters.alive
+        for mine, theirs in zip(found, wanted, strict=True):
+            assert relative_error(mine, theirs) < HALF
 
 
 def test_evaluation_knows_nothing_of_it(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,9 @@ def test_the_model_is_one_product() -> None:
 
 def test_the_product_is_right_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert trial.main() == 0
-    assert capsys.readouterr().err == ""
+    told = capsys.readouterr()
+    assert told.err == ""
+    assert json.loads(told.out)["calibration_s"] > 0
 
 
 @pytest.mark.parametrize("factor", [1.001, np.nan])

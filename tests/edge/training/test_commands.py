@@ -92,6 +92,18 @@ def test_less_memory_same_result(bert_bundle: Path, data: Path, tmp_path: Path) 
     assert recomputed["loss_end"] == pytest.approx(kept["loss_end"], rel=1e-4)
 
 
+def test_still_modules_are_left_out_and_counted(bert_bundle: Path, data: Path, tmp_path: Path) -> None:
+    """Without the option none is; the highest share leaves out most, and the adapter still loads."""
+    common = ("edge", "train", "--bundle", bert_bundle, "--data", data, "--json", "--epochs", 3)
+    plain = json.loads(emberlora(*common, "--out", tmp_path / "a").stdout)
+    killed = json.loads(emberlora(*common, "--out", tmp_path / "b", "--local-kill", 1).stdout)
+    assert plain["skipped"] == 0
+    assert killed["skipped"] > 50
+    assert killed["steps"] == plain["steps"]
+    evaluated = emberlora("edge", "eval", "--bundle", bert_bundle, "--adapter", tmp_path / "b", "--data", data)
+    assert evaluated.exit_code == 0
+
+
 def test_packed_weights_learn_the_same(
     bert_bundle: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +170,8 @@ def test_predict_keeps_the_order_of_the_file(bert_bundle: Path, tmp_path: Path) 
         (("--bundle", "nowhere"), "not a bundle"),
         (("--steps", 3, "--epochs", 2), "--epochs and --steps: give one of them"),
         (("--lr-a", "nan"), "--lr-a: expected a number from 0"),
+        (("--local-kill", 0), "--local-kill: expected more than 0 and at most 1, got 0.0"),
+        (("--local-kill", "nan"), "--local-kill: expected more than 0"),
         (("--max-tokens", 4000), "max_tokens"),
         (("--adapter", "."), "adapter_model.safetensors"),
         (("--batch-size", 0), "--batch-size"),

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.wire import (
+    Capability,
     Enrolment,
     EnvelopeContext,
     EnvelopeError,
@@ -86,6 +87,12 @@ def test_token(text: str) -> None:
 def test_message(data: bytes, kind: type[Enrolment | TaskStatus]) -> None:
     with pytest.raises(RequestFormatError):
         decode_message(data, kind)
+
+
+@given(data=mutations(b'{"machine":"aarch64","cores":4,"memory_mb":9,"available_mb":3,"step_s":1.5}'))
+def test_capability(data: bytes) -> None:
+    with contextlib.suppress(RequestFormatError):
+        decode_message(data, Capability)
 
 
 @given(body=mutations(b'{"type":"urn:emberlora:problem:token","status":403}'), status=st.integers(100, 599))

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from edge_runtime.wire import (
+    Capability,
     EnvelopeContext,
     Layout,
     Plan,
@@ -19,7 +20,9 @@ from edge_runtime.wire import (
     Token,
     Update,
     authorization,
+    decode_message,
     decode_update,
+    encode_message,
     encode_problem,
     encode_update,
     open_plan,
@@ -52,6 +55,10 @@ PLAN_DIGEST = "5f1e885de64fb7a03fb8b4bcd7eedd24d90a1be968db80f7b57f774d35ca89c4"
 # The same plan where devices keep the head and B: the end of its text, and its digest.
 PERSONAL_END = b'"min_examples":1,"tier":0,"personal":["head","B"]}'
 PERSONAL_DIGEST = "ed7a6ee742c3e6c00eb283bcee238eab70e8869470eec80a7e5cf94986c9f99c"
+
+LOCAL_KILL_DIGEST = (
+    "5c1dc426398600330a045a08c8f89c1753ccdabe6665f49df895a77fbd7ccd39"  # of the plan with local_kill 0.25
+)
 
 FRAME = bytes.fromhex(
     "454d424552555044"  # 0: "EMBERUPD"
@@ -97,6 +104,11 @@ AUTHORIZATION = (
 
 TOKEN = "ember1.AAECAwQFBgcICQoLDA0OD1ZHWqdUY0dMAoXfXb8ryrc9plE1iDnpt3SBsuqxB3CM"  # 00 … 0f, SHA-256 of PUBLIC_KEY
 
+CAPABILITY = (
+    b'{"machine":"aarch64","cores":4,"memory_mb":3906,"available_mb":3100,"calibration_s":0.25,"step_s":1.5,'
+    b'"up_bytes_s":250000.0,"down_bytes_s":1000000.0,"round_trip_s":0.03}'
+)
+
 PROBLEM = (
     b'{"type":"urn:emberlora:problem:round-closed","title":"This round takes no more updates","status":409,'
     b'"detail":"round 7: closed","retry_after_s":0.0}'
@@ -121,6 +133,15 @@ def test_personal_plan_bytes(plan: Plan, signing_key: Ed25519PrivateKey) -> None
     assert signed.digest == PERSONAL_DIGEST
     assert open_plan(signed.data, signing_key.public_key()).plan == personal
     assert b"personal" not in PLAN
+
+
+def test_local_kill_plan_bytes(plan: Plan, signing_key: Ed25519PrivateKey) -> None:
+    """It stands at the end of the training, and nowhere in a plan without it."""
+    training = msgspec.structs.replace(plan.training, local_kill=0.25)
+    signed = sign_plan(msgspec.structs.replace(plan, training=training), signing_key)
+    assert signed.data[64:] == PLAN[64:].replace(b'"clip_norm":null}', b'"clip_norm":null,"local_kill":0.25}')
+    assert signed.digest == LOCAL_KILL_DIGEST
+    assert b"local_kill" not in PLAN
 
 
 def test_update_bytes(signed: SignedPlan, layout: Layout, update: Update) -> None:
@@ -152,6 +173,12 @@ def test_token_text() -> None:
     token = Token(bytes(range(16)).hex(), hashlib.sha256(bytes.fromhex(PUBLIC_KEY)).hexdigest())
     assert str(token) == TOKEN
     assert Token.parse(f" {TOKEN}\n") == token
+
+
+def test_capability_bytes() -> None:
+    capability = Capability("aarch64", 4, 3906, 3100, 0.25, 1.5, 250_000.0, 1_000_000.0, 0.03)
+    assert encode_message(capability) == CAPABILITY
+    assert decode_message(CAPABILITY, Capability) == capability
 
 
 def test_problem_bytes() -> None:

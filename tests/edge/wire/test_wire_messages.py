@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from edge_runtime.wire import (
+    Capability,
     DeviceStatus,
     Enrolled,
     Enrolment,
@@ -25,7 +26,19 @@ from edge_runtime.wire.messages import MAX_MESSAGE_BYTES, MAX_STATUS_BYTES
 
 SECRET = bytes(range(16)).hex()
 TOKEN = Token(SECRET, "ab" * 32)
-DEVICE = DeviceStatus("pi-4", 1.8e9, None, left=False, updates=3, bytes_up=10**9, bytes_down=10**9, train_s=1.5)
+CAPABILITY = Capability("aarch64", 4, 3906, 3100, 0.25, 1.5, 250_000.0, 1_000_000.0, 0.03)
+DEVICE = DeviceStatus(
+    "pi-4",
+    1.8e9,
+    None,
+    left=False,
+    updates=3,
+    bytes_up=10**9,
+    bytes_down=10**9,
+    train_s=1.5,
+    capability=CAPABILITY,
+    capability_told=1.8e9,
+)
 ROUND = RoundStatus(0, 4, 400, 0.7, 0.5, 0.91, 100, 10**9, 12.5, "ad" * 32)
 STATUS = TaskStatus("sst2", "training", 3, 20, "accuracy", 1, 4, 1.8e9, "ad" * 32, 1, 2, (DEVICE,), (ROUND,))
 MESSAGES: list[msgspec.Struct] = [
@@ -35,6 +48,7 @@ MESSAGES: list[msgspec.Struct] = [
     TokenAnswer("pi-4", str(TOKEN), 1.8e9),
     UpdateReceipt("pi-4", 7, "00" * 32, 300),
     STATUS,
+    CAPABILITY,
 ]
 
 
@@ -68,6 +82,15 @@ def test_unknown_or_missing_field_is_refused(message: msgspec.Struct) -> None:
         (MESSAGES[2], "ttl_s", 10**400),
         (MESSAGES[2], "ttl_s", 1.5),
         (MESSAGES[2], "ttl_s", True),
+        *((CAPABILITY, "machine", value) for value in ("", "Intel(R) Xeon(R)", "x" * 33, "a\n")),
+        *((CAPABILITY, "cores", value) for value in (0, 65_537, 1.5)),
+        *((CAPABILITY, name, value) for name in ("memory_mb", "available_mb") for value in (-1, 2**30 + 1, 0.5, "1")),
+        *(
+            (CAPABILITY, name, value)
+            for name in ("calibration_s", "step_s", "round_trip_s")
+            for value in (0, -1, 604_801, None, "1")
+        ),
+        *((CAPABILITY, name, value) for name in ("up_bytes_s", "down_bytes_s") for value in (0, -1, 2e12, None)),
     ],
 )
 def test_field_out_of_form_is_refused(message: msgspec.Struct, field: str, value: object) -> None:
@@ -75,6 +98,25 @@ def test_field_out_of_form_is_refused(message: msgspec.Struct, field: str, value
     with pytest.raises(RequestFormatError, match=f"not a {type(message).__name__}") as caught:
         decode_message(json.dumps(document).encode(), type(message))
     assert len(str(caught.value)) < 300
+
+
+def test_figures_that_are_not_measured_are_left_out() -> None:
+    bare = Capability("x86_64", 1, 512, 0)
+    assert encode_message(bare) == b'{"machine":"x86_64","cores":1,"memory_mb":512,"available_mb":0}'
+    assert decode_message(encode_message(bare), Capability) == bare
+
+
+def test_more_memory_free_than_there_is_is_refused() -> None:
+    wrong = encode_message(CAPABILITY).replace(b'"available_mb":3100', b'"available_mb":3907')
+    with pytest.raises(RequestFormatError, match=r"available_mb \(3907\) must not exceed memory_mb \(3906\)"):
+        decode_message(wrong, Capability)
+
+
+@pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"1e999"])
+def test_a_figure_that_is_not_finite_is_refused(number: bytes) -> None:
+    wrong = encode_message(CAPABILITY).replace(b'"step_s":1.5', b'"step_s":' + number)
+    with pytest.raises(RequestFormatError, match="not a Capability"):
+        decode_message(wrong, Capability)
 
 
 @pytest.mark.parametrize("data", [b"", b"null", b"[", b'{"device":"\xff"}', b"[" * 50_000, b'{"a":' * 10_000, b"\0"])

@@ -11,11 +11,13 @@ import msgspec
 import pytest
 
 from edge_runtime.wire import (
+    Capability,
     Enrolled,
     Enrolment,
     ModulePlan,
     Plan,
     Quantisation,
+    Tier,
     TokenAnswer,
     TokenRequest,
     Training,
@@ -59,7 +61,7 @@ def test_problem_table() -> None:
 
 def test_plan_fields() -> None:
     said = [name for row in rows(section("## Plan")) for name in re.findall(r"`(\w+)`", row[0])]
-    meant = [name for kind in (Plan, Training, UpdateRules, Quantisation) for name in kind.__struct_fields__]
+    meant = [name for kind in (Plan, Training, UpdateRules, Quantisation, Tier) for name in kind.__struct_fields__]
     assert said == meant
 
 
@@ -72,6 +74,11 @@ def test_module_fields() -> None:
 def test_message_fields(kind: type[msgspec.Struct]) -> None:
     said = {row[0]: re.findall(r"`(\w+)`", row[1]) for row in rows(section("## Enrolment token"))}
     assert said[f"`{kind.__name__}`"] == list(kind.__struct_fields__)
+
+
+def test_capability_fields() -> None:
+    said = [row[0].strip("`") for row in rows(section("## Capability"))]
+    assert said == list(Capability.__struct_fields__)
 
 
 def test_frame_offsets() -> None:
@@ -105,11 +112,12 @@ def _single(code: str) -> list[str]:
 def test_resources() -> None:
     said = " ".join(row[0] for row in rows(section("## Resources")))
     paths = [value for name, value in vars(resources).items() if name.isupper() and isinstance(value, str)]
-    assert len(paths) == 10
+    assert len(paths) == 11
     for path in paths:
         assert re.search(rf"{re.escape(path)}[?`]", said), path
     assert resources.plan_target("sst2", after=-1, wait_s=60) == "/v1/tasks/sst2/plan?after=-1&wait=60"
     assert resources.patch_target("sst2", 7, since=-1) == "/v1/tasks/sst2/rounds/7/adapter?since=-1"
+    assert resources.capability_path("sst2", "pi-4") == "/v1/tasks/sst2/devices/pi-4/capability"
     assert resources.update_path("sst2", 7, "pi-4") == "/v1/tasks/sst2/rounds/7/updates/pi-4"
 
 

@@ -77,6 +77,9 @@ CONTRADICTIONS = [
     ("training.mu", -1.0, "learning rates"),
     ("training.beta1", 1.0, "betas"),
     ("training.clip_norm", 0.0, "clip_norm"),
+    ("training.local_kill", 0.0, "local_kill"),  # nothing is left out
+    ("training.local_kill", -0.1, "local_kill"),
+    ("training.local_kill", 1.01, "local_kill"),
     ("update.fraction_bits", 40, "63 bits"),
     ("update.fraction_bits", 0, "63 bits"),
     ("update.fraction_bits", 10**9, "63 bits"),
@@ -109,6 +112,7 @@ WRONG_FIELDS = [
     ("round", None),
     ("state", "paused"),
     ("head_alive", 1),
+    ("training.local_kill", None),
     ("personal", None),
     ("personal", "head"),
     ("personal", ["A"]),

@@ -108,9 +108,9 @@ def test_frame_bytes(codes_plan: SignedPlan, codes_layout: Layout, codes_update:
 @pytest.mark.parametrize(
     ("offset", "put", "error", "message"),
     [
-        (0, b"EMBERUPE", UpdateFormatError, "got b'EMBERUPE' version 2.0"),
-        (8, b"\x01", UpdateFormatError, "expected b'EMBERUPD' version 2.0, got b'EMBERUPD' version 1.0"),
-        (8, b"\x03", UpdateFormatError, "version 3.0"),
+        (0, b"EMBERUPE", UpdateFormatError, "got b'EMBERUPE' version 2"),
+        (8, b"\x01", UpdateFormatError, "expected b'EMBERUPD' version 2, got b'EMBERUPD' version 1"),
+        (8, b"\x03", UpdateFormatError, "version 3"),
         (12, b"\x08", UpdatePlanError, "expected round 7 .*, got 8"),
         (16, b"\xff", UpdatePlanError, "of plan"),
         (48, b"\xff", UpdateLayoutError, "of layout"),
@@ -141,7 +141,7 @@ def test_a_float_frame_is_no_answer_to_a_plan_that_quantises(
     codes_plan: SignedPlan, codes_layout: Layout, codes_update: Update
 ) -> None:
     plain = encode_update(codes_update, signed_plan=codes_plan, layout=Layout(codes_layout.blocks))
-    with pytest.raises(UpdateFormatError, match=r"version 1\.0"):
+    with pytest.raises(UpdateFormatError, match=r"version 1"):
         decode_update(plain, signed_plan=codes_plan, layout=codes_layout)
 
 

@@ -48,9 +48,9 @@ def frame(signed: SignedPlan, layout: Layout, update: Update) -> bytes:
 @pytest.mark.parametrize(
     ("offset", "put", "error", "message"),
     [
-        (0, b"EMBERUPE", UpdateFormatError, "got b'EMBERUPE' version 1.0"),
-        (8, b"\x02", UpdateFormatError, "got b'EMBERUPD' version 2.0"),
-        (10, b"\x01", UpdateFormatError, "got b'EMBERUPD' version 1.1"),
+        (0, b"EMBERUPE", UpdateFormatError, "got b'EMBERUPE' version 1"),
+        (8, b"\x02", UpdateFormatError, "got b'EMBERUPD' version 2"),
+        (10, b"\x01", UpdateFormatError, "tier: expected 0, or another one of the plan's, got 1"),
         (12, b"\x08", UpdatePlanError, "expected round 7 .*, got 8"),
         (16, b"\x00", UpdatePlanError, "of plan 5f1e885de64f, got 7 of 001e885de64f"),
         (48, b"\xff", UpdateLayoutError, "of layout 00b0c1f1d6e9, got 14 of ffb0c1f1d6e9"),
