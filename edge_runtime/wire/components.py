@@ -1,10 +1,12 @@
 """Components of a matrix in few bits: rounded to nearest, a scale for each, and products that are exact.
 
 A *component* is what cutting a rank takes or leaves: a row of ``lora_a`` (r, in), a column of ``lora_b`` (out, r); of
-any other matrix, a row. What is no matrix stays float32. A component's scale is its largest absolute value divided by
-the largest code, cut to 16 significant bits, and at least 2**-126. A code has at most 7 significant bits, so code times
-scale is exact in float32: every machine restores the same bits, and what was restored gives the same codes and scales
-again.
+any other matrix, a row. What is no matrix stays float32. A matrix that is no factor, a head's, has 8 bits where factors
+have 4: it is sent seldom and decides alone what a class is, while many factors make a layer.
+
+A component's scale is its largest absolute value divided by the largest code, cut to 16 significant bits, and at least
+2**-126. A code has at most 7 significant bits, so code times scale is exact in float32: every machine restores the same
+bits, and what was restored gives the same codes and scales again.
 """
 
 from __future__ import annotations
@@ -30,13 +32,18 @@ def scale_count(name: str, shape: tuple[int, ...]) -> int:
     return shape[_component_axis(name)] if len(shape) == 2 else 0
 
 
+def code_bits(name: str, bits: Bits) -> Bits:
+    """Bits of a code of this tensor where those of a factor have ``bits``."""
+    return bits if name.endswith((".lora_a", ".lora_b")) else 8
+
+
 def quantise(name: str, values: Values, bits: Bits) -> tuple[Codes, Values]:
     """Codes and scales of a matrix.
 
     Args:
         name: Of the tensor in its adapter; it says which way the components lie.
         values: A matrix, float32, finite.
-        bits: Of a code.
+        bits: Of a factor's code, see :func:`code_bits`.
 
     Returns:
         The codes, int8 in the matrix's shape, and a float32 scale a component. No value is off by more than half its
@@ -46,7 +53,7 @@ def quantise(name: str, values: Values, bits: Bits) -> tuple[Codes, Values]:
 
     axis = _component_axis(name)
     largest = np.abs(values).max(axis=1 - axis, keepdims=True).astype(np.float32)
-    scales = (largest / np.float32(largest_code(bits))).view(np.uint32) & np.uint32(_KEPT)
+    scales = (largest / np.float32(largest_code(code_bits(name, bits)))).view(np.uint32) & np.uint32(_KEPT)
     scales = np.maximum(scales.view(np.float32), np.float32(SMALLEST_SCALE))
     codes = np.rint(np.divide(values, scales, dtype=np.float64)).astype(np.int8)
     return codes, scales.ravel()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from edge_runtime.wire.codes import pack_codes, packed_bytes, unpack_codes
-from edge_runtime.wire.components import SMALLEST_SCALE, quantise, restore, rounded, scale_count
+from edge_runtime.wire.components import SMALLEST_SCALE, code_bits, quantise, restore, rounded, scale_count
 from edge_runtime.wire.errors import PatchFormatError, PatchPlanError, PatchValueError
 from edge_runtime.wire.plan import ModulePlan
 from edge_runtime.wire.update import Layout, layout_of
@@ -92,7 +92,7 @@ def encode_patch(head: PatchHead, changed: Mapping[str, Values], layout: Layout)
         values = changed[name]
         if head.bits != 32 and scale_count(name, shape):
             codes, scales = quantise(name, values, head.bits)
-            parts += [scales.astype("<f4").tobytes(), pack_codes(codes.ravel(), head.bits)]
+            parts += [scales.astype("<f4").tobytes(), pack_codes(codes.ravel(), code_bits(name, head.bits))]
         else:
             parts.append(values.astype("<f4").tobytes())
     return b"".join(parts)
@@ -159,7 +159,7 @@ def _marked(data: bytes, layout: Layout) -> list[tuple[str, tuple[int, ...]]]:
 
 def _bytes_of(name: str, shape: tuple[int, ...], bits: PatchBits) -> int:
     scales, count = scale_count(name, shape), math.prod(shape)
-    return 4 * count if bits == 32 or not scales else 4 * scales + packed_bytes(count, bits)
+    return 4 * count if bits == 32 or not scales else 4 * scales + packed_bytes(count, code_bits(name, bits))
 
 
 def _tensor(name: str, shape: tuple[int, ...], body: memoryview, bits: PatchBits) -> Values:
@@ -174,7 +174,7 @@ def _tensor(name: str, shape: tuple[int, ...], body: memoryview, bits: PatchBits
         if not (np.isfinite(factors).all() and factors.min() >= SMALLEST_SCALE):
             raise PatchValueError(f"patch: {name}: scales: expected finite and at least 2**-126")
         try:
-            codes = unpack_codes(body[4 * scales :], math.prod(shape), bits)
+            codes = unpack_codes(body[4 * scales :], math.prod(shape), code_bits(name, bits))
         except ValueError as error:
             raise PatchValueError(f"patch: {name}: {error}") from error
         with np.errstate(over="ignore"):  # an overflow is infinity, which is refused below

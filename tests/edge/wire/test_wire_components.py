@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from edge_runtime.wire.codes import Bits, largest_code
-from edge_runtime.wire.components import SMALLEST_SCALE, quantise, restore, rounded, scale_count
+from edge_runtime.wire.components import SMALLEST_SCALE, code_bits, quantise, restore, rounded, scale_count
 
 NAMES = ("layer.0.q.lora_a", "layer.0.q.lora_b", "classifier.weight")
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -22,7 +22,7 @@ def test_no_value_is_off_by_more_than_half_a_step(name: str, values: np.ndarray,
     steps = scales.astype(np.float64)[None, :] if name.endswith("lora_b") else scales.astype(np.float64)[:, None]
     error = np.abs(codes * steps - values.astype(np.float64))
     assert np.all(error <= steps * (0.5 + 1e-12))
-    assert np.abs(codes).max() <= largest_code(bits)
+    assert np.abs(codes).max() <= largest_code(code_bits(name, bits))
     assert len(scales) == scale_count(name, values.shape)
 
 
@@ -49,6 +49,13 @@ def test_a_component_has_a_scale_of_its_own(bits: Bits) -> None:
         quiet, exact = ((a[:, [0, 2]] if name == "m.lora_b" else a[[0, 2]]) for a in (restored, values))
         assert np.abs(quiet - exact).max() <= np.abs(exact).max() / largest_code(bits)
         assert np.abs(quiet - exact).max() > 0
+
+
+def test_a_head_has_no_fewer_than_8_bits() -> None:
+    """MiniLM's head of class means lost 0.04 of accuracy on 150 classes in 4."""
+    values = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32)
+    assert rounded("classifier.weight", values, 4).tobytes() == rounded("classifier.weight", values, 8).tobytes()
+    assert np.abs(quantise("classifier.weight", values, 4)[0]).max() == 127
 
 
 def test_golden_values() -> None:

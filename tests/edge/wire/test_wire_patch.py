@@ -21,7 +21,7 @@ from edge_runtime.wire import (
     fewest_bits,
 )
 from edge_runtime.wire.components import rounded
-from edge_runtime.wire.patch import OWN, PatchBits
+from edge_runtime.wire.patch import OWN, PatchBits, patch_bytes
 
 DIGEST = "ad" * 32
 LAYOUT = adapter_layout(
@@ -87,6 +87,19 @@ def test_golden_bytes(frame: bytes, since: int, bits: PatchBits, tensors: dict[s
     assert list(found) == list(tensors)
     for name, values in tensors.items():
         assert (found[name].dtype, found[name].tobytes()) == (np.float32, values.tobytes())
+
+
+def test_a_head_beside_factors_of_4_bits_has_8() -> None:
+    """Byte for byte: two scales, then a byte a value of the head; half a byte a value of the factor."""
+    head = np.array([[127, -4], [64, 127]], np.float32) * np.array([[0.5], [0.25]], np.float32)
+    tensors = {**FOUR, "classifier.weight": head}
+    layout = adapter_layout({"layer.0.query": 2}, {"layer.0.query": (3, 2)}, {"classifier.weight": (2, 2)})
+    assert fewest_bits(tensors, 4) == 4
+    frame = encode_patch(PatchHead(2, 7, DIGEST, 4), tensors, layout)
+    assert frame[-12:].hex() == "0000003f" + "0000803e" + "7ffc407f"
+    assert len(frame) == 56 + 1 + (8 + 2) + (8 + 4) == patch_bytes(set(tensors), layout, 4)
+    found = decode_patch(frame, since=2, round_=7, digest=DIGEST, layout=layout)
+    assert found["classifier.weight"].tobytes() == head.tobytes()
 
 
 def test_bits_are_used_only_where_they_give_the_very_tensors() -> None:
