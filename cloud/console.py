@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 from rich.console import Console
@@ -148,3 +148,10 @@ def _round_table(history: tuple[RoundStatus, ...], *, metric: str) -> Table:
         cells = (r.devices, r.weight, loss, figure(r.metric), size(r.bytes_up), f"{r.seconds:.1f} s")
         table.add_row(str(r.round + 1), *(str(cell) for cell in cells))
     return table
+
+
+def columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A line a row, its cells under one another; plain text, whatever the width of the terminal. At least one row."""
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()

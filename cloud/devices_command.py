@@ -8,7 +8,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from cloud.config import Config
-from cloud.console import size
+from cloud.console import columns, size
 from cloud.kept import open_kept
 from cloud.members import read_statuses
 from edge_runtime.wire import DeviceStatus
@@ -26,9 +26,7 @@ async def show_devices(config: Config, *, as_json: bool, now: float) -> list[str
         devices = await read_statuses(database)
     if as_json:
         return [msgspec.json.encode(device).decode() for device in devices]
-    rows = [_HEAD, *(_cells(device, now) for device in devices)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return list(columns([_HEAD, *(_cells(device, now) for device in devices)]))
 
 
 def _cells(device: DeviceStatus, now: float) -> tuple[str, ...]:

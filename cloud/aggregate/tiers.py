@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from cloud.aggregate.fixed_point import UpdateSum
 from edge_runtime.wire import Layout, Update, UpdateRules
+from edge_runtime.wire.components import component_axis, is_factor
 
 Double = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -111,7 +112,7 @@ class RoundSum:
                 devices[:sent] += part.devices
                 weight[:sent] += part.weight
             listed = self.layout.components.get(name, tuple(range(count)))
-            found[name] = Carried(devices, weight, listed if _is_factor(name) else ())
+            found[name] = Carried(devices, weight, listed if is_factor(name) else ())
         return found
 
     def idle(self) -> dict[str, tuple[int, ...]]:
@@ -141,13 +142,9 @@ class RoundSum:
         return total
 
 
-def _is_factor(name: str) -> bool:
-    return name.endswith((".lora_a", ".lora_b"))
-
-
 def _components(name: str, shape: tuple[int, ...]) -> int:
     """How many components a tensor has, rows of A or columns of B; 1 where it is none of a factor."""
-    return shape[1 if name.endswith(".lora_b") else 0] if _is_factor(name) else 1
+    return shape[component_axis(name)] if is_factor(name) else 1
 
 
 def _lying(name: str, values: npt.NDArray[Number]) -> npt.NDArray[Number]:

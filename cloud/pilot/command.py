@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from cloud.config import Config
+from cloud.console import columns
 from cloud.pilot.findings import Findings, Wish
 from cloud.pilot.judging import judge
 from cloud.pilot.trial import read_trial
@@ -37,13 +38,13 @@ def lines(found: Findings, *, as_json: bool) -> list[str]:
 
 def _text(found: Findings) -> Iterator[str]:
     yield verdict(found)
-    yield from _table([(f"  {_MARKS[r.passed]}", r.about, f"{r.figure} ({r.wanted})") for r in found.reasons])
+    yield from columns([(f"  {_MARKS[r.passed]}", r.about, f"{r.figure} ({r.wanted})") for r in found.reasons])
     yield ""
     rows = [
         (device.name, device.grades.overall, *(text for _, text in graded(device)), *figures(device))
         for device in found.devices
     ]
-    yield from _table([HEAD, *rows])
+    yield from columns([HEAD, *rows])
     yield ""
     yield f"Suggested for {found.suggestion.devices} devices; budget: {found.suggestion.note}:"
     yield ""
@@ -52,9 +53,3 @@ def _text(found: Findings) -> Iterator[str]:
     heading, *rest = month_lines(found.month)
     yield heading + ":"
     yield from (f"  {line}" for line in rest)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -8,9 +8,11 @@ budget that falls to its end, and final rounds that stay there. The curve is our
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
+
+from cloud.planner.depth import lowest_of
 
 # From how far the task has cooled, 0 to 1, to what is left of the way from the start's budget to the end's.
 CURVES: dict[str, Callable[[float], float]] = {
@@ -18,8 +20,6 @@ CURVES: dict[str, Callable[[float], float]] = {
     "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
     "linear": lambda x: 1 - x,
 }
-
-_ROUNDING = 1e-9  # a third of six blocks is two
 
 
 class Annealing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,14 +68,14 @@ def budget_share(settings: Annealing, round_: int, rounds: int) -> float:
     return min(1.0, settings.budget_end + (settings.budget_start - settings.budget_end) * left)
 
 
-def lowest_block(settings: Annealing, blocks: int, round_: int, rounds: int) -> int:
-    """The first block in which anything may be trained in a round; one block at least. It never falls.
+def lowest_block(settings: Annealing, blocks: Sequence[int], round_: int, rounds: int) -> int:
+    """The first of the blocks that have modules in which anything may be trained in a round. It never falls.
 
     Kills from the bottom up save compute: see ``docs/adr/0017-depth-falls-with-the-budget.md``.
     """
     left = CURVES[settings.curve](cooled(settings, round_, rounds))
     depth = settings.depth_end + (settings.depth_start - settings.depth_end) * left
-    return blocks - max(1, min(blocks, math.ceil(depth * blocks - _ROUNDING)))
+    return lowest_of(depth, blocks)
 
 
 def known_from(settings: Annealing, cycle: int) -> int:

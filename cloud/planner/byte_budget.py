@@ -98,7 +98,7 @@ def _lowest_living(settings: Annealing, policy: str, traffic: Traffic, begun: in
     """The lowest block with modules that may live when their cycle began in a round."""
     if policy == "lora-a2":
         return 0
-    return lowest_block(settings, len(traffic.manifest.blocks), max(begun, 0), rounds)
+    return lowest_block(settings, traffic.manifest.module_blocks, max(begun, 0), rounds)
 
 
 def _most(policy: str, traffic: Traffic, share: float, lowest: int) -> int:

@@ -58,7 +58,7 @@ class Situation:
     def deep(self) -> frozenset[str]:
         """Modules of blocks that lie too deep to be trained in this round, whatever they move."""
         manifest = self.manifest
-        lowest = lowest_block(self.annealing, len(manifest.blocks), self.round, self.rounds)
+        lowest = lowest_block(self.annealing, manifest.module_blocks, self.round, self.rounds)
         return frozenset(module.name for module in manifest.modules if module.block < lowest)
 
     @property

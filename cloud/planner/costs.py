@@ -53,9 +53,8 @@ class Traffic:
     head_trained: bool
     upload: PatchBits
     download: PatchBits
-    tiers: Tiers = field(
-        default_factory=Tiers
-    )  # an update of any other tier than 0 is smaller, so these only make plans longer
+    # An update of any other tier than 0 is smaller, so these only make plans longer.
+    tiers: Tiers = field(default_factory=Tiers)
 
     @cached_property
     def components(self) -> tuple[Component, ...]:

@@ -12,11 +12,10 @@ from itertools import pairwise
 import msgspec
 from msgspec import UNSET
 
+from cloud.planner.depth import lowest_of
 from edge_runtime.bundle import Manifest
 from edge_runtime.wire import ModulePlan, Tier
 from edge_runtime.wire.tiers import MAX_TIERS
-
-_ROUNDING = 1e-9  # half of six blocks is three
 
 
 class Tiers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,11 +42,11 @@ def plan_tiers(
     """
     if not settings.enabled:
         return UNSET
-    blocks, places = len(manifest.blocks), manifest.places
-    uppermost = max((places[module.name] for module in modules if module.alive), default=blocks - 1)
+    blocks, places = manifest.module_blocks, manifest.places
+    uppermost = max((places[module.name] for module in modules if module.alive), default=blocks[-1])
     return tuple(
         Tier(
-            lowest_block=min(uppermost, blocks - max(1, math.ceil(share * blocks - _ROUNDING))),
+            lowest_block=min(uppermost, lowest_of(share, blocks)),
             max_rank=settings.max_rank[number] if settings.max_rank else UNSET,
             memory_mib=settings.memory_mib[number] if settings.memory_mib else UNSET,
             step_s=settings.step_s[number] if settings.step_s else UNSET,

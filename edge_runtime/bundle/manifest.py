@@ -258,6 +258,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
         return {module.name: (module.in_features, module.out_features) for module in self.modules}
 
     @property
+    def module_blocks(self) -> tuple[int, ...]:
+        """Numbers of the blocks that have LoRA modules, rising."""
+        return tuple(sorted({module.block for module in self.modules}))
+
+    @property
     def places(self) -> dict[str, int]:
         """Number of the block of every LoRA module by name."""
         return {module.name: module.block for module in self.modules}

@@ -152,7 +152,7 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
 @click.option(
     "--remember-mb",
     type=click.IntRange(min=0),
-    help="Disk for what the frozen lower blocks make of the examples, during a round; 0 computes it every time.  "
+    help="Disk for what the frozen lower blocks make of the examples, until the task ends; 0 computes it every time.  "
     "[default: 2048, or a tenth of the free disk if that is less]",
 )
 @click.option(
@@ -160,7 +160,7 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
     type=click.IntRange(min=0),
     default=0,
     help="Carry less of each plan than this device could: tier 1 or more, where the plan has tiers.  "
-    "[default: what the plan means for a device with --memory-mb]",
+    "[default: what the plan means for a device of its free memory, or --memory-mb, and its speed]",
 )
 @click.option("--skip-bad-lines", is_flag=True, help="Train on the good lines of a file that has bad ones.")
 @click.option("--once", is_flag=True, help="Stop after one round.")

@@ -9,6 +9,7 @@ nobody needs to keep it, and it holds what a model made of private text, so it i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import tempfile
@@ -100,13 +101,15 @@ class HiddenFile:
             file = path.open("r+b", buffering=0)
         except FileNotFoundError:
             return None
-        header = file.read(_HEADER.size)
-        if len(header) != _HEADER.size or not header.startswith(_MAGIC):
-            file.close()
-            return None
-        _, level, digest = _HEADER.unpack(header)
-        places, length = _scan(file.fileno())
-        file.truncate(length)
+        with contextlib.ExitStack() as unless_used:
+            unless_used.callback(file.close)
+            header = file.read(_HEADER.size)
+            if len(header) != _HEADER.size or not header.startswith(_MAGIC):
+                return None
+            _, level, digest = _HEADER.unpack(header)
+            places, length = _scan(file.fileno())
+            file.truncate(length)
+            unless_used.pop_all()
         return cls(file, Ground(level, digest), places=places, length=length)
 
     def __len__(self) -> int:

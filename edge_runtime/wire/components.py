@@ -29,12 +29,22 @@ _KEPT = 0xFFFFFF00  # of a float32's 24 significant bits the first 16
 
 def scale_count(name: str, shape: tuple[int, ...]) -> int:
     """How many components a tensor has; 0 for one that stays float32."""
-    return shape[_component_axis(name)] if len(shape) == 2 else 0
+    return shape[component_axis(name)] if len(shape) == 2 else 0
+
+
+def is_factor(name: str) -> bool:
+    """Whether a tensor is a LoRA factor, and none of a head's."""
+    return name.endswith((".lora_a", ".lora_b"))
+
+
+def component_axis(name: str) -> int:
+    """Along which axis of a matrix its components lie side by side: 1 for the columns of B, else 0."""
+    return 1 if name.endswith(".lora_b") else 0
 
 
 def code_bits(name: str, bits: Bits) -> Bits:
     """Bits of a code of this tensor where those of a factor have ``bits``."""
-    return bits if name.endswith((".lora_a", ".lora_b")) else 8
+    return bits if is_factor(name) else 8
 
 
 def quantise(name: str, values: Values, bits: Bits) -> tuple[Codes, Values]:
@@ -51,7 +61,7 @@ def quantise(name: str, values: Values, bits: Bits) -> tuple[Codes, Values]:
     """
     import numpy as np
 
-    axis = _component_axis(name)
+    axis = component_axis(name)
     largest = np.abs(values).max(axis=1 - axis, keepdims=True).astype(np.float32)
     scales = (largest / np.float32(largest_code(code_bits(name, bits)))).view(np.uint32) & np.uint32(_KEPT)
     scales = np.maximum(scales.view(np.float32), np.float32(SMALLEST_SCALE))
@@ -63,14 +73,10 @@ def restore(name: str, codes: Codes, scales: Values) -> Values:
     """The values that codes and scales stand for, float32."""
     import numpy as np
 
-    lying = scales[:, None] if _component_axis(name) == 0 else scales[None, :]
+    lying = scales[:, None] if component_axis(name) == 0 else scales[None, :]
     return np.multiply(codes.astype(np.float32), lying, dtype=np.float32)
 
 
 def rounded(name: str, values: Values, bits: Bits) -> Values:
     """A tensor quantised and restored; one that stays float32 as it is."""
     return restore(name, *quantise(name, values, bits)) if scale_count(name, values.shape) else values
-
-
-def _component_axis(name: str) -> int:
-    return 1 if name.endswith(".lora_b") else 0

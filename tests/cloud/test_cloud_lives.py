@@ -127,7 +127,7 @@ def test_what_lives_fits_the_budget_of_every_round(bundle: Bundle, task: Task) -
         living = [module.name for module in round_.modules if module.alive]
         assert living
         if number < initiating:
-            assert len(living) >= len(task.sizes) - lowest_block(task.annealing, len(task.sizes), number, ROUNDS)
+            assert len(living) >= len(task.sizes) - lowest_block(task.annealing, range(len(task.sizes)), number, ROUNDS)
             continue
         share = task.annealing.budget_end
         if task.policy == "annealed-kill-revive":
@@ -140,7 +140,7 @@ def test_what_lives_fits_the_budget_of_every_round(bundle: Bundle, task: Task) -
 def test_nothing_is_born_too_deep(bundle: Bundle, task: Task) -> None:
     """What lives there when the depth falls ends its cycle, and never comes back."""
     cycle = len(CYCLES[task.aggregation])
-    lowest = [lowest_block(task.annealing, len(task.sizes), number, ROUNDS) for number in range(ROUNDS)]
+    lowest = [lowest_block(task.annealing, range(len(task.sizes)), number, ROUNDS) for number in range(ROUNDS)]
     assert lowest == sorted(lowest)
     history = task.history(bundle.manifest)
     for number, round_ in enumerate(history):
@@ -159,9 +159,19 @@ def test_nothing_is_born_too_deep(bundle: Bundle, task: Task) -> None:
 def test_the_depth_falls_with_the_budget(start: float, end: float, lowest: set[int]) -> None:
     """Of six blocks: from the start's share to the end's, one block at least, a share of a block counts as one."""
     settings = Annealing(depth_start=start, depth_end=end)
-    found = [lowest_block(settings, 6, round_, 30) for round_ in range(30)]
+    found = [lowest_block(settings, range(6), round_, 30) for round_ in range(30)]
     assert set(found) == lowest
     assert found[-1] == max(lowest)
+
+
+@pytest.mark.parametrize("policy", ["anneal", "kill-revive", "annealed-kill-revive"])
+def test_depth_is_of_the_blocks_that_have_modules(bundle: Bundle, policy: str) -> None:
+    """An adapter of the first blocks alone is trained to the end, however shallow the depth."""
+    task = Task(policy, "alternate", Annealing(depth_end=0.01), (10,) * 4, 0)
+    start = task.situation(bundle.manifest, ())
+    above = msgspec.structs.replace(start.manifest, blocks=start.manifest.blocks * 3)
+    last = replace(start, manifest=above, round=ROUNDS - 2, energies=dict.fromkeys(start.names, (1.0,)))
+    assert [module.name for module in choose(policy, last).modules if module.alive] == [start.names[-1]]
 
 
 def test_annealing_leaves_what_is_too_deep_as_it_is(bundle: Bundle) -> None:
