@@ -24,7 +24,7 @@ _HEAD = (
     "compute, × lora-r8",
     "rounds to 95 %",
     "drift",
-    *(f"hours at {link.mbit_s:g} Mbit/s" for link in LINKS),
+    *(f"minutes at {link.mbit_s:g} Mbit/s" for link in LINKS),
 )
 
 _INTRODUCTION = """\
@@ -39,7 +39,7 @@ and seeds.
 
 *− lora-r8* is the mean difference on the same seeds, with the half width of its 95 % interval (paired Student's t;
 with three seeds wide). *Rounds to 95 %* counts until 95 % of what `lora-r8` has at its best. *Drift* is the mean of
-‖Δₖ − Δ̄‖ / ‖Δ̄‖. Hours are computed, not measured: 200 ms round trip and 2 % loss, which bounds TCP to half a Mbit/s
+‖Δₖ − Δ̄‖ / ‖Δ̄‖. Minutes are computed, not measured: 200 ms round trip and 2 % loss, which bounds TCP to half a Mbit/s
 whatever the link (Mathis et al. 1997), and a device of 20 GFLOP/s.
 """
 
@@ -131,7 +131,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         _number(row.compute, ".2f"),
         _number(row.rounds_to_95, ".1f"),
         _number(row.drift, ".2f"),
-        *(_number(None if seconds is None else seconds / 3600, ".2f") for seconds in row.seconds),
+        *(_number(None if seconds is None else seconds / 60, ".1f") for seconds in row.seconds),
     )
 
 

@@ -244,15 +244,16 @@ def main(
       python -m bench.federation --data data --method rolora-r8 --without strong-devices \\
           --set tiers.enabled=true --tier 0 --tier 1 --tier 2
     """
-    if without and not settings and (without not in WITHOUT or methods != ("annealed-kill-revive",)):
-        raise click.UsageError(
-            f"--without {without}: expected --set, or --method annealed-kill-revive and a known name"
-        )
-    if without and not settings:
-        budgets = budgets or (VARIED,)
-    bench = Bench(
-        data, out, threads, products, _extra(settings) if settings else dict(WITHOUT.get(without, {})), tiers or (0,)
-    )
+    extra: Mapping[str, Table] = _extra(settings)
+    if (extra or tiers) and not without:  # its line would pass for one of the method itself
+        raise click.UsageError("--set and --tier make a variant: expected --without and a name for it")
+    if without and not (extra or tiers):
+        if without not in WITHOUT or methods != ("annealed-kill-revive",):
+            raise click.UsageError(
+                f"--without {without}: expected --set, or --method annealed-kill-revive and a known name"
+            )
+        extra, budgets = WITHOUT[without], budgets or (VARIED,)
+    bench = Bench(data, out, threads, products, extra, tiers or (0,))
     try:
         wanted = keys_of(Choice(datasets, tuple(map(_alpha, alphas)), methods, budgets, seeds), without, quick=quick)
         failed = complete(bench, wanted, results, jobs)

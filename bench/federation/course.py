@@ -63,6 +63,7 @@ def line_of(site: Site, course: Course, *, bytes_head: int, seconds: float) -> L
         host=dict(describe_host(setup.threads)),
         loss=loss,
         loss_start=loss_start,
+        settings=setup.extra,
     )
 
 

@@ -87,6 +87,7 @@ class Line(msgspec.Struct, frozen=True, omit_defaults=True):
         commit: The checkout's, with + when it was changed.
         curve: Round by round.
         host: Processor, cores, threads, versions.
+        settings: Config keys of a variant, by table, in place of the method's.
         loss: Of a language model, at the end, mean over the tokens of all held-out texts in nats; else None.
         loss_start: The same as ``accuracy_start``.
     """
@@ -117,6 +118,7 @@ class Line(msgspec.Struct, frozen=True, omit_defaults=True):
     host: dict[str, Any]
     loss: float | None = None
     loss_start: float | None = None
+    settings: dict[str, dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
         """Raises ValueError, which reading makes an error of the line."""

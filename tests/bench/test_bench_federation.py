@@ -34,6 +34,7 @@ from edge_runtime.bundle import open_bundle
 from edge_runtime.engine.runtime import start_runtime
 from edge_runtime.wire import ModulePlan
 from tests.bench.federation_lines import KEY, a_line
+from tests.bench.lora_model import with_factors
 
 LABELS = ("asyncio", "email", "tkinter", "xml")
 
@@ -104,16 +105,12 @@ def test_operations_are_those_that_pytorch_counts(alive: str, bert_bundle: Path,
 
 def _pytorch_flop(folder: Path, factors: dict[str, str], *, batch: int, tokens: int) -> int:
     import torch
-    from peft import LoraConfig, get_peft_model
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoModelForSequenceClassification
 
     base = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager")
-    slots = sorted({name.split(".", 4)[-1] for name in factors})
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=slots, task_type="SEQ_CLS"))
-    for name, parameter in model.named_parameters():
-        module, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
-        parameter.requires_grad = bool(rest) and rest[0] in factors.get(module, "")
+    slots = {name.split(".", 4)[-1] for name in factors}
+    model = with_factors(base, factors, slots=slots, task_type="SEQ_CLS")
     hidden = torch.randn(batch, tokens, 32)
     encoder = model.base_model.model.bert.encoder
     with FlopCounterMode(display=False) as counter:
@@ -222,6 +219,8 @@ def test_what_is_there_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monk
         (["--without", "luck"], "a known name"),
         (["--without", "depth"], "a known name"),
         (["--set", "rank"], "expected table.key=value"),
+        (["--set", "task.rank=1"], "--without and a name"),
+        (["--tier", "1"], "--without and a name"),
         (["--dataset", "x"], "x"),
     ],
 )
@@ -253,6 +252,7 @@ def test_a_mixed_fleet_carries_less_where_it_is_weak(tmp_path: Path, bert_bundle
     # No backward pass through two blocks of three, nor a forward one where they are remembered.
     assert line.device_gflop < 0.9 * whole.device_gflop
     assert all(made.drift for made in line.curve)
+    assert line.settings == setup.extra
 
 
 def test_rows_compare_with_the_reference_of_the_same_seed() -> None:

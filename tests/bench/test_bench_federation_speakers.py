@@ -33,6 +33,7 @@ from edge_runtime.engine.runtime import start_runtime
 from edge_runtime.training.session import WorkingBundle
 from edge_runtime.wire import ModulePlan
 from tests.bench.federation_lines import KEY, a_line
+from tests.bench.lora_model import with_factors
 
 SPEAKERS = 5
 SPEECHES = 40
@@ -133,16 +134,12 @@ def test_operations_of_a_decoder_are_those_that_pytorch_counts(
 def _pytorch_flop(folder: Path, factors: dict[str, str], *, batch: int, tokens: int) -> int:
     """Block by block, because what makes the rotary tables is counted too and no device computes it with products."""
     import torch
-    from peft import LoraConfig, get_peft_model
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    slots = sorted({name.split(".", 3)[-1] for name in factors})
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=slots, task_type="CAUSAL_LM"))
-    for name, parameter in model.named_parameters():
-        module, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
-        parameter.requires_grad = bool(rest) and rest[0] in factors.get(module, "")
+    slots = {name.split(".", 3)[-1] for name in factors}
+    model = with_factors(base, factors, slots=slots, task_type="CAUSAL_LM")
     decoder = model.base_model.model.model
     hidden = torch.randn(batch, tokens, 32)
     rotary = decoder.rotary_emb(hidden, torch.arange(tokens)[None])

@@ -9,31 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_runtime.bundle import Bundle, open_bundle
+from edge_runtime.bundle import Bundle
 from edge_runtime.data import Dataset
 from edge_runtime.engine.model import BlockEngine
 from edge_runtime.engine.remembered import RememberedHidden
 from edge_runtime.training.local import Course, train
 from edge_runtime.wire import Training
-from tests.edge.training.random_learning import alive_from, random_dataset, random_parameters
+from tests.edge.training.random_learning import alive_from, random_parameters
 
-LENGTHS = (3, 14, 12, 25, 11, 7, 30, 33, 5, 16)
 HALF = 5e-3  # of the change: gradients are off by 2e-3, and AdamW divides them by their own size
-
-
-@pytest.fixture(scope="module")
-def bundle(bert_bundle: Path) -> Bundle:
-    return open_bundle(bert_bundle)
-
-
-@pytest.fixture(scope="module")
-def engine(bundle: Bundle) -> BlockEngine:
-    return BlockEngine(bundle)
-
-
-@pytest.fixture(scope="module")
-def dataset(bundle: Bundle) -> Dataset:
-    return random_dataset(bundle, LENGTHS)
 
 
 def course(dataset: Dataset, memory: RememberedHidden | None = None, *, epochs: int = 3, micro: int = 4096) -> Course:

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_runtime.bundle import Array, Bundle, open_bundle
+from edge_runtime.bundle import Array, Bundle
 from edge_runtime.data import Dataset, training_batches
 from edge_runtime.engine.adamw import AdamW
 from edge_runtime.engine.model import BlockEngine
@@ -24,10 +24,9 @@ from edge_runtime.training.round import run_round
 from edge_runtime.training.session import WorkingBundle
 from edge_runtime.training.stillness import Stillness, movement, stands_still, window_steps
 from edge_runtime.wire import Layout, Training, decode_update
-from tests.edge.training.random_learning import random_dataset, random_parameters
+from tests.edge.training.random_learning import random_parameters
 from tests.edge.training.test_round import make_job, make_plan
 
-LENGTHS = (3, 14, 12, 25, 11, 7, 30, 33, 5, 16)
 RATE = 1e-2
 BLUNT = 1e-2  # eps: a module with small gradients moves little, as with plain gradient descent
 EXACT = 2e-4  # of the change: float32 against float64, and AdamW divides by gradients near zero
@@ -148,21 +147,6 @@ def test_freezing_leaves_the_others_as_they_were() -> None:
 
 
 # -- a whole training -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bundle(bert_bundle: Path) -> Bundle:
-    return open_bundle(bert_bundle)
-
-
-@pytest.fixture(scope="module")
-def engine(bundle: Bundle) -> BlockEngine:
-    return BlockEngine(bundle)
-
-
-@pytest.fixture(scope="module")
-def dataset(bundle: Bundle) -> Dataset:
-    return random_dataset(bundle, LENGTHS)
 
 
 def settings(threshold: float | None, **changes: float) -> Training:
