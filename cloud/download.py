@@ -1,8 +1,8 @@
 """What devices download: the published form of the master adapter, and patches from one plan's form to another's.
 
 The *master* is float32 and is what means are added to. The *published* adapter is what plans name and devices train
-from: the master itself, or the master with every tensor that the task has changed quantised and restored. As the mean
-is added to the master, the rounding of one round is not carried into the next (a straight-through estimate).
+from: the master itself, or the master with every component that the task has changed quantised and restored. As the
+mean is added to the master, the rounding of one round is not carried into the next (a straight-through estimate).
 """
 
 from __future__ import annotations
@@ -12,26 +12,32 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from edge_runtime import wire
 from edge_runtime.bundle import Array, Bundle, Manifest, adapter_shapes, cut_ranks
-from edge_runtime.wire.components import rounded
-from edge_runtime.wire.patch import OWN, PatchBits
+from edge_runtime.wire.components import component_axis, rounded, scale_count
+from edge_runtime.wire.patch import OWN, PatchBits, change_of, component_counts
 
 KEPT_PATCHES = 4  # of one plan: from the round before, from the bundle, and from two others
+
+# The first round whose plan names an adapter with this very tensor, or of each of its components where they differ;
+# OWN for what is the bundle's.
+Since = int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Published:
-    """A published adapter and since when it has each of its tensors.
+    """A published adapter and since when it has each of its components.
 
     Attributes:
         tensors: Float32 by name.
-        changed: For every tensor in the adapter's order (see :func:`tensor_names`) the first round whose plan names an
-            adapter with this very tensor; OWN for one that is the bundle's.
+        changed: For every tensor in the adapter's order, see :func:`tensor_names`.
     """
 
     tensors: dict[str, Array]
-    changed: tuple[int, ...]
+    changed: tuple[Since, ...]
 
 
 def tensor_names(manifest: Manifest) -> tuple[str, ...]:
@@ -59,12 +65,27 @@ def publish_master(
     """
     tensors, changed = {}, []
     for name, since in zip(tensor_names(manifest), before.changed, strict=True):
-        old, new = before.tensors[name], master[name]
-        if bits != 32 and not (since == OWN and _same(old, new)):
-            new = rounded(name, new, bits)
-        tensors[name] = new
-        changed.append(since if _same(old, new) else round_)
+        tensors[name], dated = _publish(name, since, before.tensors[name], master[name], round_=round_, bits=bits)
+        changed.append(dated)
     return Published(tensors, tuple(changed))
+
+
+def _publish(name: str, since: Since, old: Array, new: Array, *, round_: int, bits: PatchBits) -> tuple[Array, Since]:
+    """The published form of one tensor, and since when it is that.
+
+    A component that is still the bundle's stays so to the bit. A tensor of another shape is new altogether: no device
+    has one with the components that it keeps.
+    """
+    count = scale_count(name, new.shape) or 1
+    dates = _dates(since, count) if old.shape == new.shape else (round_,) * count
+    if bits != 32:
+        coarse = rounded(name, new, bits)
+        own = [date == OWN and same for date, same in zip(dates, _same(name, old, new), strict=True)]
+        new = np.where(_lying(name, own, new), new, coarse)
+    if old.shape == new.shape:
+        same_now = _same(name, old, new)
+        dates = tuple(date if same else round_ for date, same in zip(dates, same_now, strict=True))
+    return new, dates[0] if len(set(dates)) == 1 else dates
 
 
 def make_patch(bundle: Bundle, plan: wire.Plan, published: Published, *, since: int, bits: PatchBits) -> bytes:
@@ -73,11 +94,13 @@ def make_patch(bundle: Bundle, plan: wire.Plan, published: Published, *, since: 
     In ``bits`` where that gives the very tensors; else, as for a while after the operator has chosen others, in 32.
     """
     manifest = bundle.manifest
-    dated = zip(tensor_names(manifest), published.changed, strict=True)
-    changed = {name: published.tensors[name] for name, at in dated if at > since}
     layout = wire.adapter_layout(plan.ranks, manifest.features, manifest.head_shapes)
-    head = wire.PatchHead(since, plan.round, plan.adapter, wire.fewest_bits(changed, bits))
-    return wire.encode_patch(head, changed, layout)
+    changes = {}
+    for (name, count), at in zip(component_counts(layout).items(), published.changed, strict=True):
+        if numbers := [number for number, date in enumerate(_dates(at, count)) if date > since]:
+            changes[name] = change_of(name, published.tensors[name], numbers)
+    head = wire.PatchHead(since, plan.round, plan.adapter, wire.fewest_bits(changes, bits))
+    return wire.encode_patch(head, changes, layout)
 
 
 class PatchBook:
@@ -103,5 +126,22 @@ class PatchBook:
             return self._made[since]
 
 
-def _same(old: Array, new: Array) -> bool:
-    return old.shape == new.shape and old.tobytes() == new.tobytes()
+def _dates(since: Since, count: int) -> tuple[int, ...]:
+    """A date for each of so many components."""
+    return (since,) * count if isinstance(since, int) else since
+
+
+def _same(name: str, old: Array, new: Array) -> list[bool]:
+    """Which components are the same to the bit; none where the shape is another."""
+    if old.shape != new.shape:
+        return [False] * (scale_count(name, new.shape) or 1)
+    if not scale_count(name, new.shape):
+        return [old.tobytes() == new.tobytes()]
+    bits = [np.ascontiguousarray(array, np.float32).view(np.uint32) for array in (old, new)]
+    return [bool(same) for same in (bits[0] == bits[1]).all(axis=1 - component_axis(name))]
+
+
+def _lying(name: str, flags: list[bool], values: Array) -> npt.NDArray[np.bool_]:
+    """A flag a component as they lie in a tensor, to be broadcast over it."""
+    found = np.array(flags)
+    return found[:, None] if scale_count(name, values.shape) and component_axis(name) == 0 else found

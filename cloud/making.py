@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from cloud import planning
 from cloud.config import Config
-from cloud.download import Published, make_patch, own_adapter, publish_master
+from cloud.download import Published, Since, make_patch, own_adapter, publish_master
 from cloud.keys import Keys
 from cloud.planner import Choice, PastRound
 from cloud.quantising import with_quantisation
@@ -97,7 +97,7 @@ class RoundMaker:
         Raises:
             DataMissingError: it is not in the store, or damaged.
         """
-        changed = msgspec.json.decode(record.changed, type=tuple[int, ...])
+        changed = msgspec.json.decode(record.changed, type=tuple[Since, ...])
         return Published(self._read(self._plan(record).adapter), changed)
 
     def check(self, record: RoundRecord) -> None:

@@ -54,14 +54,13 @@ class MemoryTransport:
         data = await self._aggregator.patch(self._device, task=task, round_=round_, since=since)
         assert self._plan is not None, "a device asks for a plan first"
         layout = adapter_layout(self._plan.ranks, self._manifest.features, self._manifest.head_shapes)
-        changed = decode_patch(data, since=since, round_=round_, digest=self._plan.adapter, layout=layout)
-        self.params_down += sum(array.size for array in changed.values())
-        factors = {name: array for name, array in changed.items() if name not in self._manifest.head_shapes}
-        if len(factors) < len(changed):  # the head is fetched once; its share of the patch is counted apart
-            bits = fewest_bits(changed, self._aggregator.config.download_bits)
+        changes = decode_patch(data, since=since, round_=round_, digest=self._plan.adapter, layout=layout)
+        factors = {name: change for name, change in changes.items() if name not in self._manifest.head_shapes}
+        self.params_down += sum(change.values.size for change in factors.values())
+        if len(factors) < len(changes):  # the head is fetched once; its share of the patch is counted apart
+            bits = fewest_bits(changes, self._aggregator.config.download_bits)
             without = encode_patch(PatchHead(since, round_, self._plan.adapter, bits), factors, layout)
             self.head_down += len(data) - len(without)
-            self.params_down -= sum(array.size for array in changed.values()) - sum(a.size for a in factors.values())
         yield self._whole(data)
 
     async def upload(self, pending: Pending, sealed: Path) -> UpdateReceipt:

@@ -105,10 +105,7 @@ def _most(policy: str, traffic: Traffic, share: float, lowest: int) -> int:
     """The most bytes that what a policy chooses with a share, from a block up, can have."""
     parts = traffic.components_from(lowest)
     if policy == "lora-a2":
-        count = components_of(share, traffic.rank * len(parts))
-        # A patch has a factor whole, whichever of its components were trained.
-        downs = sorted((traffic.rank * part.down for part in parts), reverse=True)[:count]
-        return count * max(part.up for part in parts) + sum(downs)
+        return components_of(share, traffic.rank * len(parts)) * max(part.bytes for part in parts)
     least = sum(part.bytes for part in parts) if policy == "anneal" else traffic.rank * max(p.bytes for p in parts)
     return max(_dearest(traffic, share, parts), least)
 

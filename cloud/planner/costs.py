@@ -1,9 +1,9 @@
 """What a round costs a device in bytes, up and down, from what its plan keeps alive. Pure.
 
 Up goes the sealed update: envelope, frame, the alive factors and the head if it is trained. Down come the plan and a
-patch with what the round makes of the adapter: both factors of every module that lived in it, as ``anneal`` writes both
-anew, and the head. A device that was away for longer fetches what those rounds changed besides. HTTP's own headers, the
-first download, the plan that ends the task and the round that measures class means are not counted.
+patch with what the round makes of the adapter: both factors of every component that lived in it, as ``anneal`` writes
+both anew, and the head. A device that was away for longer fetches what those rounds changed besides. HTTP's own
+headers, the first download, the plan that ends the task and the round that measures class means are not counted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edge_runtime import wire
 from edge_runtime.bundle import Manifest
 from edge_runtime.wire.codes import packed_bytes
 from edge_runtime.wire.envelope import OVERHEAD_BYTES
-from edge_runtime.wire.patch import PatchBits, patch_bytes
+from edge_runtime.wire.patch import PatchBits, component_counts, patch_bytes
 from edge_runtime.wire.plan import SCHEMA
 
 _SIGNATURE_BYTES = 64
@@ -88,11 +88,17 @@ def update_bytes(traffic: Traffic, modules: Sequence[wire.ModulePlan]) -> int:
 
 
 def result_bytes(traffic: Traffic, modules: Sequence[wire.ModulePlan]) -> int:
-    """Exact length of a patch with both factors of every living module, at its rank, and with the trained head."""
+    """Exact length of a patch with the components that live, of both factors, and with the trained head."""
     ranks = {module.name: module.rank for module in modules}
     layout = wire.adapter_layout(ranks, traffic.manifest.features, traffic.manifest.head_shapes)
-    factors = {f"{module.name}.lora_{factor}" for module in modules if module.alive for factor in "ab"}
-    return patch_bytes(factors | set(traffic.head), layout, traffic.download)
+    counts = component_counts(layout)
+    living = {
+        f"{module.name}.lora_{factor}": len(module.trained_components)
+        for module in modules
+        if module.alive
+        for factor in "ab"
+    }
+    return patch_bytes(living | {name: counts[name] for name in traffic.head}, layout, traffic.download)
 
 
 def plan_bytes(traffic: Traffic, modules: Sequence[wire.ModulePlan]) -> int:

@@ -124,7 +124,7 @@ def _patch(manifest: Manifest, request: Request) -> None:
     what = f"patched adapter {request.makes[:12]}"
     _check_modules(manifest, request.ranks, request, what)
     layout = adapter_layout(request.ranks, manifest.features, manifest.head_shapes)
-    changed = decode_patch(
+    changes = decode_patch(
         Path(request.patch).read_bytes(),
         since=request.since,
         round_=request.round,
@@ -134,7 +134,8 @@ def _patch(manifest: Manifest, request: Request) -> None:
     tensors = map_tensors(Path(request.adapter))
     if request.since == OWN:  # at the plan's ranks, so that a lower rank alone is no reason to send anything
         tensors = cut_ranks(manifest, tensors, request.ranks)
-    tensors |= changed
+    shapes = dict(layout.blocks)
+    tensors |= {name: change.applied(name, tensors.get(name), shapes[name]) for name, change in changes.items()}
     check_tensors(tensors, adapter_shapes(manifest, request.ranks), what=what)
     data = encode_tensors(tensors)
     found = hashlib.sha256(data).hexdigest()

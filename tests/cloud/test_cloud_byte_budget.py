@@ -32,7 +32,7 @@ from cloud.planning import plan_layout
 from edge_runtime import wire
 from edge_runtime.bundle import Bundle, Manifest, Slot
 from edge_runtime.wire.components import rounded
-from edge_runtime.wire.patch import PatchBits
+from edge_runtime.wire.patch import PatchBits, change_of
 
 BITS: tuple[PatchBits, ...] = (32, 8, 4)
 BUDGETED = ("anneal", "kill-revive", "annealed-kill-revive", "lora-a2")
@@ -97,15 +97,15 @@ def real_bytes(traffic: Traffic, modules: tuple[wire.ModulePlan, ...]) -> tuple[
     frame = wire.encode_update(update, signed_plan=signed, layout=layout)
     sealed = wire.seal(frame, round_key=plan.round_key, context=wire.EnvelopeContext.of(signed, "one"))
     whole = wire.adapter_layout(plan.ranks, features, traffic.manifest.head_shapes)
-    living = {module.name for module in modules if module.alive}
+    living = {module.name: module.trained_components for module in modules if module.alive}
     rng = np.random.default_rng(0)
-    changed = {
-        name: values if traffic.download == 32 else rounded(name, values, traffic.download)
+    changes = {
+        name: change_of(name, values if traffic.download == 32 else rounded(name, values, traffic.download), numbers)
         for name, shape in whole.blocks
-        if name.rpartition(".")[0] in living or name in head
+        if (numbers := living.get(name.rpartition(".")[0], range(shape[0]) if name in head else ()))
         for values in [rng.normal(size=shape).astype(np.float32)]
     }
-    patch = wire.encode_patch(wire.PatchHead(2, 3, "b" * 64, traffic.download), changed, whole)
+    patch = wire.encode_patch(wire.PatchHead(2, 3, "b" * 64, traffic.download), changes, whole)
     return len(sealed), len(patch), len(signed.data)
 
 

@@ -23,6 +23,7 @@ from device_bundle import FEATURES, MODULES, PLACES, RANK, TinyBundle
 from edge_runtime import wire
 from edge_runtime.bundle import encode_tensors, parse_tensors
 from edge_runtime.wire import resources
+from edge_runtime.wire.patch import change_of, component_counts
 from edge_runtime.wire.problems import CONTENT_TYPE
 
 TASK = "docs"
@@ -263,8 +264,15 @@ class Aggregator:
         before, after = self.tensors_of(since), parse_tensors(self.blobs[plan.adapter], what="")
         same = {name for name, array in before.items() if name in after and array.tobytes() == after[name].tobytes()}
         head = wire.PatchHead(since, plan.round, plan.adapter)
-        changed = {name: array for name, array in after.items() if name not in same}
-        data = wire.encode_patch(head, changed, wire.adapter_layout(plan.ranks, FEATURES, {}))
+        layout = wire.adapter_layout(plan.ranks, FEATURES, {})
+        if any(name not in after or after[name].shape != shape for name, shape in layout.blocks):
+            raise wire.NotFoundError("a test's adapter that does not fit its plan can only be fetched whole")
+        changes = {
+            name: change_of(name, after[name], range(count))
+            for name, count in component_counts(layout).items()
+            if name not in same
+        }
+        data = wire.encode_patch(head, changes, layout)
         data = data if self.faults.swap_patch is None else self.faults.swap_patch(data)
         self.requests[-1] = (*self.requests[-1][:2], request.query_string, len(data))
         if not self.faults.cut_patches:

@@ -51,7 +51,8 @@ async def test_a_whole_task_needs_no_whole_adapter(bench: Bench) -> None:
     patches = bench.aggregator.patch_requests()
     assert [(since, round_) for since, round_, _ in patches] == [(r - 1, r) for r in range(LAST + 1)]
     factor_b = 2 * 4 * 4 * 10
-    assert [size for _, _, size in patches] == [57] + [57 + factor_b] * LAST
+    header = 56 + 2  # and a bit for each of the four components of two modules' two factors
+    assert [size for _, _, size in patches] == [header] + [header + factor_b] * LAST
     assert [event.bytes for event in bench.of(events.Fetched)][1:] == [size for _, _, size in patches][1:]
 
 

@@ -21,7 +21,7 @@ from edge_runtime.wire import (
     fewest_bits,
 )
 from edge_runtime.wire.components import rounded
-from edge_runtime.wire.patch import OWN, PatchBits, patch_bytes
+from edge_runtime.wire.patch import OWN, Change, PatchBits, change_of, component_counts, patch_bytes
 
 DIGEST = "ad" * 32
 LAYOUT = adapter_layout(
@@ -33,11 +33,18 @@ TENSORS = {
     "layer.0.query.lora_b": np.array([[127, -4], [64, 127]], np.float32) * np.array([0.5, 0.25], np.float32),
     "classifier.bias": np.array([2, -2.25], np.float32),
 }
+ONE = {"layer.0.query.lora_b": Change((1,), np.array([[-1], [7]], np.float32) * np.float32(0.25))}
 FOUR = {"layer.0.query.lora_b": np.array([[7, -1], [-6, 7]], np.float32) * np.array([0.5, 0.25], np.float32)}
+
+
+def whole(tensors: dict[str, np.ndarray]) -> dict[str, Change]:
+    """Changes of every component."""
+    return {name: change_of(name, values, range(values.shape[-1])) for name, values in tensors.items()}
+
 
 HEADER = (
     "454d424552504154"  # 0: "EMBERPAT"
-    "0100"  # 8: version 1
+    "0200"  # 8: version 2
     "{bits}"  # 10: bits
     "07000000"  # 12: to round 7
     "{since}"  # 16: from round
@@ -45,26 +52,32 @@ HEADER = (
 )
 FLOAT32 = bytes.fromhex(
     HEADER.format(bits="2000", since="ffffffffffffffff")
-    + "12"  # 56: the second and the fifth of five tensors
+    + "4c"  # 56: the third, fourth and seventh of 2 + 2 + 1 + 1 + 1 components
     + "00007e42000080bf000000420000fe41"  # layer.0.query.lora_b (2, 2): 63.5, -1, 32, 31.75
     + "00000040000010c0"  # classifier.bias (2,): 2, -2.25
 )
 INT8 = bytes.fromhex(
     HEADER.format(bits="0800", since="0400000000000000")
-    + "12"
+    + "4c"
     + "0000003f0000803e"  # layer.0.query.lora_b: scales of its columns, 0.5 and 0.25
     + "7ffc407f"  # codes 127, -4, 64, 127
     + "00000040000010c0"  # classifier.bias: no matrix, float32
 )
 INT4 = bytes.fromhex(
     HEADER.format(bits="0400", since="0400000000000000")
-    + "02"
+    + "0c"
     + "0000003f0000803e"  # scales of the columns, 0.5 and 0.25
     + "f77a"  # 7 and -1 (0xf); -6 (0xa) and 7
 )
+COLUMN = bytes.fromhex(
+    HEADER.format(bits="0400", since="0400000000000000")
+    + "08"  # the second column of layer.0.query.lora_b alone
+    + "0000803e"  # its scale, 0.25
+    + "7f"  # -1 (0xf) and 7
+)
 
 
-def read(data: bytes, *, since: int = 4, round_: int = 7, digest: str = DIGEST) -> dict[str, np.ndarray]:
+def read(data: bytes, *, since: int = 4, round_: int = 7, digest: str = DIGEST) -> dict[str, Change]:
     return decode_patch(data, since=since, round_=round_, digest=digest, layout=LAYOUT)
 
 
@@ -79,14 +92,47 @@ def test_order_is_that_of_the_adapter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("frame", "since", "bits", "tensors"), [(FLOAT32, OWN, 32, TENSORS), (INT8, 4, 8, TENSORS), (INT4, 4, 4, FOUR)]
+    ("frame", "since", "bits", "changes"),
+    [
+        (FLOAT32, OWN, 32, whole(TENSORS)),
+        (INT8, 4, 8, whole(TENSORS)),
+        (INT4, 4, 4, whole(FOUR)),
+        (COLUMN, 4, 4, ONE),
+    ],
 )
-def test_golden_bytes(frame: bytes, since: int, bits: PatchBits, tensors: dict[str, np.ndarray]) -> None:
-    assert encode_patch(PatchHead(since, 7, DIGEST, bits), tensors, LAYOUT) == frame
+def test_golden_bytes(frame: bytes, since: int, bits: PatchBits, changes: dict[str, Change]) -> None:
+    assert encode_patch(PatchHead(since, 7, DIGEST, bits), changes, LAYOUT) == frame
+    assert len(frame) == patch_bytes({name: len(c.numbers) for name, c in changes.items()}, LAYOUT, bits)
     found = read(frame, since=since)
-    assert list(found) == list(tensors)
-    for name, values in tensors.items():
-        assert (found[name].dtype, found[name].tobytes()) == (np.float32, values.tobytes())
+    assert list(found) == list(changes)
+    for name, change in changes.items():
+        assert found[name].numbers == change.numbers
+        assert (found[name].values.dtype, found[name].values.tobytes()) == (np.float32, change.values.tobytes())
+
+
+@pytest.mark.parametrize("name", ["m.lora_a", "m.lora_b", "classifier.weight"])
+def test_a_change_puts_its_components_over_the_older_tensor(name: str) -> None:
+    """Rows of A and of a head, columns of B; the older tensor stays as it was."""
+    older, newer = np.arange(12, dtype=np.float32).reshape(3, 4), -np.arange(12, dtype=np.float32).reshape(3, 4)
+    expected = older.copy()
+    for number in (0, 2):
+        if name == "m.lora_b":
+            expected[:, number] = newer[:, number]
+        else:
+            expected[number] = newer[number]
+    change = change_of(name, newer, [0, 2])
+    assert np.array_equal(change.applied(name, older, (3, 4)), expected)
+    assert older[0, 1] == 1
+    with pytest.raises(PatchFormatError, match=r"some components of \(3, 4\), but the older adapter has \(3, 5\)"):
+        change.applied(name, np.zeros((3, 5), np.float32), (3, 4))
+    with pytest.raises(PatchFormatError, match="but the older adapter has none"):
+        change.applied(name, None, (3, 4))
+
+
+def test_a_change_of_everything_needs_no_older_tensor() -> None:
+    values = np.ones((3, 4), np.float32)
+    assert change_of("m.lora_b", values, range(4)).applied("m.lora_b", None, (3, 4)) is not None
+    assert change_of("bias", values[0], ()).applied("bias", np.zeros(9, np.float32), (4,)).tolist() == [1, 1, 1, 1]
 
 
 def test_a_head_beside_factors_of_4_bits_has_8() -> None:
@@ -94,33 +140,47 @@ def test_a_head_beside_factors_of_4_bits_has_8() -> None:
     head = np.array([[127, -4], [64, 127]], np.float32) * np.array([[0.5], [0.25]], np.float32)
     tensors = {**FOUR, "classifier.weight": head}
     layout = adapter_layout({"layer.0.query": 2}, {"layer.0.query": (3, 2)}, {"classifier.weight": (2, 2)})
-    assert fewest_bits(tensors, 4) == 4
-    frame = encode_patch(PatchHead(2, 7, DIGEST, 4), tensors, layout)
+    changes = whole(tensors)
+    assert fewest_bits(changes, 4) == 4
+    frame = encode_patch(PatchHead(2, 7, DIGEST, 4), changes, layout)
     assert frame[-12:].hex() == "0000003f" + "0000803e" + "7ffc407f"
-    assert len(frame) == 56 + 1 + (8 + 2) + (8 + 4) == patch_bytes(set(tensors), layout, 4)
+    assert len(frame) == 56 + 1 + (8 + 2) + (8 + 4) == patch_bytes(dict.fromkeys(tensors, 2), layout, 4)
     found = decode_patch(frame, since=2, round_=7, digest=DIGEST, layout=layout)
-    assert found["classifier.weight"].tobytes() == head.tobytes()
+    assert found["classifier.weight"].values.tobytes() == head.tobytes()
 
 
 def test_bits_are_used_only_where_they_give_the_very_tensors() -> None:
-    assert fewest_bits(TENSORS, 8) == 8
-    assert fewest_bits(FOUR, 4) == 4
-    assert fewest_bits(TENSORS, 4) == 32
-    assert fewest_bits(TENSORS | {"layer.1.query.lora_a": np.array([[1, 0.3, 0.7]], np.float32)}, 8) == 32
-    assert fewest_bits({"classifier.bias": np.array([0.1, 0.7], np.float32)}, 4) == 4
+    assert fewest_bits(whole(TENSORS), 8) == 8
+    assert fewest_bits(whole(FOUR), 4) == 4
+    assert fewest_bits(whole(TENSORS), 4) == 32
+    odd = {"layer.1.query.lora_a": Change((0,), np.array([[1, 0.3, 0.7]], np.float32))}
+    assert fewest_bits(whole(TENSORS) | odd, 8) == 32
+    assert fewest_bits({"classifier.bias": Change((0,), np.array([0.1, 0.7], np.float32))}, 4) == 4
     assert fewest_bits({}, 8) == 8
 
 
-@given(st.sets(st.sampled_from([name for name, _ in LAYOUT.blocks])), st.sampled_from([32, 8, 4]), st.integers(0, 99))
-def test_what_is_patched_is_what_was_published(names: set[str], bits: PatchBits, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    drawn = {name: rng.normal(size=shape).astype(np.float32) for name, shape in LAYOUT.blocks if name in names}
-    tensors = drawn if bits == 32 else {name: rounded(name, values, bits) for name, values in drawn.items()}
-    assert fewest_bits(tensors, bits) == bits
-    found = read(encode_patch(PatchHead(4, 7, DIGEST, bits), tensors, LAYOUT))
-    assert {name: values.tobytes() for name, values in found.items()} == {
-        name: values.tobytes() for name, values in tensors.items()
-    }
+@given(st.data(), st.sampled_from([32, 8, 4]), st.integers(0, 99))
+def test_what_is_patched_is_what_was_published(data: st.DataObject, bits: PatchBits, seed: int) -> None:
+    """Any components of any tensors, over an older adapter."""
+    rng, shapes = np.random.default_rng(seed), dict(LAYOUT.blocks)
+    older, newer = ({n: rng.normal(size=shape).astype(np.float32) for n, shape in shapes.items()} for _ in range(2))
+    newer = newer if bits == 32 else {name: rounded(name, values, bits) for name, values in newer.items()}
+    every = [(name, number) for name, count in component_counts(LAYOUT).items() for number in range(count)]
+    chosen = data.draw(st.sets(st.sampled_from(every)))
+    numbers = {name: sorted(number for owner, number in chosen if owner == name) for name in shapes}
+    changes = {name: change_of(name, newer[name], found) for name, found in numbers.items() if found}
+    assert fewest_bits(changes, bits) == bits
+    frame = encode_patch(PatchHead(4, 7, DIGEST, bits), changes, LAYOUT)
+    assert len(frame) == patch_bytes({name: len(change.numbers) for name, change in changes.items()}, LAYOUT, bits)
+    found = read(frame)
+    assert {(name, number) for name, change in found.items() for number in change.numbers} == chosen
+    for name, shape in shapes.items():
+        made = found[name].applied(name, older[name], shape) if name in found else older[name]
+        for number in range(component_counts(LAYOUT)[name]):
+            side = slice(None) if len(shape) == 1 else number
+            source = newer if (name, number) in chosen else older
+            lying = (lambda array: array.T) if name.endswith("lora_b") else (lambda array: array)
+            assert lying(made)[side].tobytes() == lying(source[name])[side].tobytes()
 
 
 def put(frame: bytes, offset: int, data: str) -> bytes:
@@ -132,15 +192,16 @@ def put(frame: bytes, offset: int, data: str) -> bytes:
     ("frame", "error", "message"),
     [
         (b"EMBERPAT", PatchFormatError, "length: expected at least 56 bytes, got 8"),
-        (put(INT8, 7, "50"), PatchFormatError, "got b'EMBERPAP' version 1 of 8"),
-        (put(INT8, 8, "02"), PatchFormatError, "got b'EMBERPAT' version 2 of 8"),
+        (put(INT8, 7, "50"), PatchFormatError, "got b'EMBERPAP' version 2 of 8"),
+        (put(INT8, 8, "01"), PatchFormatError, "got b'EMBERPAT' version 1 of 8"),
         (put(INT8, 10, "10"), PatchFormatError, "of 32, 8 or 4 bits, got .* of 16"),
         (put(INT8, 12, "08"), PatchPlanError, "one from round 4 to 7 .* got 4 to 8"),
         (put(INT8, 16, "ff" * 8), PatchPlanError, "one from round 4 to 7 .* got -1 to 7"),
         (put(INT8, 24, "00"), PatchPlanError, "makes adadadadadad, got 4 to 7 that makes 00adadadadad"),
-        (INT8[:56], PatchFormatError, "marks: expected 5 bits and nothing beyond, got $"),
-        (put(INT8, 56, "32"), PatchFormatError, "marks: expected 5 bits and nothing beyond, got 32"),
-        (put(INT8, 56, "10"), PatchFormatError, "length: expected 65 bytes, got 77"),
+        (INT8[:56], PatchFormatError, "marks: expected 7 bits and nothing beyond, got $"),
+        (put(INT8, 56, "cc"), PatchFormatError, "marks: expected 7 bits and nothing beyond, got cc"),
+        (put(INT8, 56, "40"), PatchFormatError, "length: expected 65 bytes, got 77"),
+        (put(INT8, 56, "48"), PatchFormatError, "length: expected 71 bytes, got 77"),
         (put(INT8, 10, "04"), PatchFormatError, "length: expected 75 bytes, got 77"),
         (INT8[:-1], PatchFormatError, "length: expected 77 bytes, got 76"),
         (INT8 + b"\0", PatchFormatError, "length: expected 77 bytes, got 78"),
@@ -161,9 +222,9 @@ def test_hostile_bytes(frame: bytes, error: type[PatchError], message: str) -> N
 
 @given(st.data())
 def test_only_named_errors_come_out(data: st.DataObject) -> None:
-    whole = data.draw(st.sampled_from([FLOAT32, INT8, INT4]))
+    whole = data.draw(st.sampled_from([FLOAT32, INT8, INT4, COLUMN]))
     start, length = data.draw(st.integers(0, len(whole))), data.draw(st.integers(0, 20))
     mutated = whole[:start] + data.draw(st.binary(max_size=40)) + whole[start + length :]
     with contextlib.suppress(PatchError):
         found = read(mutated, since=data.draw(st.sampled_from([OWN, 4])))
-        assert all(np.isfinite(values).all() for values in found.values())
+        assert all(np.isfinite(change.values).all() for change in found.values())
