@@ -71,16 +71,25 @@ METHODS: dict[str, Method] = {
         {"budget_end": 0.125},
     ),
     "annealed-kill-revive": Method(
-        "a cooling budget goes to the modules of the upper blocks that still move; int4 up, int8 or int4 down",
+        "a cooling budget goes to the modules that still move, in fewer and fewer blocks; int4 up, int8 or int4 down",
         {"policy": "annealed-kill-revive", "aggregation": "alternate", "upload": "int4", "download": "int8"},
         {"lr_a": 2e-3, "lr_b": 4e-3},
         {"depth_start": 0.5, "depth_end": 0.17},
-        budgets={  # an eightieth and a fortieth of what lora-r8 sends and fetches
+        budgets={  # an eightieth, a fortieth, and a fifteenth of what lora-r8 sends and fetches
             "small": {
                 "task": {"rank": 3, "download": "int4"},
                 "annealing": {"bytes_per_device_per_round": Share(1 / 80)},
             },
             "large": {"task": {"rank": 4}, "annealing": {"bytes_per_device_per_round": Share(1 / 40)}},
+            "deep": {  # all blocks at first, half of them in the end: with many classes the lower ones matter
+                "task": {"rank": 8, "download": "int4"},
+                "training": {"lr_a": 1e-3, "lr_b": 2e-3},
+                "annealing": {
+                    "bytes_per_device_per_round": Share(1 / 15),
+                    "depth_start": 1.0,
+                    "depth_end": 0.5,
+                },
+            },
         },
     ),
 }

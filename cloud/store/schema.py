@@ -64,7 +64,9 @@ rounds = Table(
     Column("deadline", REAL, nullable=False),
     Column("evidence", Text, nullable=False),  # what the plan was made from, as JSON; see cloud.planning.Evidence
     Column("master", Text, nullable=False),  # digest of the adapter before it is rounded for devices
-    Column("changed", Text, nullable=False),  # a round for each tensor, as JSON; see cloud.download.Published
+    Column(
+        "changed", Text, nullable=False
+    ),  # a round for each tensor or its components, as JSON; see cloud.download.Since
     Column("summary", Text),  # RoundStatus as JSON, of applied rounds
     sqlite_strict=True,
 )

@@ -24,7 +24,7 @@ from edge_runtime.bundle import (
     open_bundle,
 )
 from edge_runtime.training.job import FRAME_NAME, Failed, decode_event
-from edge_runtime.wire import ModulePlan, decode_update, layout_of
+from edge_runtime.wire import ModulePlan, Tier, decode_update, tier_layouts
 from tests.edge.training.test_round import make_job, make_plan, write_data
 
 TEXTS = [" ".join(f"word{(start + step) % 20}" for step in range(12)) for start in range(12)]
@@ -97,16 +97,20 @@ def test_eval_and_predict_agree(ort_python: Path, ort_bert: Path, bert_bundle: P
     assert told[0] == told[1] != ""
 
 
-def run_round(python: Path | str, folder: Path, bundle: Bundle) -> dict[str, Array]:
-    """A round's change by tensor: ranks from 2 to 4, some modules with one factor alive, some with none."""
+def run_round(python: Path | str, folder: Path, bundle: Bundle, tier: int) -> dict[str, Array]:
+    """A round's change by tensor: ranks from 2 to 4, some modules with one factor alive, some with none.
+
+    Tier 1 carries the first two components of the modules from the second block on.
+    """
     folder.mkdir()
     manifest = bundle.manifest
     modules = tuple(
         ModulePlan(name, 2 + index % 3, ("B", "", "AB", "A")[index % 4])  # type: ignore[arg-type]  # the literals
         for index, name in enumerate(manifest.module_names)
     )
-    plan = msgspec.structs.replace(make_plan(bundle, "B"), modules=modules)
+    plan = msgspec.structs.replace(make_plan(bundle, "B"), modules=modules, tiers=(Tier(1, max_rank=2),))
     job, signed = make_job(folder, bundle, plan)
+    job = msgspec.structs.replace(job, tier=tier)
     rng = np.random.default_rng(2)
     start = {name: rng.normal(scale=0.1, size=array.shape) for name, array in bundle.initial_adapter().items()}
     adapter = cut_ranks(manifest, {name: array.astype(np.float32) for name, array in start.items()}, plan.ranks)
@@ -114,7 +118,8 @@ def run_round(python: Path | str, folder: Path, bundle: Bundle) -> dict[str, Arr
     (folder / "job.json").write_bytes(msgspec.json.encode(job))
     done = child(python, folder)
     assert (done.returncode, done.stderr) == (0, b"")
-    layout = layout_of(modules, manifest.features, manifest.head_shapes)
+    layouts = tier_layouts(plan, features=manifest.features, places=manifest.places, head=manifest.head_shapes)
+    layout = layouts[tier]
     update = decode_update((folder / FRAME_NAME).read_bytes(), signed_plan=signed, layout=layout)
     return {name: np.asarray(array) for name, array in layout.split(update.values).items()}
 
@@ -124,13 +129,17 @@ def child(python: Path | str, folder: Path) -> subprocess.CompletedProcess[bytes
     return subprocess.run(command, capture_output=True, timeout=120)
 
 
+@pytest.mark.parametrize("tier", [0, 1])
 def test_a_round_sends_what_the_block_engine_would_send(
-    ort_python: Path, ort_bert: Path, bert_bundle: Path, tmp_path: Path
+    tier: int, ort_python: Path, ort_bert: Path, bert_bundle: Path, tmp_path: Path
 ) -> None:
-    """The training child obeys a plan with kills and other ranks; its update is the same up to rounding."""
-    found = run_round(ort_python, tmp_path / "ours", open_bundle(ort_bert))
-    expected = run_round(sys.executable, tmp_path / "theirs", open_bundle(bert_bundle))
+    """The training child obeys a plan with kills, other ranks and tiers; its update is the same up to rounding."""
+    bundle = open_bundle(bert_bundle)
+    found = run_round(ort_python, tmp_path / "ours", open_bundle(ort_bert), tier)
+    expected = run_round(sys.executable, tmp_path / "theirs", bundle, tier)
     assert set(found) == set(expected)
+    blocks = {bundle.manifest.places[name.rpartition(".")[0]] for name in found if ".lora_" in name}
+    assert blocks == ({0, 1, 2} if tier == 0 else {1, 2})
     for name, array in expected.items():
         assert np.abs(array).max() > 0, name
         np.testing.assert_allclose(found[name], array, atol=2e-4, err_msg=name)
