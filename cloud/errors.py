@@ -3,6 +3,7 @@
 CloudError
 ├── ConfigError             a config file is wrong (operator: correct the file)
 ├── DataError               the data folder cannot be used (operator: look at the folder)
+│   ├── DataFullError       its disk is full (operator: make room; the server goes on by itself then)
 │   ├── DataLockedError     another server process uses it
 │   ├── DataSchemaError     written by another version, or for another task or bundle
 │   └── DataMissingError    a file or row it must hold is not there
@@ -22,6 +23,10 @@ class ConfigError(CloudError):
 
 class DataError(CloudError):
     """The data folder cannot be used."""
+
+
+class DataFullError(DataError):
+    """The disk of the data folder is full; what was to be written was not kept."""
 
 
 class DataLockedError(DataError):

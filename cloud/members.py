@@ -5,6 +5,7 @@ The decision whether an enrolment holds is :func:`judge_enrolment`, pure; the da
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from dataclasses import replace
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from cloud import events
+from cloud.errors import DataError, DataFullError
 from cloud.keys import Keys
 from cloud.store import CapabilityRecord, Database, DeviceRecord, TokenRecord
 from edge_runtime import wire
@@ -175,21 +177,30 @@ class Members:
             self._refusals[name, problem] += 1
 
     async def flush(self) -> None:
-        """Write what was noted. These figures are for people: a kill may lose the last seconds of them."""
+        """Write what was noted. These figures are for people: a kill may lose the last seconds of them.
+
+        Raises:
+            DataError: the disk does not take them; they are kept for the next time.
+        """
         traffic, self._traffic = self._traffic, {}
-        if traffic:
-            rows = [(name, seen, sent) for name, (seen, sent) in traffic.items()]
-            await self._database.call(self._database.note_traffic, rows)
         arrivals, self._arrivals = self._arrivals, {}
-        if arrivals:
-            await self._database.call(self._database.note_arrivals, arrivals)
         refusals, self._refusals = self._refusals, Counter()
-        if refusals:
-            await self._database.call(self._database.note_refusals, refusals)
+        rows = [(name, seen, sent) for name, (seen, sent) in traffic.items()]
+        try:
+            if rows or arrivals or refusals:
+                await self._database.call(self._database.note, rows, arrivals, refusals)
+        except DataError:  # what was noted meanwhile is newer
+            for name, seen, sent in rows:
+                later, more = self._traffic.get(name, (seen, 0))
+                self._traffic[name] = later, sent + more
+            self._arrivals = arrivals | self._arrivals
+            self._refusals.update(refusals)
+            raise
 
     async def statuses(self) -> tuple[wire.DeviceStatus, ...]:
-        """Every device as the operator sees it, by name."""
-        await self.flush()
+        """Every device as the operator sees it, by name; of a disk that is full what was written before."""
+        with contextlib.suppress(DataFullError):  # which is when an operator wants to see it
+            await self.flush()
         return await read_statuses(self._database)
 
 

@@ -20,7 +20,7 @@ from cloud import events, planning
 from cloud.budgeting import with_budget
 from cloud.config import Config
 from cloud.download import PatchBook
-from cloud.errors import CloudError
+from cloud.errors import CloudError, DataError
 from cloud.keys import Keys
 from cloud.making import RoundMaker
 from cloud.members import Members
@@ -121,7 +121,10 @@ class Aggregator:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeper
         async with self._lock:
-            await self.members.flush()
+            try:
+                await self.members.flush()
+            except DataError as error:  # figures for people; nothing that was acknowledged waits in memory
+                self._report(events.WorkFailed("at the end", str(error)))
             await self._database.close()
 
     async def _begin(self) -> None:

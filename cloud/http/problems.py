@@ -9,7 +9,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from cloud import events
-from cloud.errors import CloudError
+from cloud.errors import CloudError, DataFullError
 from edge_runtime import wire
 from edge_runtime.wire.problems import CONTENT_TYPE
 
@@ -27,6 +27,13 @@ def problem_response(error: wire.WireError) -> web.Response:
     )
 
 
+def _told(error: CloudError) -> wire.NotNowError:
+    """What a device may know of a fault on this side."""
+    if isinstance(error, DataFullError):
+        return wire.StorageFullError("the aggregator's disk is full, nothing of this was kept; try again later")
+    return wire.UnavailableError("the aggregator cannot do this now; try again later")
+
+
 def problem_middleware(report: events.Report) -> Middleware:
     """A middleware that answers every exception with a problem document and reports it."""
 
@@ -42,7 +49,7 @@ def problem_middleware(report: events.Report) -> Middleware:
             refusal = wire.NotFoundError(f"{request.method} {request.path[:200]}: {error.reason}")
         except CloudError as error:
             report(events.WorkFailed(what=f"{request.method} {request.path}", detail=str(error)))
-            return problem_response(wire.UnavailableError("the aggregator cannot do this now; try again later"))
+            return problem_response(_told(error))
         except Exception:  # noqa: BLE001 - the last line before the wire: logged here and nowhere else
             _log.exception("%s %s failed", request.method, request.path)
             return problem_response(wire.UnavailableError("the aggregator failed; try again later"))

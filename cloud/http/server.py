@@ -17,6 +17,7 @@ from cloud.lock import FolderLock
 from cloud.operator import URL_NAME
 from cloud.planning import check_fit
 from cloud.service import Aggregator, Surroundings
+from cloud.store.space import write_error
 from edge_runtime.bundle import open_bundle
 
 _KEEPALIVE_S = 75  # longer than a held plan request; aiohttp's default is an hour
@@ -80,7 +81,10 @@ class Server:
         self.url = f"http://{_bracketed(config.host)}:{port}"
         # Commands on this machine reach a server that listens everywhere on loopback.
         local = config.host if is_loopback(config.host) or not _is_wildcard(config.host) else "127.0.0.1"
-        _write_text(self._url_file, f"http://{_bracketed(local)}:{port}\n")
+        try:
+            _write_text(self._url_file, f"http://{_bracketed(local)}:{port}\n")
+        except OSError as error:
+            raise write_error(f"{self._url_file}: cannot be written", error) from error
         status = await self.aggregator.status()
         report(events.ServerStarted(self.url, status.task, status.state, status.round, status.received))
 

@@ -19,6 +19,7 @@ from obstore.store import LocalStore
 
 from cloud.errors import DataError, DataMissingError
 from cloud.store.records import UpdateRecord
+from cloud.store.space import write_error
 
 Kind = Literal["objects", "updates"]
 OBJECTS: Kind = "objects"
@@ -49,7 +50,8 @@ class Blobs:
         """Store bytes durably and return their digest; storing the same again is harmless.
 
         Raises:
-            DataError: the disk does not take them.
+            DataFullError: the disk has no room for them.
+            DataError: it does not take them for another reason.
         """
         digest = hashlib.sha256(data).hexdigest()
         try:
@@ -58,7 +60,7 @@ class Blobs:
             for path in (self.path(kind, digest), self._folder / kind):
                 _sync(path)
         except (BaseError, OSError) as error:
-            raise DataError(f"blob {digest[:12]}: cannot be stored: {error}") from error
+            raise write_error(f"blob {digest[:12]}: cannot be stored", error) from error
         return digest
 
     def get(self, kind: Kind, digest: str) -> bytes:

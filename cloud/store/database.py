@@ -18,9 +18,10 @@ import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
-from cloud.errors import DataError, DataSchemaError
+from cloud.errors import DataSchemaError
 from cloud.store import schema as t
 from cloud.store.records import CapabilityRecord, DeviceRecord, RoundRecord, TokenRecord, UpdateRecord
+from cloud.store.space import write_error
 from edge_runtime.wire import Capability, LocalMetrics, RoundStatus, UpdateReceipt
 
 P = ParamSpec("P")
@@ -50,13 +51,14 @@ class Database:
         """Run one of the methods below in the database's thread.
 
         Raises:
-            DataError: the database cannot be read or written, for example because the disk is full.
+            DataFullError: there is no room on the disk for what was to be written.
+            DataError: the database cannot be read or written for another reason.
         """
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._thread, lambda: function(*args, **kwargs))
         except SQLAlchemyError as error:
-            raise DataError(f"{self._path}: database: {str(error).splitlines()[0]}") from error
+            raise write_error(f"{self._path}: database", error) from error
 
     async def close(self) -> None:
         """Close the connection and end the thread."""
@@ -244,36 +246,35 @@ class Database:
             row.device: CapabilityRecord(msgspec.json.decode(row.capability, type=Capability), row.told) for row in rows
         }
 
-    def note_traffic(self, traffic: Iterable[tuple[str, float, int]]) -> None:
-        """Add (device, last seen, further bytes sent to it)."""
+    def note(
+        self,
+        traffic: Iterable[tuple[str, float, int]],
+        arrivals: Mapping[tuple[int, str], float],
+        refusals: Mapping[tuple[str, str], int],
+    ) -> None:
+        """Keep figures for people, all of them or none.
+
+        Args:
+            traffic: (device, last seen, further bytes sent to it).
+            arrivals: How many seconds the body of a counted update took to arrive, by round and device.
+            refusals: Further refused updates, by device and name of the problem.
+        """
         with self._engine.begin() as connection:
             for device, seen, sent in traffic:
                 values = {"last_seen": seen, "bytes_down": t.devices.c.bytes_down + sent}
                 connection.execute(t.devices.update().where(t.devices.c.name == device).values(values))
-
-    def note_arrivals(self, arrivals: Mapping[tuple[int, str], float]) -> None:
-        """Keep how many seconds the body of a counted update took to arrive, by round and device."""
-        rows = [
-            {"round": round_, "device": device, "seconds": seconds} for (round_, device), seconds in arrivals.items()
-        ]
-        with self._engine.begin() as connection:
-            connection.execute(t.arrivals.insert(), rows)
-
-    def arrivals(self) -> dict[tuple[int, str], float]:
-        """Seconds by round and device; see :meth:`note_arrivals`."""
-        with self._engine.begin() as connection:
-            return {(row.round, row.device): row.seconds for row in connection.execute(sa.select(t.arrivals))}
-
-    def note_refusals(self, refusals: Mapping[tuple[str, str], int]) -> None:
-        """Add refused updates, by device and name of the problem."""
-        with self._engine.begin() as connection:
+            for (round_, device), seconds in arrivals.items():
+                connection.execute(t.arrivals.insert().values(round=round_, device=device, seconds=seconds))
             for (device, problem), count in refusals.items():
                 row = t.refusals.c.device == device, t.refusals.c.problem == problem
-                changed = connection.execute(
-                    t.refusals.update().where(*row).values(updates=t.refusals.c.updates + count)
-                )
-                if not changed.rowcount:
+                more = t.refusals.update().where(*row).values(updates=t.refusals.c.updates + count)
+                if not connection.execute(more).rowcount:
                     connection.execute(t.refusals.insert().values(device=device, problem=problem, updates=count))
+
+    def arrivals(self) -> dict[tuple[int, str], float]:
+        """Seconds by round and device; see :meth:`note`."""
+        with self._engine.begin() as connection:
+            return {(row.round, row.device): row.seconds for row in connection.execute(sa.select(t.arrivals))}
 
     def refusals(self) -> dict[str, dict[str, int]]:
         """How many updates of a device were refused, by the name of the problem."""

@@ -30,9 +30,9 @@ from edge_runtime.wire import (
     Capability,
     Enrolled,
     Enrolment,
+    NotNowError,
     RequestFormatError,
     SignedRequest,
-    UnavailableError,
     UpdateReceipt,
     WireError,
     authorization,
@@ -278,7 +278,7 @@ class Client:
                 f"{self._server}: answered {response.status}, and not as an aggregator does: {text}", retry_after_s=hint
             )
         error = decode_problem(body, status=response.status)
-        if not isinstance(error, UnavailableError):
+        if not isinstance(error, NotNowError):
             return error
         return TransportError(f"{self._server}: {error}", retry_after_s=_problem_hint(body) or hint)
 

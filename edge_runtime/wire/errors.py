@@ -28,7 +28,9 @@ WireError
 │   ├── RoundClosedError        this round takes no more updates; ask for the next plan
 │   ├── UpdateConflictError     another update of this device is already counted in this round
 │   └── TaskFinishedError       the task has ended; the last adapter is published
-└── UnavailableError            the aggregator cannot answer now (device: retry later)
+└── NotNowError                 the aggregator cannot do this now (device: retry later)
+    ├── UnavailableError        it ends, is overloaded, or failed
+    └── StorageFullError        its disk is full; nothing of the request was kept
 """
 
 
@@ -144,5 +146,13 @@ class TaskFinishedError(RoundError):
     """The task has ended; the last adapter is published."""
 
 
-class UnavailableError(WireError):
+class NotNowError(WireError):
+    """The aggregator cannot do this now."""
+
+
+class UnavailableError(NotNowError):
     """The aggregator cannot answer now."""
+
+
+class StorageFullError(NotNowError):
+    """The aggregator's disk is full."""

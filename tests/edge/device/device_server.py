@@ -35,7 +35,8 @@ class Faults:
 
     away: bool = False  # every connection is dropped
     away_for: set[str] = field(default_factory=set)  # methods whose connections are dropped
-    unavailable_s: float | None = None  # 503 with this hint
+    unavailable_s: float | None = None  # with this hint
+    unavailable: type[wire.NotNowError] = wire.UnavailableError
     cut: dict[str, int] = field(default_factory=dict)  # blob digest -> bytes before the connection breaks, once
     ignore_range: bool = False
     swap_blob: dict[str, bytes] = field(default_factory=dict)  # blob digest -> other bytes
@@ -153,11 +154,11 @@ class Aggregator:
             return self._drop(request)
         try:
             if self.faults.unavailable_s is not None:
-                raise wire.UnavailableError("busy")
+                raise self.faults.unavailable("busy")
             return await handler(request)  # type: ignore[operator]
         except wire.WireError as error:
             body = wire.encode_problem(error)
-            if isinstance(error, wire.UnavailableError):
+            if isinstance(error, wire.NotNowError):
                 document = msgspec.json.decode(body)
                 body = msgspec.json.encode(document | {"retry_after_s": self.faults.unavailable_s})
             return web.Response(status=wire.problem_for(error).status, body=body, content_type=CONTENT_TYPE)
