@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 
 from aiohttp import web
@@ -15,30 +15,49 @@ from edge_runtime.wire.requests import EMPTY_BODY, MAX_CLOCK_SKEW_S
 
 
 class NonceMemory:
-    """Nonces of verified requests, for as long as their time stamp would pass. Lost when the process ends."""
+    """Nonces of verified requests, for as long as their time stamp would pass. Lost when the process ends.
 
-    def __init__(self, clock: Callable[[], float], *, capacity: int = 200_000) -> None:
+    Only enrolled devices can fill it. One that does so is held back alone: the others, and the operator, have room.
+    """
+
+    def __init__(self, clock: Callable[[], float], *, capacity: int = 200_000, per_device: int = 5_000) -> None:
+        """``capacity`` nonces take about 40 MB. ``per_device`` of them in ten minutes are eight requests a second."""
         self._clock = clock
-        self._capacity = capacity  # about 40 MB; only enrolled devices can fill it
+        self._capacity = capacity
+        self._per_device = per_device
         self._seen: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._held: Counter[str] = Counter()  # nonces by device
 
     def seen(self, request: wire.SignedRequest) -> bool:
         """Remember a request's nonce and say whether it was known.
 
         Raises:
-            UnavailableError: too many requests in a few minutes to remember another.
+            RateLimitedError: the device has sent too many requests in a few minutes to remember another.
+            UnavailableError: all of them together have.
         """
         now = self._clock()
-        while self._seen and next(iter(self._seen.values())) < now:
-            self._seen.popitem(last=False)
+        self._forget(now)
         key = (request.device, request.nonce)
         if key in self._seen:
             return True
+        if self._held[request.device] >= self._per_device:
+            raise wire.RateLimitedError(
+                f"device {request.device}: expected at most {self._per_device} requests in "
+                f"{2 * MAX_CLOCK_SKEW_S // 60} minutes"
+            )
         if len(self._seen) >= self._capacity:
             raise wire.UnavailableError("too many requests; try again later")
         # A stamp may lie up to one skew in the future and then stay valid for another.
         self._seen[key] = now + 2 * MAX_CLOCK_SKEW_S
+        self._held[request.device] += 1
         return False
+
+    def _forget(self, now: float) -> None:
+        while self._seen and next(iter(self._seen.values())) < now:
+            (device, _), _ = self._seen.popitem(last=False)
+            self._held[device] -= 1
+            if not self._held[device]:
+                del self._held[device]
 
 
 class Gate:

@@ -30,6 +30,7 @@ WireError
 │   └── TaskFinishedError       the task has ended; the last adapter is published
 └── NotNowError                 the aggregator cannot do this now (device: retry later)
     ├── UnavailableError        it ends, is overloaded, or failed
+    ├── RateLimitedError        this device asks too often
     └── StorageFullError        its disk is full; nothing of the request was kept
 """
 
@@ -152,6 +153,10 @@ class NotNowError(WireError):
 
 class UnavailableError(NotNowError):
     """The aggregator cannot answer now."""
+
+
+class RateLimitedError(NotNowError):
+    """This device has sent too many requests."""
 
 
 class StorageFullError(NotNowError):

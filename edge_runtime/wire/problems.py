@@ -45,6 +45,7 @@ PROBLEMS: dict[type[e.WireError], Problem] = {
     e.UpdateConflictError: Problem("update-conflict", 409),
     e.TaskFinishedError: Problem("task-finished", 410, retry_s=0.0),
     e.UnavailableError: Problem("unavailable", 503, retry_s=5.0),
+    e.RateLimitedError: Problem("rate-limited", 429, retry_s=60.0),
     e.StorageFullError: Problem("storage-full", 507, retry_s=60.0),  # somebody has to make room first
 }
 _BY_TYPE = {_PREFIX + problem.name: error for error, problem in PROBLEMS.items()}

@@ -242,7 +242,7 @@ async def test_an_aggregator_that_restarts_finds_the_device_again(tiny_bundle: T
     assert home.state().finished
 
 
-@pytest.mark.parametrize("problem", [wire.UnavailableError, wire.StorageFullError])
+@pytest.mark.parametrize("problem", [wire.UnavailableError, wire.RateLimitedError, wire.StorageFullError])
 async def test_a_retry_hint_is_obeyed(bench: Bench, problem: type[wire.NotNowError]) -> None:
     """Also that of a server whose disk is full: its update is kept and sent again."""
     bench.aggregator.faults.unavailable_s, bench.aggregator.faults.unavailable = 40.0, problem
