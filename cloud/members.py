@@ -106,9 +106,10 @@ class Members:
         if record is not None and record.left_at is None:
             raise wire.NotPermittedError(f"device {name}: is enrolled already; choose another name")
         secret = self._entropy(16)
-        expires = self._clock() + request.ttl_s
+        now = self._clock()
+        expires = now + request.ttl_s
         row = TokenRecord(hashlib.sha256(secret).hexdigest(), name, expires)
-        await self._database.call(self._database.add_token, row)
+        await self._database.call(self._database.add_token, row, now)
         return wire.TokenAnswer(
             device=name, token=str(wire.Token(secret.hex(), self._keys.fingerprint)), expires=expires
         )
@@ -139,8 +140,9 @@ class Members:
             self._report(events.DeviceEnrolled(device))
         return wire.Enrolled(device=device, task=task, plan_key=self._keys.plan_key)
 
-    async def leave(self, name: str) -> None:
-        """A device leaves; its key is refused from now on, its counted updates stay counted.
+    async def leave(self, name: str, *, by: str) -> None:
+        """A device leaves, or ``by`` the operator is sent away; its key is refused from now on, its counted updates
+        stay counted.
 
         Raises:
             UnknownDeviceError: it is not enrolled.
@@ -149,7 +151,7 @@ class Members:
         if name == OPERATOR:
             raise wire.UnknownDeviceError(f"device {name}: is not a device")
         now = self._clock()
-        await self._database.call(self._database.leave, name, now)
+        await self._database.call(self._database.leave, name, now, by=by)
         self._devices[name] = replace(self._devices[name], left_at=now)
         self._report(events.DeviceLeft(name))
 
@@ -185,7 +187,7 @@ class Members:
             await self._database.call(self._database.note_arrivals, arrivals)
         refusals, self._refusals = self._refusals, Counter()
         if refusals:
-            await self._database.call(self._database.note_refusals, refusals)
+            await self._database.call(self._database.note_refusals, refusals, self._clock())
 
     async def statuses(self) -> tuple[wire.DeviceStatus, ...]:
         """Every device as the operator sees it, by name."""
