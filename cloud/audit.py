@@ -208,7 +208,9 @@ def check_chain(links: Iterable[Link]) -> Broken | None:
         if how is not None:
             return Broken(number, how)
         last = link
-    return None if last is not None else Broken(0, "removed: the log is empty")
+    if last is None:
+        return Broken(0, "missing: the log is empty; a task from before logs gets one when it is served next")
+    return None
 
 
 def _defect(number: int, last: Link | None, link: Link) -> str | None:
@@ -237,8 +239,13 @@ def _is_own(link: Link) -> bool:
         return False
 
 
+def task_fact(task: str, bundle: str) -> str:
+    """What a store and entry 0 both say of the task, as a line."""
+    return f"task {task}: bundle {bundle}"
+
+
 def update_fact(round_: int, device: str, digest: str, weight: int) -> str:
-    """What a store and an entry both say of a counted update, as a line."""
+    """The same of a counted update."""
     return f"update of {device} for round {round_}: {digest}, weight {weight}"
 
 
@@ -259,6 +266,8 @@ def discarded_fact(round_: int) -> str:
 
 def fact_of(entry: Entry) -> str | None:
     """The line that the store must have, if the entry speaks of rows that never change."""
+    if isinstance(entry, LogBegun | LogTakenUp):
+        return task_fact(entry.task, entry.bundle)
     if isinstance(entry, UpdateCounted):
         return update_fact(entry.round, entry.device, entry.digest, entry.weight)
     if isinstance(entry, PlanSigned):
@@ -291,7 +300,7 @@ def check_facts(links: Sequence[Link], facts: Iterable[str]) -> Broken | None:
     first = decode_entry(links[0].text)
     if isinstance(first, LogTakenUp):
         if found_digest(left) != first.found:
-            return Broken(0, f"the {first.facts} facts from before the log are not as they were found")
+            return Broken(0, f"what the store held before the log, {first.facts} facts, is not as it was found")
     elif left:
         return Broken(links[-1].number, f"no entry up to this one says what the store does: {min(left)}")
     return None

@@ -6,14 +6,14 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-import msgspec
 import sqlalchemy as sa
 
 from cloud import audit
 from cloud.store import schema as t
-from edge_runtime.wire import RoundStatus
 
 _UPDATE = (t.updates.c.round, t.updates.c.device, t.updates.c.digest, t.updates.c.weight)
+_ADAPTER = sa.func.json_extract(t.rounds.c.summary, "$.adapter").label("adapter")
+_ROUND = (t.rounds.c.round, t.rounds.c.plan, t.rounds.c.state, _ADAPTER)
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def begin(connection: sa.Connection, now: float, *, task: str, bundle: str) -> N
     if last_link(connection) is not None:
         return
     if any(connection.execute(sa.select(table).limit(1)).first() for table in (t.rounds, t.devices, t.tokens)):
-        found = set(_facts(connection))
+        found = {*_facts(connection)} - {audit.task_fact(task, bundle)}
         append(connection, now, audit.LogTakenUp(task, bundle, len(found), audit.found_digest(found)))
     else:
         append(connection, now, audit.LogBegun(task, bundle))
@@ -62,11 +62,13 @@ def read(connection: sa.Connection) -> Audited:
 
 
 def _facts(connection: sa.Connection) -> Iterator[str]:
+    for row in connection.execute(sa.select(t.identity)):
+        yield audit.task_fact(row.task, row.bundle)
     for row in connection.execute(sa.select(*_UPDATE)):
         yield audit.update_fact(row.round, row.device, row.digest, row.weight)
-    for row in connection.execute(sa.select(t.rounds)):
+    for row in connection.execute(sa.select(*_ROUND)):
         yield audit.plan_fact(row.round, hashlib.sha256(row.plan).hexdigest())
         if row.state == "applied":
-            yield audit.applied_fact(row.round, msgspec.json.decode(row.summary, type=RoundStatus).adapter)
+            yield audit.applied_fact(row.round, row.adapter)
         elif row.state == "discarded":
             yield audit.discarded_fact(row.round)
