@@ -14,54 +14,26 @@ import sys
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import click
 import msgspec
 from rich.console import Console
 from rich.live import Live
 
-from cloud.config import CONFIG_NAME, Config, load_config
+from cloud.audit_commands import audit
+from cloud.commandline import config_option, json_option, load, one_line_errors
+from cloud.config import Config
 from cloud.console import json_reporter, status_view, text_reporter
-from cloud.errors import CloudError, ConfigError, ServerAbsentError
+from cloud.errors import ConfigError
 from cloud.init import init_folder
 from cloud.operator import OperatorClient
 from cloud.publish import copy_published
 from edge_runtime import wire
-from edge_runtime.bundle import BundleError
 
-P = ParamSpec("P")
 R = TypeVar("R")
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _WATCH_S = 1.0
-config_option = click.option(
-    "--config",
-    "config_path",
-    default=CONFIG_NAME,
-    show_default=True,
-    type=click.Path(path_type=Path),
-    help="The aggregator's config file, or the folder it lies in.",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON to standard output.")
-
-
-def _one_line_errors(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn our exceptions into one line and an exit status."""
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return function(*args, **kwargs)
-        except (CloudError, BundleError, wire.RequestError, wire.PlanError) as error:
-            click.echo(f"emberlora cloud: {error}", err=True)
-            bad_input = not isinstance(error, ServerAbsentError)
-            sys.exit(2 if bad_input else 1)
-        except ModuleNotFoundError as error:
-            line = f"needs the package {error.name!r}, which is not installed: pip install 'emberlora[cloud]'"
-            click.echo(f"emberlora cloud: {line}", err=True)
-            sys.exit(1)
-
-    return wrapped
 
 
 @click.group()
@@ -81,7 +53,7 @@ def cloud() -> None:
 @click.option("--bundle", required=True, type=click.Path(path_type=Path), help="Folder made by `emberlora export`.")
 @click.option("--task", default="task", show_default=True, help="Name of the task; it stands in URLs.")
 @click.option("--force", is_flag=True, help="Start over: replaces config, keys and all data in FOLDER.")
-@_one_line_errors
+@one_line_errors
 def init(folder: Path, bundle: Path, task: str, force: bool) -> None:
     """Write a commented config and new keys into FOLDER.
 
@@ -99,7 +71,7 @@ def init(folder: Path, bundle: Path, task: str, force: bool) -> None:
 @click.option("--port", type=click.IntRange(0, 65535), help="Listen on this port instead of the config's; 0: any.")
 @click.option("--insecure-http", is_flag=True, help="Allow plain HTTP on other addresses than loopback.")
 @json_option
-@_one_line_errors
+@one_line_errors
 def serve(config_path: Path, host: str | None, port: int | None, insecure_http: bool, as_json: bool) -> None:
     """Run the aggregator until it is interrupted; it goes on where it left off.
 
@@ -108,7 +80,7 @@ def serve(config_path: Path, host: str | None, port: int | None, insecure_http: 
       emberlora cloud serve --config server
     With --json every event is one JSON object on a line of standard output.
     """
-    config = _load(config_path, host=host, port=port, allow_plain_http=True if insecure_http else None)
+    config = load(config_path, host=host, port=port, allow_plain_http=True if insecure_http else None)
     console = Console(stderr=True, highlight=False)
     report = json_reporter(functools.partial(print, flush=True)) if as_json else text_reporter(console)
     asyncio.run(_serve(config, report))
@@ -134,7 +106,7 @@ async def _serve(config: Config, report: Callable[[Any], None]) -> None:
 @config_option
 @click.option("--device", "--name", "device", required=True, help="Name of the device that may enrol with it.")
 @click.option("--ttl", default="15m", show_default=True, help="How long it can be used: 30s, 15m, 2h, 1d.")
-@_one_line_errors
+@one_line_errors
 def token(config_path: Path, device: str, ttl: str) -> None:
     """Print a token with which one device of this name can enrol once.
 
@@ -153,7 +125,7 @@ def token(config_path: Path, device: str, ttl: str) -> None:
 @config_option
 @json_option
 @click.option("--watch", is_flag=True, help="Keep showing it until the task is finished.")
-@_one_line_errors
+@one_line_errors
 def status(config_path: Path, as_json: bool, watch: bool) -> None:
     """Show rounds, devices, metric and bytes.
 
@@ -182,7 +154,7 @@ def status(config_path: Path, as_json: bool, watch: bool) -> None:
 @cloud.command()
 @config_option
 @json_option
-@_one_line_errors
+@one_line_errors
 def devices(config_path: Path, as_json: bool) -> None:
     """Show every device: when it enrolled and was seen, rounds counted, what it measured of itself, bytes.
 
@@ -194,14 +166,14 @@ def devices(config_path: Path, as_json: bool) -> None:
     """
     from cloud.devices_command import show_devices
 
-    for line in asyncio.run(show_devices(_load(config_path), as_json=as_json, now=time.time())):
+    for line in asyncio.run(show_devices(load(config_path), as_json=as_json, now=time.time())):
         click.echo(line)
 
 
 @cloud.command()
 @config_option
 @json_option
-@_one_line_errors
+@one_line_errors
 def stop(config_path: Path, as_json: bool) -> None:
     """End the task: publish the last adapter and tell every device that it is over.
 
@@ -216,14 +188,14 @@ def stop(config_path: Path, as_json: bool) -> None:
     if as_json:
         _echo_json(found)
     else:
-        published = _load(config_path).data_path / "published"
+        published = load(config_path).data_path / "published"
         click.echo(f"{found.task}: finished after {len(found.history)} rounds; adapter in {published}")
 
 
 @cloud.command()
 @config_option
 @json_option
-@_one_line_errors
+@one_line_errors
 def replay(config_path: Path, as_json: bool) -> None:
     """Make every plan of the task again from what was kept, and compare it with the one that was signed.
 
@@ -236,7 +208,7 @@ def replay(config_path: Path, as_json: bool) -> None:
     """
     from cloud.replay import replay as replay_plans
 
-    rounds = asyncio.run(replay_plans(_load(config_path)))
+    rounds = asyncio.run(replay_plans(load(config_path)))
     for found in rounds:
         if as_json:
             _echo_json(found)
@@ -255,7 +227,7 @@ def replay(config_path: Path, as_json: bool) -> None:
 @click.option("--round", "wanted", type=int, help="Every module of this round.")
 @click.option("--html", "page", type=click.Path(path_type=Path), help="Write a page with pictures, modules × rounds.")
 @json_option
-@_one_line_errors
+@one_line_errors
 def plans(config_path: Path, wanted: int | None, page: Path | None, as_json: bool) -> None:
     """Show what every round trained and why: alive or dead, rank, score, what it cost and how much it moved.
 
@@ -266,7 +238,7 @@ def plans(config_path: Path, wanted: int | None, page: Path | None, as_json: boo
     """
     from cloud.plans_command import show_plans
 
-    for line in asyncio.run(show_plans(_load(config_path), wanted, page, as_json=as_json)):
+    for line in asyncio.run(show_plans(load(config_path), wanted, page, as_json=as_json)):
         click.echo(line)
 
 
@@ -289,7 +261,7 @@ def plans(config_path: Path, wanted: int | None, page: Path | None, as_json: boo
     help="Longest that a round may take.  [default: twice what nine of ten answers took in the pilot]",
 )
 @json_option
-@_one_line_errors
+@one_line_errors
 def pilot(config_path: Path, page: Path | None, as_json: bool, **wishes: float | None) -> None:
     """Judge a short trial: each device's link, speed, memory and grade; a budget and a schedule; go or no-go.
 
@@ -307,11 +279,14 @@ def pilot(config_path: Path, page: Path | None, as_json: bool, **wishes: float |
 
     minutes = wishes.pop("round_minutes")
     wish = msgspec.convert({**wishes, "round_s": None if minutes is None else 60 * minutes}, Wish)
-    found = asyncio.run(find(_load(config_path), wish, page))
+    found = asyncio.run(find(load(config_path), wish, page))
     for line in lines(found, as_json=as_json):
         click.echo(line)
     if not found.go:
         sys.exit(1)
+
+
+cloud.add_command(audit)
 
 
 def _verdict(differences: tuple[str, ...]) -> str:
@@ -324,7 +299,7 @@ def _verdict(differences: tuple[str, ...]) -> str:
 @cloud.command()
 @config_option
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; new or empty.")
-@_one_line_errors
+@one_line_errors
 def adapter(config_path: Path, out: Path) -> None:
     """Copy the last adapter as a folder that peft loads; the server need not run.
 
@@ -332,7 +307,7 @@ def adapter(config_path: Path, out: Path) -> None:
     Example:
       emberlora cloud adapter --config server --out adapter
     """
-    config = _load(config_path)
+    config = load(config_path)
     copy_published(config.data_path, out)
     click.echo(str(out))
     if config.task.personal:
@@ -340,12 +315,8 @@ def adapter(config_path: Path, out: Path) -> None:
         click.echo(f"personal ({own}) is as before training in it: each device keeps its own", err=True)
 
 
-def _load(path: Path, **server: object) -> Config:
-    return load_config(path / CONFIG_NAME if path.is_dir() else path, server=server)
-
-
 def _ask(config_path: Path, question: Callable[[OperatorClient], Coroutine[Any, Any, R]]) -> R:
-    data = _load(config_path).data_path
+    data = load(config_path).data_path
     client = OperatorClient.of_folder(data, clock=time.time, entropy=secrets.token_bytes)
     return asyncio.run(question(client))
 

@@ -104,6 +104,7 @@ def status_view(status: TaskStatus, *, now: float) -> Table:
         view.add_row(_device_table(status.devices, now=now))
     if status.history:
         view.add_row(_round_table(status.history, metric=status.metric))
+    view.add_row(Text(f"audit log up to {status.audit_head}", overflow="fold"))
     return view
 
 

@@ -108,9 +108,10 @@ class Members:
         if record is not None and record.left_at is None:
             raise wire.NotPermittedError(f"device {name}: is enrolled already; choose another name")
         secret = self._entropy(16)
-        expires = self._clock() + request.ttl_s
+        now = self._clock()
+        expires = now + request.ttl_s
         row = TokenRecord(hashlib.sha256(secret).hexdigest(), name, expires)
-        await self._database.call(self._database.add_token, row)
+        await self._database.call(self._database.add_token, row, now)
         return wire.TokenAnswer(
             device=name, token=str(wire.Token(secret.hex(), self._keys.fingerprint)), expires=expires
         )
@@ -141,8 +142,9 @@ class Members:
             self._report(events.DeviceEnrolled(device))
         return wire.Enrolled(device=device, task=task, plan_key=self._keys.plan_key)
 
-    async def leave(self, name: str) -> None:
-        """A device leaves; its key is refused from now on, its counted updates stay counted.
+    async def leave(self, name: str, *, by: str) -> None:
+        """A device leaves, or ``by`` the operator is sent away; its key is refused from now on, its counted updates
+        stay counted.
 
         Raises:
             UnknownDeviceError: it is not enrolled.
@@ -151,7 +153,7 @@ class Members:
         if name == OPERATOR:
             raise wire.UnknownDeviceError(f"device {name}: is not a device")
         now = self._clock()
-        await self._database.call(self._database.leave, name, now)
+        await self._database.call(self._database.leave, name, now, by=by)
         self._devices[name] = replace(self._devices[name], left_at=now)
         self._report(events.DeviceLeft(name))
 
@@ -188,7 +190,7 @@ class Members:
         rows = [(name, seen, sent) for name, (seen, sent) in traffic.items()]
         try:
             if rows or arrivals or refusals:
-                await self._database.call(self._database.note, rows, arrivals, refusals)
+                await self._database.call(self._database.note, rows, arrivals, refusals, self._clock())
         except DataError:  # what was noted meanwhile is newer
             for name, seen, sent in rows:
                 later, more = self._traffic.get(name, (seen, 0))

@@ -96,6 +96,7 @@ class Aggregator:
         try:
             identity = Identity(self.config.task.name, self._bundle.digest)
             await self._database.call(self._database.open, identity)
+            await self._database.call(self._database.begin_log, identity, self._clock())
             await self.members.start()
             self._history = await self._database.call(self._database.history)
             record = await self._database.call(self._database.last_round)
@@ -130,7 +131,7 @@ class Aggregator:
     async def _begin(self) -> None:
         state = first_state(planning.round_rules(self.config, 0), now=self._clock())
         new = await self._maker.first(state, now=self._clock())
-        await self._database.call(self._database.open_round, new.record)
+        await self._database.call(self._database.open_round, new.record, adapter=new.digest)
         self._enter(state, new.record)
 
     async def _resume(self, record: RoundRecord) -> None:
@@ -311,6 +312,8 @@ class Aggregator:
         """End the task; see :mod:`cloud.rounds` for what happens to an open round. Stopping twice does no harm."""
         async with self._lock:
             state = advance(self._state, StopAsked())
+            if not self.finished:
+                await self._database.call(self._database.note_stop, self._state.round, self._clock())
             if state.phase == "closed":
                 self._state = state
                 await self._apply()
@@ -320,6 +323,7 @@ class Aggregator:
     async def status(self) -> wire.TaskStatus:
         """Everything the operator may want to see."""
         devices = await self.members.statuses()
+        head = await self._database.call(self._database.log_head)
         state = self._state
         return wire.TaskStatus(
             task=self.config.task.name,
@@ -335,6 +339,7 @@ class Aggregator:
             bytes_down=sum(device.bytes_down for device in devices),
             devices=devices,
             history=self._history,
+            audit_head=head,
         )
 
     # Rounds
@@ -394,7 +399,9 @@ class Aggregator:
         new = await self._maker.after(self._record, work, state, now=self._clock())
         if summary is not None:
             summary = msgspec.structs.replace(summary, adapter=new.digest)
-        await self._database.call(self._database.end_round, ended.round, summary=summary, new=new.record)
+        await self._database.call(
+            self._database.end_round, ended.round, summary=summary, new=new.record, adapter=new.digest
+        )
         try:
             await asyncio.to_thread(self._tidy, {ended.adapter, new.digest, new.record.master})
             await asyncio.to_thread(self._publish, new.published, new.digest)

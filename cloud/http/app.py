@@ -71,7 +71,7 @@ class _Resources:
         device = request.match_info["device"]
         if caller.device not in (device, OPERATOR):
             raise wire.NotPermittedError(f"device {device}: may leave by itself or be sent away by the operator")
-        await self._members.leave(device)
+        await self._members.leave(device, by=caller.device)
         return web.Response(status=204)
 
     async def tell(self, request: web.Request) -> web.Response:

@@ -2,11 +2,13 @@
 
 SQLite before 3.51.3 can damage a WAL database when two connections write or checkpoint at once, so there is one. Every
 method is one transaction (``BEGIN IMMEDIATE``, synchronous=FULL): when it returns, its effect survives a power cut.
+What the audit log records is written in the transaction that makes it so.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -18,7 +20,9 @@ import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
+from cloud import audit
 from cloud.errors import DataSchemaError
+from cloud.store import log
 from cloud.store import schema as t
 from cloud.store.records import CapabilityRecord, DeviceRecord, RoundRecord, TokenRecord, UpdateRecord
 from cloud.store.space import write_error
@@ -86,6 +90,30 @@ class Database:
         with self._engine.begin() as connection:
             t.metadata.create_all(connection)  # tables that a version since then has added
 
+    # Audit
+
+    def begin_log(self, identity: Identity, now: float) -> None:
+        """Start the audit log where there is none, at ``now`` (Unix seconds); before anything is written that it
+        records."""
+        with self._engine.begin() as connection:
+            log.begin(connection, now, **asdict(identity))
+
+    def log_head(self) -> str:
+        """The digest of the newest entry of the audit log."""
+        with self._engine.begin() as connection:
+            last = log.last_link(connection)
+        return audit.NOTHING if last is None else last.digest
+
+    def audited(self) -> log.Audited:
+        """The audit log and what it speaks about."""
+        with self._engine.begin() as connection:
+            return log.read(connection)
+
+    def note_stop(self, round_: int, now: float) -> None:
+        """Log that the operator asked for the end of the task."""
+        with self._engine.begin() as connection:
+            log.append(connection, now, audit.StopAsked(round_))
+
     # Rounds
 
     def last_round(self) -> RoundRecord | None:
@@ -100,25 +128,27 @@ class Database:
         with self._engine.begin() as connection:
             return [_round(row) for row in connection.execute(sa.select(t.rounds).order_by(t.rounds.c.round))]
 
-    def open_round(self, new: RoundRecord) -> None:
-        """Store the first round."""
+    def open_round(self, new: RoundRecord, *, adapter: str) -> None:
+        """Store the first round; ``adapter`` is the one that its plan names."""
         with self._engine.begin() as connection:
-            _insert_round(connection, new)
+            _insert_round(connection, new, adapter)
 
-    def end_round(self, round_: int, *, summary: RoundStatus | None, new: RoundRecord) -> None:
+    def end_round(self, round_: int, *, summary: RoundStatus | None, new: RoundRecord, adapter: str) -> None:
         """Make a round final and open what follows, in one transaction; the round's private key is destroyed in it.
 
         Args:
             round_: The round that ends.
             summary: What it did, or None when its updates are discarded.
             new: The next round, or the finished state.
+            adapter: The adapter that the plan of ``new`` names.
         """
         values: dict[str, Any] = {"round_key": None, "state": "discarded"}
         if summary is not None:
             values |= {"state": "applied", "summary": msgspec.json.encode(summary).decode()}
         with self._engine.begin() as connection:
             connection.execute(t.rounds.update().where(t.rounds.c.round == round_).values(values))
-            _insert_round(connection, new)
+            log.append(connection, new.opened, _ending(connection, round_, summary))
+            _insert_round(connection, new, adapter)
         # The write-ahead log still holds the page with the key; emptying it is what destroys the key on disk.
         raw = self._engine.raw_connection()
         raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -146,6 +176,7 @@ class Database:
         }
         with self._engine.begin() as connection:
             connection.execute(t.updates.insert().values(row))
+            log.append(connection, update.received, _counted(update.receipt))
 
     def updates_of(self, round_: int) -> list[UpdateRecord]:
         """The counted updates of a round in the order they came."""
@@ -196,10 +227,11 @@ class Database:
         with self._engine.begin() as connection:
             return [_device(row) for row in connection.execute(sa.select(t.devices).order_by(t.devices.c.name))]
 
-    def add_token(self, token: TokenRecord) -> None:
+    def add_token(self, token: TokenRecord, now: float) -> None:
         """Store a new token."""
         with self._engine.begin() as connection:
             connection.execute(t.tokens.insert().values(asdict(token)))
+            log.append(connection, now, audit.TokenMade(token.device, token.digest, int(token.expires)))
 
     def enrol(self, token_digest: str, device: str, judge: Judge) -> DeviceRecord:
         """Use up a token for a device in one transaction, so that of two racing devices one wins.
@@ -223,13 +255,20 @@ class Database:
                 connection.execute(t.devices.update().where(t.devices.c.name == device).values(row))
             used = t.tokens.update().where(t.tokens.c.digest == token_digest)
             connection.execute(used.values(used_by=record.signing_key))
+            if known is None or record != _device(known):  # else its first answer was lost, and it asks again
+                enrolled = audit.DeviceEnrolled(device, token_digest, record.signing_key)
+                log.append(connection, record.enrolled, enrolled)
         return record
 
-    def leave(self, device: str, now: float) -> None:
-        """Note that a device left; what it measured of itself is forgotten, as another machine may take its name."""
+    def leave(self, device: str, now: float, *, by: str) -> None:
+        """Note that a device left; what it measured of itself is forgotten, as another machine may take its name.
+
+        ``by`` is whose request it was: the device's own or the operator's.
+        """
         with self._engine.begin() as connection:
             connection.execute(t.capabilities.delete().where(t.capabilities.c.device == device))
             connection.execute(t.devices.update().where(t.devices.c.name == device).values(left_at=now))
+            log.append(connection, now, audit.DeviceLeft(device, by))
 
     def put_capability(self, device: str, record: CapabilityRecord) -> None:
         """Keep what a device measured of itself in place of what it said before."""
@@ -251,13 +290,15 @@ class Database:
         traffic: Iterable[tuple[str, float, int]],
         arrivals: Mapping[tuple[int, str], float],
         refusals: Mapping[tuple[str, str], int],
+        now: float,
     ) -> None:
-        """Keep figures for people, all of them or none.
+        """Keep figures for people, all of them or none, and log which refusals are new in the open round.
 
         Args:
             traffic: (device, last seen, further bytes sent to it).
             arrivals: How many seconds the body of a counted update took to arrive, by round and device.
             refusals: Further refused updates, by device and name of the problem.
+            now: Unix seconds.
         """
         with self._engine.begin() as connection:
             for device, seen, sent in traffic:
@@ -270,6 +311,7 @@ class Database:
                 more = t.refusals.update().where(*row).values(updates=t.refusals.c.updates + count)
                 if not connection.execute(more).rowcount:
                     connection.execute(t.refusals.insert().values(device=device, problem=problem, updates=count))
+                log.append_refused(connection, now, device, problem)
 
     def arrivals(self) -> dict[tuple[int, str], float]:
         """Seconds by round and device; see :meth:`note`."""
@@ -289,8 +331,22 @@ def _round(row: sa.Row[Any]) -> RoundRecord:
     return RoundRecord(**{field.name: getattr(row, field.name) for field in fields(RoundRecord)})
 
 
-def _insert_round(connection: sa.Connection, new: RoundRecord) -> None:
+def _insert_round(connection: sa.Connection, new: RoundRecord, adapter: str) -> None:
     connection.execute(t.rounds.insert().values(asdict(new)))
+    connection.execute(t.refusals_logged.delete())  # it is another round now
+    digest = hashlib.sha256(new.plan).hexdigest()
+    log.append(connection, new.opened, audit.PlanSigned(new.round, digest, adapter, new.state == "finished"))
+
+
+def _ending(connection: sa.Connection, round_: int, summary: RoundStatus | None) -> audit.Entry:
+    if summary is not None:
+        return audit.RoundApplied(round_, summary.devices, summary.weight, summary.adapter)
+    counted = sa.select(sa.func.count()).select_from(t.updates).where(t.updates.c.round == round_)
+    return audit.RoundDiscarded(round_, connection.scalar(counted) or 0)
+
+
+def _counted(receipt: UpdateReceipt) -> audit.Entry:
+    return audit.UpdateCounted(receipt.round, receipt.device, receipt.digest, receipt.weight)
 
 
 def _device(row: sa.Row[Any]) -> DeviceRecord:

@@ -90,3 +90,20 @@ arrivals = Table(
     Column("seconds", REAL, nullable=False),  # from the request's head to the last byte of the update that counts
     sqlite_strict=True,
 )
+audit = Table(
+    "audit",
+    metadata,
+    Column("number", Integer, primary_key=True),  # from 0, without gaps
+    Column("time_ms", Integer, nullable=False),
+    Column("previous", Text, nullable=False),  # digest of the entry before
+    Column("digest", Text, nullable=False),  # own, over all other columns; see cloud.audit
+    Column("text", Text, nullable=False),  # the entry as JSON
+    sqlite_strict=True,
+)
+refusals_logged = Table(
+    "refusals_logged",
+    metadata,
+    Column("device", Text, ForeignKey("devices.name"), primary_key=True),
+    Column("problem", Text, primary_key=True),  # refused so in the open round, and the audit log says it already
+    sqlite_strict=True,
+)

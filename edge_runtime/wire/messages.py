@@ -118,6 +118,7 @@ class TaskStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bytes_down: int  # plans, bundles and adapters, all devices
     devices: tuple[DeviceStatus, ...] = ()
     history: tuple[RoundStatus, ...] = ()
+    audit_head: str = ""  # digest of the newest entry of the audit log, hex
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,8 @@ from edge_runtime.bundle import (
 from edge_runtime.wire import resources
 from edge_runtime.wire.requests import EMPTY_BODY
 
+SERVE = "from cloud.commands import cloud; cloud(prog_name='emberlora cloud')"
+ROOT = Path(__file__).parents[2]
 START = 1_700_000_000.0
 SLOTS = (Slot("q", 6, 4), Slot("v", 6, 3))
 
@@ -281,3 +285,19 @@ def values_for(site: Site, signed: wire.SignedPlan, seed: int, *, tier: int = 0)
     """A random change for a plan, float32, shape (count,)."""
     count = plan_layouts(site.bundle, signed.plan)[tier].count
     return np.random.default_rng(seed).normal(scale=0.1, size=count).astype(np.float32)
+
+
+@dataclass
+class Remote:
+    """Stands where a Server stands, for a server in another process."""
+
+    url: str
+
+
+def spawn(site: Site) -> subprocess.Popen[str]:
+    """A real server process on a site."""
+    command = [sys.executable, "-c", SERVE, "serve", "--config", str(site.folder), "--json"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    site.server = Remote(json.loads(process.stdout.readline())["url"])  # type: ignore[assignment]
+    return process

@@ -3,41 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import subprocess
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
 import msgspec
 import numpy as np
 import pytest
-from cloud_fleet import Answer, Device, Site, values_for
+from cloud_fleet import Answer, Device, Site, spawn, values_for
 
 from edge_runtime import wire
 from edge_runtime.bundle import parse_tensors
 from edge_runtime.wire import resources
 from edge_runtime.wire.components import rounded
-
-SERVE = "from cloud.commands import cloud; cloud(prog_name='emberlora cloud')"
-ROOT = Path(__file__).parents[2]
-
-
-@dataclass
-class Remote:
-    """Stands where a Server stands, for a server in another process."""
-
-    url: str
-
-
-def spawn(site: Site) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", SERVE, "serve", "--config", str(site.folder), "--json"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    site.server = Remote(json.loads(process.stdout.readline())["url"])  # type: ignore[assignment]
-    return process
 
 
 @pytest.mark.parametrize("download", ["float32", "int8"])

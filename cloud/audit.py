@@ -1,0 +1,306 @@
+"""The audit log: what its entries say, and the law of the chain they form. Pure: no clock, no disk.
+
+Entry n is bound to all before it by its digest, SHA-256 over a prefix of our own, n, the time, the digest of entry
+n - 1 and the entry's text, in this order; all but the text have fixed lengths, so no two entries have the same bytes.
+``docs/audit.md`` is the format's page. A kind of entry never changes: what has to say more is a new kind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+
+from edge_runtime.wire.names import Hex32, Name
+
+_CONTEXT = b"emberlora audit 1\0"
+_FOUND_CONTEXT = b"emberlora audit found 1\0"
+NOTHING = "00" * 32  # what entry 0 has in place of the digest before it
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class AuditError(ValueError):
+    """A stored text is no entry of this version; whoever reads a store names the entry."""
+
+
+class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
+    pass
+
+
+class LogBegun(_Entry, frozen=True, tag="log-begun"):
+    """The task is new, and so is the log."""
+
+    task: Name
+    bundle: Hex32
+
+
+class LogTakenUp(_Entry, frozen=True, tag="log-taken-up"):
+    """The task is older than the log; ``found`` is :func:`found_digest` of the ``facts`` there were."""
+
+    task: Name
+    bundle: Hex32
+    facts: Count
+    found: Hex32
+
+
+class TokenMade(_Entry, frozen=True, tag="token-made"):
+    """The operator made a token; ``token`` is the SHA-256 of its 128-bit secret, ``expires`` Unix seconds."""
+
+    device: Name
+    token: Hex32
+    expires: Count
+
+
+class DeviceEnrolled(_Entry, frozen=True, tag="device-enrolled"):
+    """A device used a token and brought the public key that its requests are signed with."""
+
+    device: Name
+    token: Hex32
+    signing_key: Hex32
+
+
+class DeviceLeft(_Entry, frozen=True, tag="device-left"):
+    """A device left; ``by`` says whether it did so itself or was sent away by the operator."""
+
+    device: Name
+    by: Name
+
+
+class PlanSigned(_Entry, frozen=True, tag="plan-signed"):
+    """A round's plan by its digest, and the adapter that it names; ``finished`` says that nothing is trained in it."""
+
+    round: Count
+    plan: Hex32
+    adapter: Hex32
+    finished: bool
+
+
+class UpdateCounted(_Entry, frozen=True, tag="update-counted"):
+    """A contribution counts; ``digest`` is that of its sealed bytes, ``weight`` as counted."""
+
+    round: Count
+    device: Name
+    digest: Hex32
+    weight: Count
+
+
+class UpdateRefused(_Entry, frozen=True, tag="update-refused"):
+    """The first contribution of a device that was refused with this problem while ``round`` was open."""
+
+    round: Count
+    device: Name
+    problem: str
+
+
+class RoundApplied(_Entry, frozen=True, tag="round-applied"):
+    """The mean of a round was applied and made ``adapter``."""
+
+    round: Count
+    devices: Count
+    weight: Count
+    adapter: Hex32
+
+
+class RoundDiscarded(_Entry, frozen=True, tag="round-discarded"):
+    """The task was stopped while a round was open; its ``updates`` move nothing."""
+
+    round: Count
+    updates: Count
+
+
+class StopAsked(_Entry, frozen=True, tag="stop-asked"):
+    """The operator asked for the end of the task while ``round`` was open."""
+
+    round: Count
+
+
+Entry = (
+    LogBegun
+    | LogTakenUp
+    | TokenMade
+    | DeviceEnrolled
+    | DeviceLeft
+    | PlanSigned
+    | UpdateCounted
+    | UpdateRefused
+    | RoundApplied
+    | RoundDiscarded
+    | StopAsked
+)
+KINDS = tuple(str(kind.__struct_config__.tag) for kind in Entry.__args__)
+_DECODER: msgspec.json.Decoder[Entry] = msgspec.json.Decoder(Entry)
+
+
+def encode_entry(entry: Entry) -> str:
+    """The one text of an entry: JSON without spaces, the kind first, then the fields as declared."""
+    return msgspec.json.encode(entry).decode()
+
+
+def decode_entry(text: str) -> Entry:
+    """Read an entry strictly.
+
+    Raises:
+        AuditError: it is none of this version, or not written as :func:`encode_entry` writes it.
+    """
+    try:
+        entry = _DECODER.decode(text)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise AuditError(f"is no entry that this version knows: {error}") from error
+    if encode_entry(entry) != text:
+        raise AuditError("is not written as entries are")
+    return entry
+
+
+@dataclass(frozen=True)
+class Link:
+    """An entry in its place. ``time_ms`` is Unix time in milliseconds, both digests SHA-256 in hex."""
+
+    number: int
+    time_ms: int
+    previous: str
+    digest: str
+    text: str
+
+
+def follow(last: Link | None, *, now: float, entry: Entry) -> Link:
+    """The link that comes after ``last`` (None: the first), written at ``now`` (Unix seconds)."""
+    number, previous = (0, NOTHING) if last is None else (last.number + 1, last.digest)
+    time_ms, text = round(now * 1000), encode_entry(entry)
+    return Link(number, time_ms, previous, link_digest(number, time_ms, previous, text), text)
+
+
+def link_digest(number: int, time_ms: int, previous: str, text: str) -> str:
+    """The digest of an entry, hex; see the top of this module.
+
+    Raises:
+        ValueError: ``number`` or ``time_ms`` is below 0, or ``previous`` is not hex.
+    """
+    if not 0 <= number < 2**64 or not 0 <= time_ms < 2**64:
+        raise ValueError(f"entry {number}: number and time must be 64 bits without a sign")
+    head = _CONTEXT + struct.pack("<QQ", number, time_ms) + bytes.fromhex(previous)
+    return hashlib.sha256(head + text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Broken:
+    """The first entry at which a chain breaks, and how."""
+
+    number: int
+    how: str
+
+    def __str__(self) -> str:
+        return f"entry {self.number}: {self.how}"
+
+
+def check_chain(links: Iterable[Link]) -> Broken | None:
+    """Find the first entry that does not follow from those before it; None: all do.
+
+    Whoever changes an entry and forges its digest too is found at the entry after it. What was cut off at the end, or
+    changed there with a forged digest, no chain shows: a head that was noted earlier does.
+    """
+    last: Link | None = None
+    for number, link in enumerate(links):
+        how = _defect(number, last, link)
+        if how is not None:
+            return Broken(number, how)
+        last = link
+    if last is None:
+        return Broken(0, "missing: the log is empty; a task from before logs gets one when it is served next")
+    return None
+
+
+def _defect(number: int, last: Link | None, link: Link) -> str | None:
+    if link.number != number:
+        return f"removed: the next entry has number {link.number}"
+    follows = link.previous == (NOTHING if last is None else last.digest)
+    if not _is_own(link):
+        if follows:
+            return "edited: its digest is not that of what it says"
+        return "out of place: entries were reordered, removed or inserted here"
+    if not follows:
+        return f"does not follow entry {number - 1}: that one was put there or edited, and its digest forged"
+    try:
+        first = isinstance(decode_entry(link.text), LogBegun | LogTakenUp)
+    except AuditError as error:
+        return str(error)
+    if first != (number == 0):
+        return "forged: a log begins with its first entry, and only with it"
+    return None
+
+
+def _is_own(link: Link) -> bool:
+    try:
+        return link.digest == link_digest(link.number, link.time_ms, link.previous, link.text)
+    except ValueError:  # a number or digest that is none
+        return False
+
+
+def task_fact(task: str, bundle: str) -> str:
+    """What a store and entry 0 both say of the task, as a line."""
+    return f"task {task}: bundle {bundle}"
+
+
+def update_fact(round_: int, device: str, digest: str, weight: int) -> str:
+    """The same of a counted update."""
+    return f"update of {device} for round {round_}: {digest}, weight {weight}"
+
+
+def plan_fact(round_: int, digest: str) -> str:
+    """The same of a signed plan."""
+    return f"plan of round {round_}: {digest}"
+
+
+def applied_fact(round_: int, adapter: str) -> str:
+    """The same of an applied round."""
+    return f"round {round_}: applied, adapter {adapter}"
+
+
+def discarded_fact(round_: int) -> str:
+    """The same of a discarded round."""
+    return f"round {round_}: discarded"
+
+
+def fact_of(entry: Entry) -> str | None:
+    """The line that the store must have, if the entry speaks of rows that never change."""
+    if isinstance(entry, LogBegun | LogTakenUp):
+        return task_fact(entry.task, entry.bundle)
+    if isinstance(entry, UpdateCounted):
+        return update_fact(entry.round, entry.device, entry.digest, entry.weight)
+    if isinstance(entry, PlanSigned):
+        return plan_fact(entry.round, entry.plan)
+    if isinstance(entry, RoundApplied):
+        return applied_fact(entry.round, entry.adapter)
+    if isinstance(entry, RoundDiscarded):
+        return discarded_fact(entry.round)
+    return None
+
+
+def found_digest(facts: Iterable[str]) -> str:
+    """A digest of facts, whatever their order; no fact has a line break in it."""
+    return hashlib.sha256(_FOUND_CONTEXT + "\n".join(sorted(facts)).encode()).hexdigest()
+
+
+def check_facts(links: Sequence[Link], facts: Iterable[str]) -> Broken | None:
+    """Compare a whole chain with what the store says; None: they agree.
+
+    Every entry has its fact, and every fact its entry, except those from before the log, which entry 0 vouches for.
+    """
+    left = set(facts)
+    for link in links:
+        fact = fact_of(decode_entry(link.text))
+        if fact is None:
+            continue
+        if fact not in left:
+            return Broken(link.number, f"the store does not say so: {fact}")
+        left.remove(fact)
+    first = decode_entry(links[0].text)
+    if isinstance(first, LogTakenUp):
+        if found_digest(left) != first.found:
+            return Broken(0, f"what the store held before the log, {first.facts} facts, is not as it was found")
+    elif left:
+        return Broken(links[-1].number, f"no entry up to this one says what the store does: {min(left)}")
+    return None
