@@ -55,6 +55,33 @@ def verify(config_path: Path, head: str | None, as_json: bool) -> None:
 
 
 @audit.command()
+@click.argument("digest")
+@config_option
+@json_option
+@one_line_errors
+def trace(digest: str, config_path: Path, as_json: bool) -> None:
+    """Show which rounds, devices and sealed updates made an adapter; with --json an object a round.
+
+    DIGEST is the SHA-256 of an adapter as plans and `cloud status --json` name it, or of the adapter_model.safetensors that
+    is published. The log is verified first: when it is broken, the line says where, and the exit status is 1.
+
+    \b
+    Example:
+      emberlora cloud audit trace 5f0c… --config server
+    """
+    from cloud.audit_report import trace as trace_adapter
+    from cloud.audit_report import trace_lines
+
+    _check_digest(digest, what="adapter")
+    verdict, rounds = asyncio.run(trace_adapter(load(config_path), digest))
+    if not verdict.whole:
+        click.echo(f"emberlora cloud: {verdict}", err=True)
+        sys.exit(1)
+    for line in (msgspec.json.encode(round_).decode() for round_ in rounds) if as_json else trace_lines(rounds):
+        click.echo(line)
+
+
+@audit.command()
 @config_option
 @click.option("--kind", type=click.Choice(KINDS), help="Only entries of this kind.")
 @click.option("--device", help="Only entries about this device.")

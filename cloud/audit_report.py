@@ -13,6 +13,10 @@ from cloud.config import Config
 from cloud.console import columns
 from cloud.errors import DataError, DataMissingError
 from cloud.kept import open_kept
+from cloud.publish import adapter_of_file
+from cloud.tracing import TracedRound
+from cloud.tracing import trace as find_rounds
+from edge_runtime import wire
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -111,6 +115,43 @@ async def show(config: Config, wanted: Wanted, *, as_json: bool) -> list[str]:
     if as_json:
         return [msgspec.json.encode(shown).decode() for shown in chosen]
     return list(columns([tuple(_cells(shown)) for shown in chosen]))
+
+
+async def trace(config: Config, digest: str) -> tuple[Verdict, tuple[TracedRound, ...]]:
+    """The rounds that made an adapter, if the log is whole; the verdict on it comes first, without any rounds if not.
+
+    Args:
+        config: Of the task.
+        digest: SHA-256 of an adapter that a plan names, or of the published ``adapter_model.safetensors``, hex.
+
+    Raises:
+        DataMissingError: neither is known here.
+        DataError, BundleError: see :func:`cloud.kept.open_kept`.
+        PlanError: a stored plan is not signed with the task's key.
+    """
+    async with open_kept(config) as (database, kept):
+        audited = await database.call(database.audited)
+        updates = await database.call(database.updates)
+    verdict = judge(audited.links, audited.facts, None)
+    if not verdict.whole:
+        return verdict, ()
+    plans = [wire.open_plan(record.plan, kept.key) for record in kept.records]
+    adapter = adapter_of_file(config.data_path, digest) or digest
+    rounds = find_rounds(kept.records, plans, updates, adapter)
+    if rounds is None:
+        raise DataMissingError(f"adapter {digest[:12]}: no plan of this task names it, and it is not published here")
+    return verdict, rounds
+
+
+def trace_lines(rounds: Sequence[TracedRound]) -> Iterator[str]:
+    """Rounds and their updates for people; digests of updates in full."""
+    updates = [update for round_ in rounds for update in round_.updates]
+    devices = {update.device for update in updates}
+    began = "" if rounds else "; the task began with it"
+    yield f"rounds: {len(rounds)}, updates: {len(updates)}, devices: {len(devices)}{began}"
+    for round_ in rounds:
+        yield f"round {round_.round}: plan {_short(round_.plan)}, adapter {_short(round_.before)} to {round_.after}"
+        yield from columns([(f"  {u.device}", f"weight {u.weight}", u.digest) for u in round_.updates])
 
 
 def _shown(link: audit.Link) -> ShownEntry:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -36,6 +37,21 @@ def publish(data: Path, manifest: Manifest, tensors: Mapping[str, Array], *, dig
     except OSError as error:
         raise DataError(f"{link}: the adapter cannot be published: {error.strerror}") from error
     return link
+
+
+def adapter_of_file(data: Path, digest: str) -> str | None:
+    """The digest of the adapter whose published ``adapter_model.safetensors`` has this SHA-256 (hex), if one has.
+
+    Raises:
+        DataError: a published file cannot be read.
+    """
+    try:
+        for path in (data / _FOLDER).glob("*/adapter_model.safetensors"):
+            if hashlib.sha256(path.read_bytes()).hexdigest() == digest:
+                return path.parent.name
+    except OSError as error:
+        raise DataError(f"{data / _FOLDER}: cannot be read: {error.strerror}") from error
+    return None
 
 
 def copy_published(data: Path, out: Path) -> None:

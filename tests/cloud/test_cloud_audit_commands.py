@@ -194,7 +194,7 @@ async def test_a_folder_without_a_task_is_one_line(tmp_path_factory: pytest.Temp
         assert "holds no rounds" in one_line(result)
 
 
-@pytest.mark.parametrize("command", ["verify", "show"])
+@pytest.mark.parametrize("command", ["verify", "show", "trace"])
 def test_help_teaches_with_an_example(command: str) -> None:
     result = CliRunner().invoke(cloud, ["audit", command, "--help"])
     assert result.exit_code == 0
