@@ -11,7 +11,7 @@ import msgspec
 from cloud import audit
 from cloud.config import Config
 from cloud.console import columns
-from cloud.errors import DataError, DataMissingError
+from cloud.errors import AuditEntryError, DataMissingError
 from cloud.kept import open_kept
 from cloud.publish import adapter_of_file
 from cloud.tracing import TracedRound
@@ -104,8 +104,8 @@ async def show(config: Config, wanted: Wanted, *, as_json: bool) -> list[str]:
 
     Raises:
         DataMissingError: the log holds no entry of this kind, device, round and time.
-        DataError: an entry cannot be read, or see :func:`cloud.kept.open_kept`.
-        BundleError: the same.
+        AuditEntryError: an entry cannot be read.
+        DataError, BundleError: see :func:`cloud.kept.open_kept`.
     """
     async with open_kept(config) as (database, _):
         audited = await database.call(database.audited)
@@ -157,8 +157,8 @@ def trace_lines(rounds: Sequence[TracedRound]) -> Iterator[str]:
 def _shown(link: audit.Link) -> ShownEntry:
     try:
         entry = audit.decode_entry(link.text)
-    except audit.AuditError as error:
-        raise DataError(f"audit log: entry {link.number}: {error}; see `emberlora cloud audit verify`") from error
+    except AuditEntryError as error:
+        raise AuditEntryError(f"audit log: entry {link.number}: {error}; see `emberlora cloud audit verify`") from error
     return ShownEntry(link.number, link.time_ms / 1000, entry, link.previous, link.digest)
 
 

@@ -5,7 +5,8 @@ CloudError
 ├── DataError               the data folder cannot be used (operator: look at the folder)
 │   ├── DataLockedError     another server process uses it
 │   ├── DataSchemaError     written by another version, or for another task or bundle
-│   └── DataMissingError    a file or row it must hold is not there
+│   ├── DataMissingError    a file or row it must hold is not there
+│   └── AuditEntryError     a text in the audit log is no entry of this version
 └── ServerError             a command cannot do its work at the running server
     ├── ServerAbsentError   no server answers
     └── ServerRefusedError  the server answered no
@@ -34,6 +35,10 @@ class DataSchemaError(DataError):
 
 class DataMissingError(DataError):
     """A file or row that the data folder must hold is not there, or has other bytes."""
+
+
+class AuditEntryError(DataError):
+    """A text in the audit log is no entry of this version; whoever reads the log names the entry."""
 
 
 class ServerError(CloudError):

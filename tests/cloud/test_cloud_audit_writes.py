@@ -83,7 +83,8 @@ async def test_a_stopped_task_and_a_device_sent_away(site: Site, session: aiohtt
     one = await site.device(session, "one")
     signed = await one.plan()
     await one.put(signed, sealed(one, signed))
-    await site.server.aggregator.members.leave("one", by="operator")
+    operator = Device(site, session, "operator", site.operator_key())
+    assert (await operator.send("DELETE", resources.DEVICE.format(device="one"))).status == 204
     await site.operator.stop()
     await site.operator.stop()
     await site.close()
