@@ -189,9 +189,6 @@ class Broken:
     number: int
     how: str
 
-    def __str__(self) -> str:
-        return f"entry {self.number}: {self.how}"
-
 
 def check_chain(links: Iterable[Link]) -> Broken | None:
     """Find the first entry that does not follow from those before it; None: all do.
@@ -218,6 +215,8 @@ def _defect(number: int, last: Link | None, link: Link) -> str | None:
         if follows:
             return "edited: its digest is not that of what it says"
         return "out of place: entries were reordered, removed or inserted here"
+    if not follows and last is None:
+        return "forged: the first entry follows another one"
     if not follows:
         return f"does not follow entry {number - 1}: that one was put there or edited, and its digest forged"
     try:

@@ -184,6 +184,8 @@ def test_a_log_begins_with_its_first_entry_and_only_with_it() -> None:
     stop = follow(None, now=0.0, entry=audit.StopAsked(0))
     assert check_chain([stop]) == Broken(0, "forged: a log begins with its first entry, and only with it")
     assert check_chain(chain(audit.LogBegun("tiny", ONE))).number == 1
+    later = forged(chain()[0], previous=TWO)
+    assert check_chain([later]) == Broken(0, "forged: the first entry follows another one")
     assert check_chain([]).how.startswith("missing: the log is empty")
 
 
