@@ -15,16 +15,13 @@ from typing import Annotated
 
 import msgspec
 
+from cloud.errors import AuditEntryError
 from edge_runtime.wire.names import Hex32, Name
 
 _CONTEXT = b"emberlora audit 1\0"
 _FOUND_CONTEXT = b"emberlora audit found 1\0"
 NOTHING = "00" * 32  # what entry 0 has in place of the digest before it
 Count = Annotated[int, msgspec.Meta(ge=0)]
-
-
-class AuditError(ValueError):
-    """A stored text is no entry of this version; whoever reads a store names the entry."""
 
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
@@ -144,14 +141,14 @@ def decode_entry(text: str) -> Entry:
     """Read an entry strictly.
 
     Raises:
-        AuditError: it is none of this version, or not written as :func:`encode_entry` writes it.
+        AuditEntryError: it is none of this version, or not written as :func:`encode_entry` writes it.
     """
     try:
         entry = _DECODER.decode(text)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise AuditError(f"is no entry that this version knows: {error}") from error
+        raise AuditEntryError(f"is no entry that this version knows: {error}") from error
     if encode_entry(entry) != text:
-        raise AuditError("is not written as entries are")
+        raise AuditEntryError("is not written as entries are")
     return entry
 
 
@@ -192,9 +189,6 @@ class Broken:
     number: int
     how: str
 
-    def __str__(self) -> str:
-        return f"entry {self.number}: {self.how}"
-
 
 def check_chain(links: Iterable[Link]) -> Broken | None:
     """Find the first entry that does not follow from those before it; None: all do.
@@ -221,11 +215,13 @@ def _defect(number: int, last: Link | None, link: Link) -> str | None:
         if follows:
             return "edited: its digest is not that of what it says"
         return "out of place: entries were reordered, removed or inserted here"
+    if not follows and last is None:
+        return "forged: the first entry follows another one"
     if not follows:
         return f"does not follow entry {number - 1}: that one was put there or edited, and its digest forged"
     try:
         first = isinstance(decode_entry(link.text), LogBegun | LogTakenUp)
-    except AuditError as error:
+    except AuditEntryError as error:
         return str(error)
     if first != (number == 0):
         return "forged: a log begins with its first entry, and only with it"

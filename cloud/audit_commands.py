@@ -62,8 +62,8 @@ def verify(config_path: Path, head: str | None, as_json: bool) -> None:
 def trace(digest: str, config_path: Path, as_json: bool) -> None:
     """Show which rounds, devices and sealed updates made an adapter; with --json an object a round.
 
-    DIGEST is the SHA-256 of an adapter as plans and `cloud status` name it, or of the adapter_model.safetensors that
-    is published. The log is verified first: when it is broken, the line says where, and the exit status is 1.
+    DIGEST is the SHA-256 of an adapter as plans and `cloud status --json` name it, or of the adapter_model.safetensors
+    that is published. The log is verified first: when it is broken, a line says where, and the exit status is 1.
 
     \b
     Example:

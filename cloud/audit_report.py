@@ -11,7 +11,7 @@ import msgspec
 from cloud import audit
 from cloud.config import Config
 from cloud.console import columns
-from cloud.errors import DataError, DataMissingError
+from cloud.errors import AuditEntryError, DataMissingError
 from cloud.kept import open_kept
 from cloud.publish import adapter_of_file
 from cloud.tracing import TracedRound
@@ -104,8 +104,8 @@ async def show(config: Config, wanted: Wanted, *, as_json: bool) -> list[str]:
 
     Raises:
         DataMissingError: the log holds no entry of this kind, device, round and time.
-        DataError: an entry cannot be read, or see :func:`cloud.kept.open_kept`.
-        BundleError: the same.
+        AuditEntryError: an entry cannot be read.
+        DataError, BundleError: see :func:`cloud.kept.open_kept`.
     """
     async with open_kept(config) as (database, _):
         audited = await database.call(database.audited)
@@ -147,8 +147,8 @@ def trace_lines(rounds: Sequence[TracedRound]) -> Iterator[str]:
     """Rounds and their updates for people; digests of updates in full."""
     updates = [update for round_ in rounds for update in round_.updates]
     devices = {update.device for update in updates}
-    began = "" if rounds else ": the task began with it"
-    yield f"{len(rounds)} rounds, {len(updates)} updates of {len(devices)} devices{began}"
+    began = "" if rounds else "; the task began with it"
+    yield f"rounds: {len(rounds)}, updates: {len(updates)}, devices: {len(devices)}{began}"
     for round_ in rounds:
         yield f"round {round_.round}: plan {_short(round_.plan)}, adapter {_short(round_.before)} to {round_.after}"
         yield from columns([(f"  {u.device}", f"weight {u.weight}", u.digest) for u in round_.updates])
@@ -157,8 +157,8 @@ def trace_lines(rounds: Sequence[TracedRound]) -> Iterator[str]:
 def _shown(link: audit.Link) -> ShownEntry:
     try:
         entry = audit.decode_entry(link.text)
-    except audit.AuditError as error:
-        raise DataError(f"audit log: entry {link.number}: {error}; see `emberlora cloud audit verify`") from error
+    except AuditEntryError as error:
+        raise AuditEntryError(f"audit log: entry {link.number}: {error}; see `emberlora cloud audit verify`") from error
     return ShownEntry(link.number, link.time_ms / 1000, entry, link.previous, link.digest)
 
 

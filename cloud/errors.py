@@ -6,7 +6,8 @@ CloudError
 │   ├── DataFullError       its disk is full (operator: make room; the server goes on by itself then)
 │   ├── DataLockedError     another server process uses it
 │   ├── DataSchemaError     written by another version, or for another task or bundle
-│   └── DataMissingError    a file or row it must hold is not there
+│   ├── DataMissingError    a file or row it must hold is not there
+│   └── AuditEntryError     a text in the audit log is no entry of this version
 └── ServerError             a command cannot do its work at the running server
     ├── ServerAbsentError   no server answers
     └── ServerRefusedError  the server answered no
@@ -39,6 +40,10 @@ class DataSchemaError(DataError):
 
 class DataMissingError(DataError):
     """A file or row that the data folder must hold is not there, or has other bytes."""
+
+
+class AuditEntryError(DataError):
+    """A text in the audit log is no entry of this version; whoever reads the log names the entry."""
 
 
 class ServerError(CloudError):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cloud import audit
 from cloud.audit import Broken, Link, check_chain, check_facts, follow
+from cloud.errors import AuditEntryError
 
 ONE, TWO = "11" * 32, "22" * 32
 DIGESTS = st.binary(min_size=32, max_size=32).map(bytes.hex)
@@ -104,7 +105,7 @@ def test_every_kind_has_golden_bytes() -> None:
     ],
 )
 def test_other_texts_are_no_entries(text: str) -> None:
-    with pytest.raises(audit.AuditError, match=r"is no entry|is not written"):
+    with pytest.raises(AuditEntryError, match=r"is no entry|is not written"):
         audit.decode_entry(text)
     first = chain()[0]
     link = forged(Link(1, 0, first.digest, "", text))
@@ -183,6 +184,8 @@ def test_a_log_begins_with_its_first_entry_and_only_with_it() -> None:
     stop = follow(None, now=0.0, entry=audit.StopAsked(0))
     assert check_chain([stop]) == Broken(0, "forged: a log begins with its first entry, and only with it")
     assert check_chain(chain(audit.LogBegun("tiny", ONE))).number == 1
+    later = forged(chain()[0], previous=TWO)
+    assert check_chain([later]) == Broken(0, "forged: the first entry follows another one")
     assert check_chain([]).how.startswith("missing: the log is empty")
 
 

@@ -29,8 +29,8 @@ async def rounds(site: Site, digest: str) -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-async def put(device: Device, signed: wire.SignedPlan) -> dict[str, object]:
-    frame = device.frame(signed, values_for(device.site, signed, 1))
+async def put(device: Device, signed: wire.SignedPlan, *, scale: float = 1.0) -> dict[str, object]:
+    frame = device.frame(signed, scale * values_for(device.site, signed, 1))
     receipt = wire.decode_message((await device.put(signed, device.seal(signed, frame))).body, wire.UpdateReceipt)
     return {"device": device.name, "digest": receipt.digest, "weight": 10}
 
@@ -70,6 +70,16 @@ async def test_every_adapter_is_traced_to_the_updates_before_it(site: Site, run:
     assert await rounds(site, plans[2].plan.adapter) == expected
 
 
+async def test_updates_that_moved_nothing_are_not_left_out(site: Site, session: aiohttp.ClientSession) -> None:
+    devices = [await site.device(session, name) for name in ("one", "two")]
+    first = await devices[0].plan()
+    sent = [await put(device, first, scale=0.0) for device in devices]
+    second = await devices[0].plan(after=0)
+    assert first.plan.adapter == second.plan.adapter
+    (round_,) = await rounds(site, first.plan.adapter)
+    assert round_["updates"] == sent
+
+
 async def test_the_published_file_is_traced(site: Site, run: tuple) -> None:
     plans, _ = run
     published = site.config.data_path / "published"
@@ -83,12 +93,12 @@ async def test_trace_for_people(site: Site, run: tuple) -> None:
     lines = (await trace(site, plans[1].plan.adapter)).stdout.splitlines()
     before, after = plans[0].plan.adapter, plans[1].plan.adapter
     assert lines == [
-        "1 rounds, 2 updates of 2 devices",
+        "rounds: 1, updates: 2, devices: 2",
         f"round 0: plan {plans[0].digest[:12]}, adapter {before[:12]} to {after}",
         f"  one  weight 10  {sent[0][0]['digest']}",
         f"  two  weight 10  {sent[0][1]['digest']}",
     ]
-    assert (await trace(site, before)).stdout == "0 rounds, 0 updates of 0 devices: the task began with it\n"
+    assert (await trace(site, before)).stdout == "rounds: 0, updates: 0, devices: 0; the task began with it\n"
 
 
 async def test_a_broken_log_traces_nothing(site: Site, run: tuple) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 import time
 from contextlib import closing
@@ -82,7 +83,8 @@ async def test_a_stopped_task_and_a_device_sent_away(site: Site, session: aiohtt
     one = await site.device(session, "one")
     signed = await one.plan()
     await one.put(signed, sealed(one, signed))
-    await site.server.aggregator.members.leave("one", by="operator")
+    operator = Device(site, session, "operator", site.operator_key())
+    assert (await operator.send("DELETE", resources.DEVICE.format(device="one"))).status == 204
     await site.operator.stop()
     await site.operator.stop()
     await site.close()
@@ -224,4 +226,7 @@ async def test_no_secret_is_in_the_log(site: Site, session: aiohttp.ClientSessio
     secrets += [token.secret, answer.token, *(record.round_key.hex() for record in kept.records)]
     assert len(secrets) == 6
     assert not [secret for secret in secrets if secret in text]
+    used = hashlib.sha256(bytes.fromhex(token.secret)).hexdigest()
+    tokens = [getattr(audit.decode_entry(link.text), "token", None) for link in log.links]
+    assert tokens == [None, None, used, used]
     assert one.key.public_key().public_bytes_raw().hex() in text
