@@ -208,7 +208,7 @@ def test_every_method_is_a_config_for_a_decoder(method: str, budget: str, quick:
     shared = {**workload.tables(sizes), "task": {"rounds": sizes.rounds}}
     text = config_text(METHODS[method], budget, bundle="b", seed=3, shared=shared, reference_bytes=8_000)
     config = parse_config(text.encode(), path=tmp_path / "emberlora.toml")
-    shares = {"small": 100, "large": 200, "deep": 533}  # an eightieth, a fortieth, a fifteenth
+    shares = {"small": 100, "large": 174, "deep": 533}  # an eightieth, a forty-sixth, a fifteenth
     assert config.annealing.bytes_per_device_per_round == shares.get(budget)
     assert (config.task.head_init, config.task.head) == ("bundle", "trained")  # neither is asked of a decoder
     assert (config.training.batch_size, config.training.max_tokens) == (4, 64)
