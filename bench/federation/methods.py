@@ -101,7 +101,7 @@ VARIED = "large"
 WITHOUT: Mapping[str, Mapping[str, Table]] = {
     "annealing": {"task": {"policy": "kill-revive"}},  # the end's budget at the start's temperature, all the time
     "depth": {"annealing": {"depth_start": 1.0, "depth_end": 1.0}},
-    "killing": {"task": {"policy": "anneal"}, "annealing": {"depth_start": 1.0, "depth_end": 1.0}},  # ranks fall alone
+    "killing": {"task": {"policy": "anneal"}},  # within the depth ranks fall in place of modules
     "reviving": {"annealing": {"temperature_start": 1e-9, "temperature_end": 1e-9}},
     "initiating": {"annealing": {"initiating_rounds": 0, "initiating_mu": 0.0}},
     "quantisation": {  # with the bytes that about as many values as the large budget's take in float32
