@@ -73,7 +73,8 @@ class Site:
     def cohort(self, round_: int) -> list[str]:
         """The devices of a training round, the same for every method."""
         rng = np.random.default_rng([self.setup.key.seed, 2, round_])
-        return sorted(rng.choice(self.fleet.names, size=self.setup.sizes.cohort, replace=False))
+        chosen = rng.choice(self.fleet.names, size=self.setup.sizes.cohort, replace=False)
+        return sorted(map(str, chosen))  # numpy has strings of its own, which JSON has not
 
     def texts(self, name: str) -> Texts:
         """Sizes of a device's data."""
