@@ -199,12 +199,14 @@ async def test_what_is_kept_never_travels(bert_bundle: Path, tmp_path: Path, tas
     for sealed in site.bodies.sealed:
         assert not [pattern for pattern in secret if pattern in sealed]
 
-    # What came down: no tensor of it is marked, let alone held, in any patch, and nothing was fetched whole.
+    # What came down: no component of it is marked, let alone held, in any patch, and nothing was fetched whole.
     assert len(site.bodies.patches) >= 2 * ROUNDS
     assert site.bodies.blobs == []
     manifest = bundle.manifest
     ranks = dict.fromkeys(manifest.module_names, manifest.r_max)
-    order = [name for name, _ in wire.adapter_layout(ranks, manifest.features, manifest.head_shapes).blocks]
+    blocks = wire.adapter_layout(ranks, manifest.features, manifest.head_shapes).blocks
+    sides = {name: shape[name.endswith("lora_b")] if len(shape) == 2 else 1 for name, shape in blocks}
+    order = [name for name, components in sides.items() for _ in range(components)]
     for data in site.bodies.patches:
         assert not [pattern for pattern in secret if pattern in data]
         marks = np.unpackbits(np.frombuffer(data, np.uint8, -(-len(order) // 8), 56), bitorder="little")
