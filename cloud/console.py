@@ -104,7 +104,8 @@ def status_view(status: TaskStatus, *, now: float) -> Table:
         view.add_row(_device_table(status.devices, now=now))
     if status.history:
         view.add_row(_round_table(status.history, metric=status.metric))
-    view.add_row(Text(f"audit log up to {status.audit_head}", overflow="fold"))
+    if status.audit_head:  # a server from before the log has none
+        view.add_row(Text(f"audit log up to {status.audit_head}", overflow="fold"))
     return view
 
 

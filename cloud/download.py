@@ -13,11 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from edge_runtime import wire
 from edge_runtime.bundle import Array, Bundle, Manifest, adapter_shapes, cut_ranks
-from edge_runtime.wire.components import component_axis, rounded, scale_count
+from edge_runtime.wire.components import component_axis, lying, rounded, scale_count
 from edge_runtime.wire.patch import OWN, PatchBits, change_of, component_counts
 
 KEPT_PATCHES = 4  # of one plan: from the round before, from the bundle, and from two others
@@ -76,15 +75,13 @@ def _publish(name: str, since: Since, old: Array, new: Array, *, round_: int, bi
     A component that is still the bundle's stays so to the bit. A tensor of another shape is new altogether: no device
     has one with the components that it keeps.
     """
-    count = scale_count(name, new.shape) or 1
-    dates = _dates(since, count) if old.shape == new.shape else (round_,) * count
-    if bits != 32:
-        coarse = rounded(name, new, bits)
-        own = [date == OWN and same for date, same in zip(dates, _same(name, old, new), strict=True)]
-        new = np.where(_lying(name, own, new), new, coarse)
-    if old.shape == new.shape:
-        same_now = _same(name, old, new)
-        dates = tuple(date if same else round_ for date, same in zip(dates, same_now, strict=True))
+    if old.shape != new.shape:
+        return new if bits == 32 else rounded(name, new, bits), round_
+    dates = _dates(since, scale_count(name, new.shape) or 1)
+    if bits != 32 and scale_count(name, new.shape):
+        own = np.array([date == OWN and same for date, same in zip(dates, _same(name, old, new), strict=True)])
+        new = np.where(lying(name, own), new, rounded(name, new, bits))
+    dates = tuple(date if same else round_ for date, same in zip(dates, _same(name, old, new), strict=True))
     return new, dates[0] if len(set(dates)) == 1 else dates
 
 
@@ -132,16 +129,8 @@ def _dates(since: Since, count: int) -> tuple[int, ...]:
 
 
 def _same(name: str, old: Array, new: Array) -> list[bool]:
-    """Which components are the same to the bit; none where the shape is another."""
-    if old.shape != new.shape:
-        return [False] * (scale_count(name, new.shape) or 1)
+    """Which components of two tensors of one shape are the same to the bit."""
     if not scale_count(name, new.shape):
         return [old.tobytes() == new.tobytes()]
     bits = [np.ascontiguousarray(array, np.float32).view(np.uint32) for array in (old, new)]
     return [bool(same) for same in (bits[0] == bits[1]).all(axis=1 - component_axis(name))]
-
-
-def _lying(name: str, flags: list[bool], values: Array) -> npt.NDArray[np.bool_]:
-    """A flag a component as they lie in a tensor, to be broadcast over it."""
-    found = np.array(flags)
-    return found[:, None] if scale_count(name, values.shape) and component_axis(name) == 0 else found

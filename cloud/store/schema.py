@@ -64,9 +64,7 @@ rounds = Table(
     Column("deadline", REAL, nullable=False),
     Column("evidence", Text, nullable=False),  # what the plan was made from, as JSON; see cloud.planning.Evidence
     Column("master", Text, nullable=False),  # digest of the adapter before it is rounded for devices
-    Column(
-        "changed", Text, nullable=False
-    ),  # a round for each tensor or its components, as JSON; see cloud.download.Since
+    Column("changed", Text, nullable=False),  # since when each tensor is as it is, as JSON; see cloud.download.Since
     Column("summary", Text),  # RoundStatus as JSON, of applied rounds
     sqlite_strict=True,
 )

@@ -11,7 +11,7 @@ bits, and what was restored gives the same codes and scales again.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from edge_runtime.wire.codes import Bits, largest_code
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from edge_runtime.wire.codes import Codes
 
     Values = npt.NDArray[np.float32]
+    Value = TypeVar("Value", bound=np.generic)
 
 SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: its products with codes are exact, and none divides by zero
 _KEPT = 0xFFFFFF00  # of a float32's 24 significant bits the first 16
@@ -69,12 +70,16 @@ def quantise(name: str, values: Values, bits: Bits) -> tuple[Codes, Values]:
     return codes, scales.ravel()
 
 
+def lying(name: str, values: npt.NDArray[Value]) -> npt.NDArray[Value]:
+    """A value a component of a matrix, shape (components,), in the shape that numpy spreads over the matrix."""
+    return values[:, None] if component_axis(name) == 0 else values[None, :]
+
+
 def restore(name: str, codes: Codes, scales: Values) -> Values:
     """The values that codes and scales stand for, float32."""
     import numpy as np
 
-    lying = scales[:, None] if component_axis(name) == 0 else scales[None, :]
-    return np.multiply(codes.astype(np.float32), lying, dtype=np.float32)
+    return np.multiply(codes.astype(np.float32), lying(name, scales), dtype=np.float32)
 
 
 def rounded(name: str, values: Values, bits: Bits) -> Values:
