@@ -15,11 +15,11 @@ named refusal and changes nothing. The rules:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from edge_runtime.wire import RoundClosedError, TaskFinishedError, UpdateConflictError, UpdateReceipt
+from edge_runtime.wire import RoundClosedError, TaskFinishedError, UpdateConflictError, UpdateReceipt, WireError
 
 Phase = Literal["open", "closed", "finished"]
 
@@ -129,6 +129,20 @@ def advance(state: TaskState, event: Event) -> TaskState:
     if isinstance(event, RoundApplied):
         return _apply(state, event.now)
     return _stop(state)
+
+
+def take(state: TaskState, receipts: Sequence[UpdateReceipt]) -> tuple[TaskState, list[bool | WireError]]:
+    """The state after updates that came one after the other; of each, whether it is new or why it is refused."""
+    found: list[bool | WireError] = []
+    for receipt in receipts:
+        try:
+            later = advance(state, UpdateArrived(receipt))
+        except WireError as error:
+            found.append(error)
+            continue
+        found.append(later is not state)
+        state = later
+    return state, found
 
 
 def _count(state: TaskState, receipt: UpdateReceipt) -> TaskState:

@@ -1,7 +1,8 @@
 """The aggregator: the thin shell around round state, planner, sum and store.
 
 One event loop owns it. What changes a round happens under one lock, in the order that makes a kill harmless: blob
-durable, row committed, sum added, answer sent. Hashing, opening and summing run in worker threads.
+durable, row committed, sum added, answer sent. Blobs are written side by side, before the lock; the rows of all that
+are durable by then are committed together. Hashing, opening and summing run in worker threads.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from cloud import events, planning
+from cloud.batching import GroupCommit
 from cloud.budgeting import with_budget
 from cloud.config import Config
 from cloud.download import PatchBook
@@ -31,10 +33,10 @@ from cloud.rounds import (
     StopAsked,
     TaskState,
     TimePassed,
-    UpdateArrived,
     advance,
     check_update,
     first_state,
+    take,
 )
 from cloud.store import OBJECTS, UPDATES, Blobs, Database, Identity, RoundRecord, UpdateRecord
 from cloud.work import RoundWork, open_stored, open_update, start_work
@@ -55,6 +57,18 @@ class Surroundings:
     report: events.Report
 
 
+@dataclass(frozen=True)
+class _Arrival:
+    """An update that has been opened and whose blob is durable."""
+
+    work: RoundWork
+    record: UpdateRecord
+    update: wire.Update
+
+
+Counted = tuple[wire.UpdateReceipt, bool]  # and whether it is new
+
+
 class Aggregator:
     """One task. :meth:`start` before use, :meth:`close` after; both on the loop that serves it."""
 
@@ -73,6 +87,7 @@ class Aggregator:
             config, bundle, keys, database=self._database, blobs=self._blobs, entropy=surroundings.entropy
         )
         self._lock = asyncio.Lock()
+        self._arrivals: GroupCommit[_Arrival, Counted] = GroupCommit(self._commit)
         self._changed = asyncio.Event()
         self._kick = asyncio.Event()
         self._closing = False
@@ -277,34 +292,32 @@ class Aggregator:
         # Shielded: a device that hangs up now must not leave a row without its share of the sum.
         return await asyncio.shield(asyncio.create_task(self._count(work, receipt, sealed, update)))
 
-    async def _count(
-        self, work: RoundWork, receipt: wire.UpdateReceipt, sealed: bytes, update: wire.Update
-    ) -> tuple[wire.UpdateReceipt, bool]:
+    async def _count(self, work: RoundWork, receipt: wire.UpdateReceipt, sealed: bytes, update: wire.Update) -> Counted:
+        # Of an update that is refused after all the blob stays until the round ends or the server starts again.
+        await asyncio.to_thread(self._blobs.put, UPDATES, sealed, receipt.digest)
+        record = UpdateRecord(receipt, len(sealed), self._clock(), update.metrics)
+        return await self._arrivals.add(_Arrival(work, record, update))
+
+    async def _commit(self, arrivals: Sequence[_Arrival]) -> Sequence[Counted | Exception]:
+        """Count updates, in the order in which they came, with one wait for the disk."""
+        receipts = [arrival.record.receipt for arrival in arrivals]
         async with self._lock:
-            state = advance(self._state, UpdateArrived(receipt))
-            if state is self._state:
-                return receipt, False
-            row = UpdateRecord(receipt, len(sealed), self._clock(), update.metrics)
-            await asyncio.to_thread(self._blobs.put, UPDATES, sealed)
-            await self._database.call(self._database.add_update, row)
-            await asyncio.to_thread(work.total.add, update)
+            before = len(self._state.counted)
+            state, found = take(self._state, receipts)
+            new = [arrival for arrival, outcome in zip(arrivals, found, strict=True) if outcome is True]
+            if new:
+                await self._database.call(self._database.add_updates, [arrival.record for arrival in new])
+                await asyncio.to_thread(_add_all, new)
             self._state = state
         if state.phase == "closed":
             self._kick.set()
-        self.members.saw(receipt.device)
-        self._report(
-            events.UpdateCounted(
-                round_=receipt.round,
-                device=receipt.device,
-                received=len(state.counted),
-                wanted=state.rules.devices_per_round,
-                weight=receipt.weight,
-                bytes=len(sealed),
-                loss_start=update.metrics.loss_start,
-                loss_end=update.metrics.loss_end,
-            )
-        )
-        return receipt, True
+        for received, arrival in enumerate(new, start=before + 1):
+            self.members.saw(arrival.record.receipt.device)
+            self._report(_counted_event(arrival.record, received, state.rules.devices_per_round))
+        return [
+            (receipt, outcome) if isinstance(outcome, bool) else outcome
+            for receipt, outcome in zip(receipts, found, strict=True)
+        ]
 
     # Operator
 
@@ -444,3 +457,21 @@ class Aggregator:
     def _check_task(self, task: str) -> None:
         if task != self.config.task.name:
             raise wire.NotFoundError(f"task {task[:80]!r}: not served here")
+
+
+def _add_all(arrivals: Sequence[_Arrival]) -> None:
+    for arrival in arrivals:
+        arrival.work.total.add(arrival.update)
+
+
+def _counted_event(record: UpdateRecord, received: int, wanted: int) -> events.UpdateCounted:
+    return events.UpdateCounted(
+        round_=record.receipt.round,
+        device=record.receipt.device,
+        received=received,
+        wanted=wanted,
+        weight=record.receipt.weight,
+        bytes=record.bytes,
+        loss_start=record.metrics.loss_start,
+        loss_end=record.metrics.loss_end,
+    )

@@ -46,14 +46,19 @@ class Blobs:
             raise DataMissingError(f"blob {digest[:80]!r}: not a digest")
         return self._folder / kind / digest
 
-    def put(self, kind: Kind, data: bytes) -> str:
+    def put(self, kind: Kind, data: bytes, digest: str | None = None) -> str:
         """Store bytes durably and return their digest; storing the same again is harmless.
+
+        Args:
+            kind: What they are.
+            data: The bytes.
+            digest: Theirs, where the caller has checked it already.
 
         Raises:
             DataFullError: the disk has no room for them.
             DataError: it does not take them for another reason.
         """
-        digest = hashlib.sha256(data).hexdigest()
+        digest = digest or hashlib.sha256(data).hexdigest()
         try:
             # obstore writes aside and renames; it does not sync, so that is done here, file first, then folder.
             obstore.put(self._store, f"{kind}/{digest}", data)

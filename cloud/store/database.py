@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -167,16 +167,11 @@ class Database:
 
     # Updates
 
-    def add_update(self, update: UpdateRecord) -> None:
-        """Count an update; its blob is durable already."""
-        row = msgspec.structs.asdict(update.receipt) | {
-            "bytes": update.bytes,
-            "received": update.received,
-            "metrics": msgspec.json.encode(update.metrics).decode(),
-        }
+    def add_updates(self, updates: Sequence[UpdateRecord]) -> None:
+        """Count updates, all of them or none; their blobs are durable already."""
         with self._engine.begin() as connection:
-            connection.execute(t.updates.insert().values(row))
-            log.append(connection, update.received, _counted(update.receipt))
+            connection.execute(t.updates.insert(), [_update_row(update) for update in updates])
+            log.append_all(connection, [(update.received, _counted(update.receipt)) for update in updates])
 
     def updates_of(self, round_: int) -> list[UpdateRecord]:
         """The counted updates of a round in the order they came."""
@@ -343,6 +338,14 @@ def _ending(connection: sa.Connection, round_: int, summary: RoundStatus | None)
         return audit.RoundApplied(round_, summary.devices, summary.weight, summary.adapter)
     counted = sa.select(sa.func.count()).select_from(t.updates).where(t.updates.c.round == round_)
     return audit.RoundDiscarded(round_, connection.scalar(counted) or 0)
+
+
+def _update_row(update: UpdateRecord) -> dict[str, Any]:
+    return msgspec.structs.asdict(update.receipt) | {
+        "bytes": update.bytes,
+        "received": update.received,
+        "metrics": msgspec.json.encode(update.metrics).decode(),
+    }
 
 
 def _counted(receipt: UpdateReceipt) -> audit.Entry:

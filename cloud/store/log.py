@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 import sqlalchemy as sa
@@ -37,8 +37,16 @@ def begin(connection: sa.Connection, now: float, *, task: str, bundle: str) -> N
 
 def append(connection: sa.Connection, now: float, entry: audit.Entry) -> None:
     """Write the next entry; ``now`` is Unix seconds."""
-    link = audit.follow(last_link(connection), now=now, entry=entry)
-    connection.execute(t.audit.insert().values(asdict(link)))
+    append_all(connection, [(now, entry)])
+
+
+def append_all(connection: sa.Connection, entries: Iterable[tuple[float, audit.Entry]]) -> None:
+    """Write the next entries in order, each with its Unix seconds."""
+    last, links = last_link(connection), list[audit.Link]()
+    for now, entry in entries:
+        last = audit.follow(last, now=now, entry=entry)
+        links.append(last)
+    connection.execute(t.audit.insert(), [asdict(link) for link in links])
 
 
 def append_refused(connection: sa.Connection, now: float, device: str, problem: str) -> None:

@@ -104,11 +104,11 @@ async def test_a_round_that_does_not_fit_is_applied_once_there_is_room(
     tried = asyncio.Event()
     real = Blobs.put
 
-    def put(self: Blobs, kind: Kind, data: bytes) -> str:
+    def put(self: Blobs, kind: Kind, data: bytes, digest: str | None = None) -> str:
         if kind == OBJECTS and not tried.is_set():
             disk.fill()  # between the last update and the adapter
         try:
-            return real(self, kind, data)
+            return real(self, kind, data, digest)
         except DataFullError:
             loop.call_soon_threadsafe(tried.set)
             raise

@@ -1,0 +1,1 @@
+"""Load on a real aggregator process: ``python -m bench.load``."""
