@@ -1,0 +1,239 @@
+"""An event loop with a clock of its own and no threads, and processes on it that die like processes.
+
+Time passes only when nothing else is left to do: then it jumps to the next timer. So a scenario of an hour takes as
+long as its work, the real code sleeps and waits as it always does, and the same seed gives the same order of events.
+
+What the code hands to threads (database, blobs, sums) runs here in the loop, in the order it was handed over; its
+answer comes back at once or some milliseconds later, drawn by the seed, so that tasks overtake each other.
+
+A :class:`Process` is a set of tasks and a folder. Killed, it leaves its files as they are at that instant and none of
+its tasks runs another line that anyone could see: no ``finally``, no rollback. It dies at *instants*, which have names:
+
+- ``before NAME`` and ``after NAME`` of every function that is handed to a thread, such as ``add_update``;
+- ``fsync``, ``replace`` and ``unlink``, before they happen;
+- ``sql TEXT``, before the database runs a statement that starts so; a transaction that is open is lost;
+- those that the simulation names itself, such as ``request upload``.
+
+What is not simulated: a power cut that tears a write or loses what was not synced, and a kill within one commit of
+SQLite. ``tests/crash`` kills real processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import errno
+import functools
+import os
+import random
+import stat
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+PROCESS: contextvars.ContextVar[Process | None] = contextvars.ContextVar("process", default=None)
+_DELAYS_S = (0.0, 0.0, 0.001, 0.004)
+
+
+class StuckError(Exception):
+    """No timer and no task is left, and the scenario has not ended."""
+
+
+class SimulatedLoop(asyncio.BaseEventLoop):
+    """Jumps over waiting; ``rng`` draws how long threads take to answer."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__()
+        self.errors: list[dict[str, Any]] = []
+        self._rng = rng
+        self._now = 0.0
+        self._burying = False
+        self._selector = self  # what BaseEventLoop waits with; it asks for select() only
+        self._kept: list[asyncio.Task[Any]] = []  # what is collected is closed, and that runs its code
+        self.set_task_factory(self._make_task)
+        self.set_exception_handler(lambda _, context: self.errors.append(context))
+
+    def time(self) -> float:
+        """Seconds since the scenario began."""
+        return self._now
+
+    def select(self, timeout: float | None) -> list[object]:
+        """Wait, which takes no time."""
+        if timeout is None:
+            raise StuckError("nothing is left to happen")
+        if timeout > 0:
+            self._now = max(self._now, self._scheduled[0].when())  # type: ignore[attr-defined]
+        return []
+
+    def _process_events(self, event_list: list[object]) -> None:
+        """There are none: no sockets."""
+
+    def _write_to_self(self) -> None:
+        """Nobody else's thread wakes this loop."""
+
+    def _make_task(self, loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
+        task = asyncio.Task(work, loop=loop, **options)
+        self._kept.append(task)
+        return task
+
+    def call_soon(self, callback: Callable[..., object], *args: Any, context: Any = None) -> asyncio.Handle:
+        """As ever, unless the process that it belongs to dies before."""
+        return super().call_soon(self._while_alive(callback, context), *args, context=context)
+
+    def call_at(self, when: float, callback: Callable[..., object], *args: Any, context: Any = None) -> Any:
+        """As ever, unless the process that it belongs to dies before."""
+        return super().call_at(when, self._while_alive(callback, context), *args, context=context)
+
+    def _while_alive(self, callback: Callable[..., object], context: Any) -> Callable[..., object]:
+        process = PROCESS.get() if context is None else context.get(PROCESS)
+        if process is None:
+            return callback
+
+        def call(*args: Any) -> None:
+            if self._burying or not process.dead:
+                callback(*args)
+
+        return call
+
+    def run_in_executor(self, executor: object, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+        """Run ``func`` in this thread, after what was handed over before."""
+        future: asyncio.Future[Any] = self.create_future()
+        process, name = PROCESS.get(), _name(func)
+
+        def work() -> None:
+            if process is not None:
+                process.instant(f"before {name}")
+            if process is not None and process.dead and not self._burying:
+                return
+            try:
+                settle: Callable[..., object] = functools.partial(future.set_result, func(*args))
+            except Exception as error:  # noqa: BLE001 - it is the caller's
+                settle = functools.partial(future.set_exception, error)
+            if process is not None:
+                process.instant(f"after {name}")
+            delay = self._rng.choice(_DELAYS_S)
+            self.call_later(delay, lambda: None if future.done() else settle())
+
+        self.call_soon(work)
+        return future
+
+    def bury(self) -> None:
+        """Let the tasks that are left unwind; nobody looks any more."""
+        self._burying = True
+        self.errors = []
+        for _ in range(20):
+            tasks = asyncio.all_tasks(self)
+            if not tasks:
+                break
+            for task in tasks:
+                task.cancel()
+            self.run_until_complete(asyncio.wait(tasks, timeout=1.0))
+        self.close()
+
+
+def _name(func: Callable[..., Any]) -> str:
+    """The name of what was really handed over."""
+    while isinstance(func, functools.partial):
+        # asyncio.to_thread hands over Context.run(function, …)
+        inner = func.args[0] if getattr(func.func, "__name__", "") == "run" else func.func
+        func = inner
+    return str(getattr(func, "__name__", type(func).__name__))
+
+
+class Process:
+    """Tasks that die together.
+
+    Args:
+        loop: Theirs.
+        name: For people.
+        on_kill: Called at the instant of death, to keep the files as they are.
+    """
+
+    def __init__(self, loop: SimulatedLoop, name: str, on_kill: Callable[[], None]) -> None:
+        self.name = name
+        self.dead = False
+        self.full = False  # whether its disk is
+        self.died: asyncio.Future[None] = loop.create_future()
+        self.tasks: list[asyncio.Task[Any]] = []
+        self._loop = loop
+        self._on_kill = on_kill
+        self._armed: tuple[str, int] | None = None
+        self._context = contextvars.copy_context()
+        self._context.run(PROCESS.set, self)
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Start a task of this process."""
+        task: asyncio.Task[Any] = self._context.copy().run(self._loop.create_task, work)
+        self.tasks.append(task)
+        return task
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function as this process does."""
+        return self._context.copy().run(function, *args)
+
+    def arm(self, at: str, nth: int) -> None:
+        """Die at the ``nth`` instant from now whose name starts with ``at``; at once if that is "now"."""
+        if at == "now":
+            self.kill()
+        else:
+            self._armed = (at, nth)
+
+    def disarm(self) -> None:
+        """Live on."""
+        self._armed = None
+
+    def instant(self, name: str) -> None:
+        """It may die here."""
+        if self._armed is None or self.dead or not name.startswith(self._armed[0]):
+            return
+        at, left = self._armed
+        self._armed = (at, left - 1)
+        if left <= 1:
+            self.kill()
+
+    def kill(self) -> None:
+        """``kill -9``."""
+        if not self.dead:
+            self._on_kill()
+            self.end()
+
+    def end(self) -> None:
+        """It is no more: none of its tasks goes on."""
+        self.dead = True
+        if not self.died.done():
+            self.died.set_result(None)
+
+
+@contextmanager
+def disk() -> Iterator[None]:
+    """Within this, what touches a disk is an instant of its process, and a file on a full disk cannot be synced."""
+    with (
+        mock.patch.object(os, "fsync", _fsync(os.fsync)),
+        mock.patch.object(Path, "replace", _instant("replace", Path.replace)),
+        mock.patch.object(Path, "unlink", _instant("unlink", Path.unlink)),
+    ):
+        yield
+
+
+def _fsync(real: Callable[[int], None]) -> Callable[[int], None]:
+    def fsync(descriptor: int) -> None:
+        process = PROCESS.get()
+        if process is not None:
+            process.instant("fsync")
+            if process.full and stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    return fsync
+
+
+def _instant(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    def call(path: Path, *args: Any, **kwargs: Any) -> Any:
+        process = PROCESS.get()
+        if process is not None:
+            process.instant(name)
+        return real(path, *args, **kwargs)
+
+    return call

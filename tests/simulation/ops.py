@@ -1,0 +1,268 @@
+"""What can happen in a scenario, as data. A list of these and a seed are a whole scenario.
+
+``then`` is how long the scenario waits after an operation, in seconds: 0 lets the next one come while this one is
+still under way. Operations that have nothing to act on (a device that is not there, a server that is down) do nothing,
+so that any list is a scenario and every part of one is, too: that is what shrinking needs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Literal
+
+SETTLE_S = 0.05
+Part = Literal["plan", "patch", "blob", "upload", "tell", "enrol", "leave"]  # of the traffic
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op:
+    """Base of all."""
+
+    then: float = SETTLE_S
+
+    def __repr__(self) -> str:
+        given = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return f"{type(self).__name__}({', '.join(given)})"
+
+
+@dataclass(frozen=True, repr=False)
+class Join(Op):
+    """The operator makes a token, if the device has none; the device enrols with it and starts."""
+
+    device: int
+
+
+@dataclass(frozen=True, repr=False)
+class Leave(Op):
+    """The device stops, tells the server that it leaves, and forgets who it was."""
+
+    device: int
+
+
+@dataclass(frozen=True, repr=False)
+class Train(Op):
+    """The training that the device has begun, or its next one, ends."""
+
+    device: int
+
+
+@dataclass(frozen=True, repr=False)
+class Upload(Op):
+    """The update that the device holds, or its next one, leaves; or tries to once more."""
+
+    device: int
+
+
+@dataclass(frozen=True, repr=False)
+class Forge(Op):
+    """The device's next training makes a bad update: NaN, weight 0, another plan's, too short, or not to be opened."""
+
+    device: int
+    how: Literal["nan", "weight", "plan", "short", "sealed"]
+
+
+@dataclass(frozen=True, repr=False)
+class Replay(Op):
+    """An upload that went over the network before goes once more; ``back`` 1 is the newest.
+
+    ``claims``: as that device's, signed by it.
+    """
+
+    back: int = 1
+    claims: int | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class OldPlan(Op):
+    """The device's next plan is the first one that the task had, as from an aggregator that was taken over."""
+
+    device: int
+
+
+@dataclass(frozen=True, repr=False)
+class Corrupt(Op):
+    """The device's next exchange of this part has a byte changed on its way."""
+
+    device: int
+    part: Part
+
+
+@dataclass(frozen=True, repr=False)
+class DropRequest(Op):
+    """The device's next request of this part never arrives."""
+
+    device: int
+    part: Part
+
+
+@dataclass(frozen=True, repr=False)
+class DropResponse(Op):
+    """The device's next request of this part is carried out, and its answer is lost."""
+
+    device: int
+    part: Part
+
+
+@dataclass(frozen=True, repr=False)
+class Delay(Op):
+    """The device gives its next request of this part up; it arrives ``seconds`` later all the same."""
+
+    device: int
+    part: Part
+    seconds: float = 2.0
+
+
+@dataclass(frozen=True, repr=False)
+class HangUp(Op):
+    """The device's next request of this part is broken off ``seconds`` after it arrived; its handler is cancelled."""
+
+    device: int
+    part: Part
+    seconds: float = 0.001
+
+
+@dataclass(frozen=True, repr=False)
+class KillServer(Op):
+    """``kill -9`` at the ``nth`` instant whose name starts so; see :mod:`tests.simulation.loop`."""
+
+    at: str = "now"
+    nth: int = 1
+
+
+@dataclass(frozen=True, repr=False)
+class StartServer(Op):
+    """The server starts on what is left of its folder."""
+
+
+@dataclass(frozen=True, repr=False)
+class CloseServer(Op):
+    """The server ends in good order."""
+
+
+@dataclass(frozen=True, repr=False)
+class KillDevice(Op):
+    """``kill -9`` at the ``nth`` instant whose name starts so."""
+
+    device: int
+    at: str = "now"
+    nth: int = 1
+
+
+@dataclass(frozen=True, repr=False)
+class StartDevice(Op):
+    """The device starts on what is left of its home."""
+
+    device: int
+
+
+@dataclass(frozen=True, repr=False)
+class FillDisk(Op):
+    """The server's disk, or a device's, has no room from now on."""
+
+    device: int | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class MakeRoom(Op):
+    """There is room again."""
+
+    device: int | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class Advance(Op):
+    """So many seconds pass."""
+
+    seconds: float = 1.0
+    then: float = 0.0
+
+
+@dataclass(frozen=True, repr=False)
+class StopTask(Op):
+    """The operator ends the task."""
+
+
+SERVER_INSTANTS = (
+    "now",
+    "fsync",
+    "before add_update",
+    "after add_update",
+    "before put",
+    "after put",
+    "before end_round",
+    "after end_round",
+    "after _tidy",
+    "before _publish",
+    "after _publish",
+    "after open_update",
+    "after add",
+    "after note",
+    "after move_deadline",
+    "after enrol",
+    "after add_token",
+    "before leave",
+    "after leave",
+    "after note_stop",
+    "before _sum_again",
+    "after begin_log",
+    "after open_round",
+    "after keep_only",
+    "replace",
+    "unlink",
+    "sql INSERT INTO updates",
+    "sql COMMIT",
+    "sql PRAGMA wal_checkpoint",
+    "",
+)
+DEVICE_INSTANTS = ("now", "fsync", "replace", "unlink", "request", "request upload", "response", "response upload", "")
+_PARTS: tuple[Part, ...] = ("plan", "patch", "blob", "upload", "upload", "upload", "tell", "enrol", "leave")
+
+
+def random_ops(rng: random.Random, devices: int) -> tuple[Op, ...]:
+    """Twelve to forty operations; the first of them make a fleet, so that there is something to go wrong."""
+    count = rng.randint(12, 40)
+    joined = rng.sample(range(devices), rng.randint(1, devices))
+    ops: list[Op] = [Join(device) for device in joined]
+    kinds, weights = zip(*_KINDS, strict=True)
+    while len(ops) < count:
+        make = rng.choices(kinds, weights)[0]
+        op = make(rng, rng.randrange(devices))
+        ops.append(op)
+    return tuple(ops)
+
+
+def _pause(rng: random.Random) -> float:
+    return rng.choice((0.0, 0.002, SETTLE_S, SETTLE_S, SETTLE_S))
+
+
+Maker = Callable[[random.Random, int], Op]
+_FORGED: tuple[Literal["nan", "weight", "plan", "short", "sealed"], ...] = ("nan", "weight", "plan", "short", "sealed")
+_KINDS: tuple[tuple[Maker, float], ...] = (
+    (lambda rng, d: Join(d, then=_pause(rng)), 4),
+    (lambda rng, d: Leave(d, then=_pause(rng)), 2),
+    (lambda rng, d: Train(d, then=_pause(rng)), 16),
+    (lambda rng, d: Upload(d, then=_pause(rng)), 16),
+    (lambda rng, d: Forge(d, rng.choice(_FORGED)), 1.5),
+    (lambda rng, d: Replay(rng.randint(1, 4), rng.choice((None, None, d)), then=_pause(rng)), 4),
+    (lambda rng, d: OldPlan(d), 1.5),
+    (lambda rng, d: Corrupt(d, rng.choice(_PARTS)), 3),
+    (lambda rng, d: DropRequest(d, rng.choice(_PARTS)), 3),
+    (lambda rng, d: DropResponse(d, rng.choice(_PARTS)), 4),
+    (lambda rng, d: Delay(d, rng.choice(_PARTS), rng.choice((0.01, 1.0, 15.0))), 3),
+    (lambda rng, d: HangUp(d, rng.choice(_PARTS), rng.choice((0.0, 0.001, 0.003, 0.008))), 2),
+    (lambda rng, _: KillServer(rng.choice(SERVER_INSTANTS), rng.randint(1, 4), then=_pause(rng)), 6),
+    (lambda rng, _: StartServer(then=_pause(rng)), 7),
+    (lambda rng, _: CloseServer(then=_pause(rng)), 1),
+    (lambda rng, d: KillDevice(d, rng.choice(DEVICE_INSTANTS), rng.randint(1, 8), then=_pause(rng)), 6),
+    (lambda rng, d: StartDevice(d, then=_pause(rng)), 7),
+    (lambda rng, d: FillDisk(rng.choice((None, None, d)), then=_pause(rng)), 3),
+    (lambda rng, d: MakeRoom(rng.choice((None, None, d)), then=_pause(rng)), 4),
+    (lambda rng, _: Advance(rng.choice((0.01, 0.3, 1.0, 1.0, 3.0, 12.0, 30.0))), 10),
+    (lambda rng, _: StopTask(then=_pause(rng)), 0.4),
+)
