@@ -35,9 +35,9 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
-WEIGHTS = (1, 2, 3, 5, 8)  # of device 0, 1, …
+WEIGHTS = (1, 2, 3, 8)  # of device 0, 1, …
 WEIGHT_CAP = 6
-FIRST_MODULE = "layer.0.q"  # of the tiny bundle, whose two factors have room for five devices
+FIRST_MODULE = "layer.0.q"  # of the tiny bundle, whose two factors have room for more devices
 
 
 class BrokenError(Exception):

@@ -188,81 +188,118 @@ class StopTask(Op):
     """The operator ends the task."""
 
 
+@dataclass(frozen=True, repr=False)
+class Work(Op):
+    """:class:`Train` and :class:`Upload` in one."""
+
+    device: int
+
+
 SERVER_INSTANTS = (
     "now",
+    "",
     "fsync",
-    "before add_update",
-    "after add_update",
+    "replace",
+    "unlink",
+    "sql COMMIT",
+    "sql INSERT INTO updates",
+    "sql INSERT INTO audit",
+    "sql PRAGMA wal_checkpoint",
+    "after open_update",
     "before put",
     "after put",
+    "before add_update",
+    "after add_update",
+    "after add",
     "before end_round",
     "after end_round",
     "after _tidy",
-    "before _publish",
     "after _publish",
-    "after open_update",
-    "after add",
-    "after note",
     "after move_deadline",
-    "after enrol",
-    "after add_token",
-    "before leave",
-    "after leave",
+    "after note",
     "after note_stop",
+    "after enrol",
+    "after leave",
     "before _sum_again",
-    "after begin_log",
-    "after open_round",
     "after keep_only",
+)
+DEVICE_INSTANTS = (
+    "now",
+    "",
+    "fsync",
     "replace",
     "unlink",
-    "sql INSERT INTO updates",
-    "sql COMMIT",
-    "sql PRAGMA wal_checkpoint",
-    "",
+    "request upload",
+    "response upload",
+    "request patch",
+    "response",
 )
-DEVICE_INSTANTS = ("now", "fsync", "replace", "unlink", "request", "request upload", "response", "response upload", "")
 _PARTS: tuple[Part, ...] = ("plan", "patch", "blob", "upload", "upload", "upload", "tell", "enrol", "leave")
+_FORGED: tuple[Literal["nan", "weight", "plan", "short", "sealed"], ...] = ("nan", "weight", "plan", "short", "sealed")
+Story = Callable[[random.Random, int], tuple[Op, ...]]
 
 
 def random_ops(rng: random.Random, devices: int) -> tuple[Op, ...]:
-    """Twelve to forty operations; the first of them make a fleet, so that there is something to go wrong."""
-    count = rng.randint(12, 40)
-    joined = rng.sample(range(devices), rng.randint(1, devices))
-    ops: list[Op] = [Join(device) for device in joined]
-    kinds, weights = zip(*_KINDS, strict=True)
+    """Twelve to thirty operations: a fleet joins, then one short story follows another and some lose a part."""
+    count, joined = rng.randint(12, 30), rng.sample(range(devices), rng.randint(1, devices))
+    ops: list[Op] = [Join(device, then=_pause(rng)) for device in joined]
+    stories, weights = zip(*_STORIES, strict=True)
     while len(ops) < count:
-        make = rng.choices(kinds, weights)[0]
-        op = make(rng, rng.randrange(devices))
-        ops.append(op)
+        device = rng.choice(joined) if rng.random() < 0.9 else rng.randrange(devices)
+        story = rng.choices(stories, weights)[0](rng, device)
+        ops += [op for op in story if rng.random() < 0.9]
     return tuple(ops)
 
 
 def _pause(rng: random.Random) -> float:
-    return rng.choice((0.0, 0.002, SETTLE_S, SETTLE_S, SETTLE_S))
+    return rng.choice((0.0, 0.002, 0.01, SETTLE_S, SETTLE_S))
 
 
-Maker = Callable[[random.Random, int], Op]
-_FORGED: tuple[Literal["nan", "weight", "plan", "short", "sealed"], ...] = ("nan", "weight", "plan", "short", "sealed")
-_KINDS: tuple[tuple[Maker, float], ...] = (
-    (lambda rng, d: Join(d, then=_pause(rng)), 4),
-    (lambda rng, d: Leave(d, then=_pause(rng)), 2),
-    (lambda rng, d: Train(d, then=_pause(rng)), 16),
-    (lambda rng, d: Upload(d, then=_pause(rng)), 16),
-    (lambda rng, d: Forge(d, rng.choice(_FORGED)), 1.5),
-    (lambda rng, d: Replay(rng.randint(1, 4), rng.choice((None, None, d)), then=_pause(rng)), 4),
-    (lambda rng, d: OldPlan(d), 1.5),
-    (lambda rng, d: Corrupt(d, rng.choice(_PARTS)), 3),
-    (lambda rng, d: DropRequest(d, rng.choice(_PARTS)), 3),
-    (lambda rng, d: DropResponse(d, rng.choice(_PARTS)), 4),
-    (lambda rng, d: Delay(d, rng.choice(_PARTS), rng.choice((0.01, 1.0, 15.0))), 3),
-    (lambda rng, d: HangUp(d, rng.choice(_PARTS), rng.choice((0.0, 0.001, 0.003, 0.008))), 2),
-    (lambda rng, _: KillServer(rng.choice(SERVER_INSTANTS), rng.randint(1, 4), then=_pause(rng)), 6),
-    (lambda rng, _: StartServer(then=_pause(rng)), 7),
-    (lambda rng, _: CloseServer(then=_pause(rng)), 1),
-    (lambda rng, d: KillDevice(d, rng.choice(DEVICE_INSTANTS), rng.randint(1, 8), then=_pause(rng)), 6),
-    (lambda rng, d: StartDevice(d, then=_pause(rng)), 7),
-    (lambda rng, d: FillDisk(rng.choice((None, None, d)), then=_pause(rng)), 3),
-    (lambda rng, d: MakeRoom(rng.choice((None, None, d)), then=_pause(rng)), 4),
-    (lambda rng, _: Advance(rng.choice((0.01, 0.3, 1.0, 1.0, 3.0, 12.0, 30.0))), 10),
-    (lambda rng, _: StopTask(then=_pause(rng)), 0.4),
+def _work(rng: random.Random, device: int) -> tuple[Op, ...]:
+    return (Work(device, then=_pause(rng)),) if rng.random() < 0.7 else (Train(device), Upload(device))
+
+
+def _fault(rng: random.Random, device: int) -> tuple[Op, ...]:
+    part = rng.choice(_PARTS)
+    faults: tuple[Op, ...] = (
+        Corrupt(device, part),
+        DropRequest(device, part),
+        DropResponse(device, part),
+        Delay(device, part, rng.choice((0.01, 1.0, 15.0))),
+        HangUp(device, part, rng.choice((0.0, 0.001, 0.003, 0.008))),
+    )
+    return (rng.choice(faults), *_work(rng, device))
+
+
+def _kill_server(rng: random.Random, device: int) -> tuple[Op, ...]:
+    kill = KillServer(rng.choice(SERVER_INSTANTS), rng.choice((1, 1, 2, 5)), then=_pause(rng))
+    return (kill, *_work(rng, device), StartServer(then=_pause(rng)))
+
+
+def _kill_device(rng: random.Random, device: int) -> tuple[Op, ...]:
+    kill = KillDevice(device, rng.choice(DEVICE_INSTANTS), rng.choice((1, 2, 3, 5, 8, 13)), then=_pause(rng))
+    return (kill, *_work(rng, device), StartDevice(device, then=_pause(rng)))
+
+
+def _fill(rng: random.Random, device: int) -> tuple[Op, ...]:
+    whose = rng.choice((None, None, device))
+    return (FillDisk(whose, then=_pause(rng)), *_work(rng, device), Advance(1.0), MakeRoom(whose), StartDevice(device))
+
+
+_STORIES: tuple[tuple[Story, float], ...] = (
+    (_work, 12),
+    (_fault, 8),
+    (_kill_server, 6),
+    (_kill_device, 6),
+    (_fill, 2),
+    (lambda rng, d: (Replay(rng.randint(1, 4), rng.choice((None, None, d)), then=_pause(rng)),), 4),
+    (lambda rng, d: (Forge(d, rng.choice(_FORGED)), *_work(rng, d)), 2),
+    (lambda rng, d: (OldPlan(d),), 1.5),
+    (lambda rng, d: (Join(d, then=_pause(rng)),), 2),
+    (lambda rng, d: (Leave(d, then=_pause(rng)), Join(d, then=_pause(rng))), 2),
+    (lambda rng, _: (StartServer(),), 2),
+    (lambda rng, _: (CloseServer(then=_pause(rng)), StartServer()), 1),
+    (lambda rng, d: (StartDevice(d),), 2),
+    (lambda rng, _: (Advance(rng.choice((0.01, 0.3, 1.0, 1.0, 3.0, 8.0, 30.0))),), 8),
+    (lambda rng, _: (StopTask(then=_pause(rng)),), 0.3),
 )

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import msgspec
 from safetensors.numpy import load_file
 
 from cloud.config import parse_config
 from cloud.init import init_folder
 from cloud.keys import KEYS_FOLDER, load_keys
+from cloud.store import Database, Identity
 from edge_runtime.device import capability
 from edge_runtime.wire import Capability, WireError
 from tests.cloud.cloud_fleet import make_bundle
@@ -28,14 +30,14 @@ from tests.simulation.link import Network
 from tests.simulation.loop import SimulatedLoop, disk
 from tests.simulation.server import Server, ServerDownError, Task
 
-DEVICES = len(WEIGHTS)
+DEVICES = len(WEIGHTS)  # at most
 NEEDED = 2  # devices a round
 _HEAL_S, _HEAL_STEPS = 5.0, 120
 _CONFIG = f"""
 [task]
 name = "tiny"
 bundle = "../bundle"
-rounds = 3
+rounds = 2
 devices_per_round = {NEEDED}
 min_devices = 1
 round_deadline_s = 20
@@ -51,11 +53,20 @@ def room() -> Path | None:
 
 
 def make_task(folder: Path) -> Task:
-    """What all scenarios share, in ``folder``."""
+    """What all scenarios share, in ``folder``; a server finds a folder whose database has its tables."""
     bundle = make_bundle(folder / "bundle", task="lm")
     path = init_folder(folder / "site", bundle=bundle.folder, task="tiny", force=False)
     config = parse_config(_CONFIG.encode(), path=path)
+    database = Database(config.data_path / "emberlora.sqlite3")
+    database.open(Identity(config.task.name, bundle.digest))
+    asyncio.run(database.close())
     return Task(config, bundle, load_keys(config.data_path / KEYS_FOLDER), config.data_path)
+
+
+def _ruled(task: Task, seed: int) -> Task:
+    """The task with two rounds or, seldom, three, which a device may have to close with others or may alone."""
+    rules = msgspec.structs.replace(task.config.task, rounds=3 if seed % 4 == 3 else 2, min_devices=1 + seed % 2)
+    return replace(task, config=msgspec.structs.replace(task.config, task=rules))
 
 
 class World:
@@ -95,15 +106,18 @@ class World:
             device.training.open_up()
             device.uploading.open_up()
         for step in range(_HEAL_STEPS):
-            await self._help(join=step == 0)
+            await self._help(more=step // 8)
             if await self._finished():
                 break
             await asyncio.sleep(_HEAL_S)
             self.check()
         demand(await self._finished(), f"8: not finished after {_HEAL_S * _HEAL_STEPS:.0f} s: {self._where()}")
 
-    async def _help(self, *, join: bool) -> None:
-        """What people do: start what is down, have those who left and do not know it leave, find devices."""
+    async def _help(self, *, more: int) -> None:
+        """What people do: start what is down, have those who left and do not know it leave, find enough devices.
+
+        ``more`` of these than a round needs: one that was refused in the open round cannot help to close it.
+        """
         for process in (self.server.process, *(device.process for device in self.devices)):
             if process is not None:
                 process.disarm()
@@ -112,7 +126,7 @@ class World:
             if device.name in self.network.left:
                 await device.leave()
         for device in self.devices:
-            if join and sum(one.enrolled for one in self.devices) < NEEDED:
+            if sum(one.enrolled for one in self.devices) < NEEDED + more:
                 await device.join()
             if not device.home.state().finished:
                 await device.start()
@@ -189,12 +203,15 @@ async def _act(world: World, op: o.Op) -> None:
         world.devices[op.device].training.let()
     elif isinstance(op, o.Upload):
         world.devices[op.device].uploading.let()
+    elif isinstance(op, o.Work):
+        world.devices[op.device].training.let()
+        world.devices[op.device].uploading.let()
     elif isinstance(op, o.Forge):
         world.devices[op.device].forge = op.how
 
 
 _PERFORM: dict[type[o.Op], Callable[[World, Any], Awaitable[None]]] = {
-    **dict.fromkeys((o.Join, o.Leave, o.StartDevice, o.Train, o.Upload, o.Forge), _act),
+    **dict.fromkeys((o.Join, o.Leave, o.StartDevice, o.Train, o.Upload, o.Work, o.Forge), _act),
     **dict.fromkeys((o.Corrupt, o.DropRequest, o.DropResponse, o.Delay, o.HangUp, o.OldPlan), _set_weather),
     o.FillDisk: _fill,
     o.MakeRoom: _fill,
@@ -225,7 +242,7 @@ def run(task: Task, ops: Sequence[o.Op], *, seed: int = 0) -> World:
     folder = Path(tempfile.mkdtemp(dir=room(), prefix="emberlora-simulation-"))
     try:
         with disk(), machine:
-            world = World(task, folder, loop, rng)
+            world = World(_ruled(task, seed), folder, loop, rng)
             try:
                 loop.run_until_complete(world.run(ops))
                 demand(not loop.errors, f"13: {loop.errors}")
