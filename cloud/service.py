@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from cloud.config import Config
 from cloud.download import PatchBook
 from cloud.errors import CloudError, DataError
 from cloud.keys import Keys
-from cloud.making import RoundMaker
+from cloud.making import MadeRound, RoundMaker
 from cloud.members import Members
 from cloud.metrics import METRIC_NAMES, summarise
 from cloud.publish import PUBLISHED, publish
@@ -35,6 +35,7 @@ from cloud.rounds import (
     advance,
     check_update,
     first_state,
+    resumed_state,
 )
 from cloud.store import OBJECTS, UPDATES, Blobs, Database, Identity, RoundRecord, UpdateRecord
 from cloud.work import RoundWork, open_stored, open_update, start_work
@@ -84,6 +85,8 @@ class Aggregator:
         self._work: RoundWork | None = None
         self._history: tuple[wire.RoundStatus, ...] = ()
         self._previous_adapter: str | None = None
+        # What is left to do of a round that is final; nothing that follows waits for it.
+        self._leftover: Callable[[], Awaitable[None]] | None = None
 
     # Life
 
@@ -104,6 +107,7 @@ class Aggregator:
                 await self._begin()
             else:
                 await self._resume(record)
+            self._leftover = self._destroy_keys  # a kill may have come before it
         except BaseException:  # whatever stopped the start, the database's thread must end with it
             await self._database.close()
             raise
@@ -139,11 +143,14 @@ class Aggregator:
         finished = record.state == "finished"
         counted = {} if finished else {update.receipt.device: update.receipt for update in updates}
         rules = planning.round_rules(self.config, record.round)
-        state = TaskState(rules, record.round, "finished" if finished else "open", record.deadline, counted)
-        self._enter(state, record)
         # The config may have changed; the open round has room for as many devices as its plan said.
-        room = min(rules.devices_per_round, self._signed.plan.update.max_devices)
-        self._state = replace(state, rules=replace(rules, devices_per_round=room))
+        plan = wire.open_plan(record.plan, self._keys.plan.public_key()).plan
+        rules = replace(rules, devices_per_round=min(rules.devices_per_round, plan.update.max_devices))
+        if finished:
+            state = TaskState(rules, record.round, "finished", record.deadline)
+        else:
+            state = resumed_state(rules, round_=record.round, deadline=record.deadline, counted=counted)
+        self._enter(state, record)
         published = await asyncio.to_thread(self._maker.published, record)
         await asyncio.to_thread(self._maker.check, record)
         work = self._work
@@ -369,6 +376,8 @@ class Aggregator:
             try:
                 await self.tick()
                 await self.members.flush()
+                async with self._lock:
+                    await self._make_up()
                 said = ""
             except Exception as error:  # noqa: BLE001 - rounds must go on after any fault; it is reported, and retried
                 if str(error) != said:  # once, not twice a second
@@ -402,10 +411,10 @@ class Aggregator:
         await self._database.call(
             self._database.end_round, ended.round, summary=summary, new=new.record, adapter=new.digest
         )
+        self._leftover = functools.partial(self._tidy_up, ended.adapter, new)
         try:
-            await asyncio.to_thread(self._tidy, {ended.adapter, new.digest, new.record.master})
-            await asyncio.to_thread(self._publish, new.published, new.digest)
-        except CloudError as error:  # the round is final all the same; the next one, or a restart, makes up for it
+            await self._make_up()
+        except CloudError as error:  # the round is final all the same, and the next tick tries again
             self._report(events.WorkFailed(f"after round {ended.round}", str(error)))
         self._enter(state, new.record)
         self._previous_adapter = ended.adapter
@@ -428,6 +437,25 @@ class Aggregator:
         self._patches = PatchBook(functools.partial(self._maker.patch, record))
         self._changed.set()
         self._changed = asyncio.Event()
+
+    async def _make_up(self) -> None:
+        """Do what is left to do of a round that is final; the caller holds the lock.
+
+        Raises:
+            DataError: the disk does not take it; it is still left to do then.
+        """
+        if self._leftover is not None:
+            await self._leftover()
+            self._leftover = None
+
+    async def _tidy_up(self, ended: str, new: MadeRound) -> None:
+        """What follows a round whose plan named the adapter ``ended``."""
+        await self._destroy_keys()
+        await asyncio.to_thread(self._tidy, {ended, new.digest, new.record.master})
+        await asyncio.to_thread(self._publish, new.published, new.digest)
+
+    async def _destroy_keys(self) -> None:
+        await self._database.call(self._database.destroy_keys)
 
     def _tidy(self, adapters: set[str]) -> None:
         self._blobs.keep_only(UPDATES, set())

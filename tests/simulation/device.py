@@ -78,13 +78,11 @@ class InProcessInspector:
 class Actor:
     """One device, over all its processes and enrolments."""
 
-    def __init__(
-        self, number: int, folder: Path, network: Network, *, loop: SimulatedLoop, rng: random.Random
-    ) -> None:
+    def __init__(self, number: int, folder: Path, network: Network, *, loop: SimulatedLoop, rng: random.Random) -> None:
         self.number, self.name = number, f"device-{number}"
         self.training, self.uploading = Gate(), Gate()
         self.forge: str = ""
-        self.full = False
+        self.full = self.was_full = False
         self.process: Process | None = None
         self.home = Home(folder / f"{self.name}.0")
         self.weather = Weather()
@@ -171,7 +169,7 @@ class Actor:
         try:
             await Device(self.home, Link(self._network, self, process), tools, options).run()
         except OSError as error:
-            if not (error.errno == errno.ENOSPC and self.full):
+            if not (error.errno == errno.ENOSPC and self.was_full):
                 self._surprise(error)
         except Exception as error:  # noqa: BLE001 - whatever it is, the scenario looks for it
             self._surprise(error)
@@ -193,8 +191,9 @@ class Actor:
     def fill(self, full: bool) -> None:
         """Let the disk be full, or have room again."""
         self.full = full
+        self.was_full |= full
         if self.process is not None:
-            self.process.full = full
+            self.process.fill(full)
 
     def _keep_files(self) -> None:
         number = int(self.home.folder.suffix[1:]) + 1

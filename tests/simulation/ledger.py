@@ -220,5 +220,3 @@ def _compare(found: Mapping[str, Array], expected: Mapping[str, Array], what: st
         if not np.array_equal(found[name], array):
             at = np.argwhere(found[name] != array)[0]
             raise BrokenError(f"{what} {name}{at.tolist()}: {found[name][tuple(at)]}, expected {array[tuple(at)]}")
-
-

@@ -108,9 +108,7 @@ async def _take_update(aggregator: Aggregator, sent: Sent) -> UpdateReceipt:
     found = hashlib.sha256(sent.data).hexdigest()
     if found != sent.digest:
         raise UpdateDigestError(f"body: expected digest {sent.digest[:12]}, got {found[:12]}")
-    receipt, new = await aggregator.submit(
-        sent.device, round_=sent.round, digest=sent.digest, sealed=sent.data
-    )
+    receipt, new = await aggregator.submit(sent.device, round_=sent.round, digest=sent.digest, sealed=sent.data)
     if new:
         aggregator.members.arrived(sent.device, sent.round, 0.002)
     return receipt

@@ -26,9 +26,11 @@ import errno
 import functools
 import os
 import random
+import sqlite3
 import stat
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -50,6 +52,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self._rng = rng
         self._now = 0.0
         self._burying = False
+        self._frozen: list[Callable[[], object]] = []  # what dead processes would have done next
         self._selector = self  # what BaseEventLoop waits with; it asks for select() only
         self._kept: list[asyncio.Task[Any]] = []  # what is collected is closed, and that runs its code
         self.set_task_factory(self._make_task)
@@ -94,6 +97,8 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         def call(*args: Any) -> None:
             if self._burying or not process.dead:
                 callback(*args)
+            else:
+                self._frozen.append(functools.partial(contextvars.copy_context().run, callback, *args))
 
         return call
 
@@ -129,6 +134,9 @@ class SimulatedLoop(asyncio.BaseEventLoop):
                 break
             for task in tasks:
                 task.cancel()
+            for step in self._frozen:  # a task that has never begun only ends by beginning
+                self.call_soon(step)
+            self._frozen = []
             self.run_until_complete(asyncio.wait(tasks, timeout=1.0))
         self.close()
 
@@ -140,6 +148,13 @@ def _name(func: Callable[..., Any]) -> str:
         inner = func.args[0] if getattr(func.func, "__name__", "") == "run" else func.func
         func = inner
     return str(getattr(func, "__name__", type(func).__name__))
+
+
+@dataclass
+class _Armed:
+    at: str
+    left: int  # instants
+    action: Callable[[], None]
 
 
 class Process:
@@ -155,13 +170,20 @@ class Process:
         self.name = name
         self.dead = False
         self.full = False  # whether its disk is
+        self.connection: Connection | None = None  # to its database
         self.died: asyncio.Future[None] = loop.create_future()
         self.tasks: list[asyncio.Task[Any]] = []
         self._loop = loop
         self._on_kill = on_kill
-        self._armed: tuple[str, int] | None = None
+        self._armed: list[_Armed] = []
         self._context = contextvars.copy_context()
         self._context.run(PROCESS.set, self)
+
+    def fill(self, full: bool) -> None:
+        """Let its disk be full, or have room again."""
+        self.full = full
+        if self.connection is not None and not self.dead:
+            self.connection.limit(full)
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Start a task of this process."""
@@ -173,25 +195,26 @@ class Process:
         """Call a function as this process does."""
         return self._context.copy().run(function, *args)
 
-    def arm(self, at: str, nth: int) -> None:
-        """Die at the ``nth`` instant from now whose name starts with ``at``; at once if that is "now"."""
+    def arm(self, at: str, nth: int, action: Callable[[], None]) -> None:
+        """Do something at the ``nth`` instant from now whose name starts with ``at``; at once if that is "now"."""
         if at == "now":
-            self.kill()
+            action()
         else:
-            self._armed = (at, nth)
+            self._armed.append(_Armed(at, nth, action))
 
     def disarm(self) -> None:
         """Live on."""
-        self._armed = None
+        self._armed = []
 
     def instant(self, name: str) -> None:
-        """It may die here."""
-        if self._armed is None or self.dead or not name.startswith(self._armed[0]):
+        """Something may happen here."""
+        if self.dead:
             return
-        at, left = self._armed
-        self._armed = (at, left - 1)
-        if left <= 1:
-            self.kill()
+        for armed in [armed for armed in self._armed if name.startswith(armed.at)]:
+            armed.left -= 1
+            if not armed.left:
+                self._armed.remove(armed)
+                armed.action()
 
     def kill(self) -> None:
         """``kill -9``."""
@@ -206,10 +229,50 @@ class Process:
             self.died.set_result(None)
 
 
+class Connection(sqlite3.Connection):
+    """A database's connection; its statements are instants of the process that made it.
+
+    On a full disk the database may not grow, and its write-ahead log cannot be emptied: both do happen to real ones.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.process = PROCESS.get()
+        if self.process is not None:
+            self.process.connection = self
+            self.limit(self.process.full)
+
+    def limit(self, full: bool) -> None:
+        """Take all room away, or give it back. SQLite never goes below the pages that it has."""
+        super().execute(f"PRAGMA max_page_count={1 if full else 1 << 30}")
+
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        """A cursor that tells its statements."""
+        return super().cursor(_Cursor)
+
+    def commit(self) -> None:
+        """The driver's own statement."""
+        if self.process is not None:
+            self.process.instant("sql COMMIT")
+        super().commit()
+
+
+class _Cursor(sqlite3.Cursor):
+    def execute(self, sql: str, *args: Any) -> sqlite3.Cursor:
+        process = self.connection.process
+        if process is not None:
+            process.instant(f"sql {sql}")
+            if process.full and sql.startswith("PRAGMA wal_checkpoint"):
+                raise sqlite3.OperationalError("database or disk is full")
+        return super().execute(sql, *args)
+
+
 @contextmanager
 def disk() -> Iterator[None]:
     """Within this, what touches a disk is an instant of its process, and a file on a full disk cannot be synced."""
+    connect = functools.partial(sqlite3.connect, factory=Connection)
     with (
+        mock.patch.object(sqlite3.dbapi2, "connect", connect),
         mock.patch.object(os, "fsync", _fsync(os.fsync)),
         mock.patch.object(Path, "replace", _instant("replace", Path.replace)),
         mock.patch.object(Path, "unlink", _instant("unlink", Path.unlink)),

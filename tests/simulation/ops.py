@@ -163,9 +163,11 @@ class StartDevice(Op):
 
 @dataclass(frozen=True, repr=False)
 class FillDisk(Op):
-    """The server's disk, or a device's, has no room from now on."""
+    """The server's disk, or a device's, has no room from the ``nth`` such instant on."""
 
     device: int | None = None
+    at: str = "now"
+    nth: int = 1
 
 
 @dataclass(frozen=True, repr=False)
@@ -197,7 +199,7 @@ class Work(Op):
 
 SERVER_INSTANTS = (
     "now",
-    "",
+    "now",
     "fsync",
     "replace",
     "unlink",
@@ -225,7 +227,7 @@ SERVER_INSTANTS = (
 )
 DEVICE_INSTANTS = (
     "now",
-    "",
+    "now",
     "fsync",
     "replace",
     "unlink",
@@ -271,19 +273,25 @@ def _fault(rng: random.Random, device: int) -> tuple[Op, ...]:
     return (rng.choice(faults), *_work(rng, device))
 
 
+def _instant(rng: random.Random, names: tuple[str, ...]) -> tuple[str, int]:
+    """When something happens: at a named instant, or at any of the next ones."""
+    return ("", rng.randint(1, 60)) if rng.random() < 0.5 else (rng.choice(names), rng.choice((1, 1, 2, 3, 8)))
+
+
 def _kill_server(rng: random.Random, device: int) -> tuple[Op, ...]:
-    kill = KillServer(rng.choice(SERVER_INSTANTS), rng.choice((1, 1, 2, 5)), then=_pause(rng))
+    kill = KillServer(*_instant(rng, SERVER_INSTANTS), then=_pause(rng))
     return (kill, *_work(rng, device), StartServer(then=_pause(rng)))
 
 
 def _kill_device(rng: random.Random, device: int) -> tuple[Op, ...]:
-    kill = KillDevice(device, rng.choice(DEVICE_INSTANTS), rng.choice((1, 2, 3, 5, 8, 13)), then=_pause(rng))
+    kill = KillDevice(device, *_instant(rng, DEVICE_INSTANTS), then=_pause(rng))
     return (kill, *_work(rng, device), StartDevice(device, then=_pause(rng)))
 
 
 def _fill(rng: random.Random, device: int) -> tuple[Op, ...]:
-    whose = rng.choice((None, None, device))
-    return (FillDisk(whose, then=_pause(rng)), *_work(rng, device), Advance(1.0), MakeRoom(whose), StartDevice(device))
+    whose, names = rng.choice(((None, SERVER_INSTANTS), (None, SERVER_INSTANTS), (device, DEVICE_INSTANTS)))
+    fill = FillDisk(whose, *_instant(rng, names), then=_pause(rng))
+    return (fill, *_work(rng, device), Advance(1.0), MakeRoom(whose), StartDevice(device), StartServer())
 
 
 _STORIES: tuple[tuple[Story, float], ...] = (

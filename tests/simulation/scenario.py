@@ -80,6 +80,10 @@ class World:
         self.network = Network(self.server, self.ledger)
         self.devices = [Actor(number, folder, self.network, loop=loop, rng=rng) for number in range(DEVICES)]
 
+    def place(self, device: int | None) -> Server | Actor:
+        """A device, or else the server."""
+        return self.server if device is None else self.devices[device]
+
     async def run(self, ops: Sequence[o.Op]) -> None:
         """Carry out the operations, then heal, and check all the time."""
         await self.server.start()
@@ -99,6 +103,9 @@ class World:
 
     async def heal(self) -> None:
         """End all faults, and wait until the task is finished everywhere."""
+        for place in (self.server, *self.devices):
+            if place.process is not None:
+                place.process.disarm()
         self.server.fill(False)
         for device in self.devices:
             device.fill(False)
@@ -111,6 +118,7 @@ class World:
                 break
             await asyncio.sleep(_HEAL_S)
             self.check()
+        await asyncio.sleep(_HEAL_S)  # what could not be written before is
         demand(await self._finished(), f"8: not finished after {_HEAL_S * _HEAL_STEPS:.0f} s: {self._where()}")
 
     async def _help(self, *, more: int) -> None:
@@ -118,9 +126,6 @@ class World:
 
         ``more`` of these than a round needs: one that was refused in the open round cannot help to close it.
         """
-        for process in (self.server.process, *(device.process for device in self.devices)):
-            if process is not None:
-                process.disarm()
         await self.server.start()
         for device in self.devices:
             if device.name in self.network.left:
@@ -168,20 +173,22 @@ async def _stop_task(world: World, _op: o.StopTask) -> None:
         await world.server.call(lambda aggregator: aggregator.stop())
 
 
-async def _kill_server(world: World, op: o.KillServer) -> None:
-    if world.server.process is not None:
-        world.server.process.arm(op.at, op.nth)
-
-
-async def _kill_device(world: World, op: o.KillDevice) -> None:
-    process = world.devices[op.device].process
+async def _kill(world: World, op: o.KillServer | o.KillDevice) -> None:
+    process = world.place(op.device if isinstance(op, o.KillDevice) else None).process
     if process is not None:
-        process.arm(op.at, op.nth)
+        process.arm(op.at, op.nth, process.kill)
 
 
-async def _fill(world: World, op: o.FillDisk | o.MakeRoom) -> None:
-    place = world.server if op.device is None else world.devices[op.device]
-    place.fill(isinstance(op, o.FillDisk))
+async def _fill(world: World, op: o.FillDisk) -> None:
+    place = world.place(op.device)
+    if place.process is None or op.at == "now":
+        place.fill(True)
+    else:
+        place.process.arm(op.at, op.nth, lambda: place.fill(True))
+
+
+async def _make_room(world: World, op: o.MakeRoom) -> None:
+    world.place(op.device).fill(False)
 
 
 async def _set_weather(world: World, op: o.Op) -> None:
@@ -214,9 +221,9 @@ _PERFORM: dict[type[o.Op], Callable[[World, Any], Awaitable[None]]] = {
     **dict.fromkeys((o.Join, o.Leave, o.StartDevice, o.Train, o.Upload, o.Work, o.Forge), _act),
     **dict.fromkeys((o.Corrupt, o.DropRequest, o.DropResponse, o.Delay, o.HangUp, o.OldPlan), _set_weather),
     o.FillDisk: _fill,
-    o.MakeRoom: _fill,
-    o.KillServer: _kill_server,
-    o.KillDevice: _kill_device,
+    o.MakeRoom: _make_room,
+    o.KillServer: _kill,
+    o.KillDevice: _kill,
     o.StartServer: lambda world, _: world.server.start(),
     o.CloseServer: lambda world, _: world.server.close(),
     o.Replay: _replay,
@@ -238,7 +245,7 @@ def run(task: Task, ops: Sequence[o.Op], *, seed: int = 0) -> World:
     """
     rng = random.Random(seed)
     loop = SimulatedLoop(rng)
-    machine = mock.patch.object(capability, "machine", lambda *_: _MACHINE)
+    machine = mock.patch.object(capability, "machine", return_value=_MACHINE)  # else it depends on what runs beside it
     folder = Path(tempfile.mkdtemp(dir=room(), prefix="emberlora-simulation-"))
     try:
         with disk(), machine:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import sqlalchemy as sa
 from safetensors.numpy import load_file
 
 from cloud import audit, events
@@ -24,9 +23,9 @@ from tests.simulation.ledger import Array, Ledger, Round, Row, demand
 from tests.simulation.loop import Process, SimulatedLoop
 
 START = 1_700_000_000.0  # Unix time at which every scenario begins
+_SHUTDOWN_S = 10
 _ROWS = "SELECT round, device, digest, weight FROM updates"
 _ROUNDS = "SELECT round, state, round_key FROM rounds ORDER BY round"
-_UNLIMITED = 1 << 30  # pages
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,9 @@ class Server:
         self.process: Process | None = None
         self.folder = folder / "server.0"
         self._task, self._parent, self._loop, self._rng, self._ledger = task, folder, loop, rng, ledger
-        self._full = False
-        self._made: list[Aggregator] = []  # kept until the end, dead or not
+        self._full = self._was_full = False  # an error of a full disk may be told when there is room again
+        self.processes: list[Process] = []
+        self._requests: set[asyncio.Task[Any]] = set()  # that run
         shutil.copytree(task.folder, self.folder)
 
     @property
@@ -80,54 +80,48 @@ class Server:
         """Start on the folder, if it does not run; a full disk may forbid that."""
         if self.process is not None and not self.process.dead:
             return
+        self._requests = set()
         self.process = process = Process(self._loop, "server", self._keep_files)
         process.full = self._full
         surroundings = Surroundings(self.clock, self._rng.randbytes, self._report)
         self.aggregator = None
-        aggregator = process.run(self._make, surroundings)
-        self._made.append(aggregator)
+        task = self._task
+        aggregator = process.run(
+            lambda: Aggregator(task.config, task.bundle, keys=task.keys, folder=self.folder, surroundings=surroundings)
+        )
+        self.processes.append(process)
         start = process.spawn(aggregator.start())
         await asyncio.wait({start, process.died}, return_when=asyncio.FIRST_COMPLETED)
         if process.dead:
             return
         if start.exception() is not None:
             error = start.exception()
-            if not (isinstance(error, DataFullError) and self._full):
+            if not (isinstance(error, DataFullError) and self._was_full):
                 self._ledger.surprises.append(f"the server does not start: {error!r}")
             process.end()
             return
         self.aggregator = aggregator
 
-    def _make(self, surroundings: Surroundings) -> Aggregator:
-        task = self._task
-        aggregator = Aggregator(
-            task.config, task.bundle, keys=task.keys, folder=self.folder, surroundings=surroundings
-        )
-        # The one private name that is used here: there is no other way to a database's limit and statements.
-        sa.event.listen(aggregator._database._engine, "connect", self._on_connect)
-        return aggregator
-
-    def _on_connect(self, connection: Any, _record: object) -> None:
-        process = self.process
-        assert process is not None, "a process connects"
-        connection.set_trace_callback(lambda text: process.instant(f"sql {text}"))
-        self._limit(connection)
-
-    def _limit(self, connection: Any) -> None:
-        """A full disk: the database may not grow. SQLite never goes below the pages that it has."""
-        connection.execute(f"PRAGMA max_page_count={1 if self._full else _UNLIMITED}")
-
     async def close(self) -> None:
-        """End in good order."""
-        if self.up:
-            assert self.aggregator is not None, "it is up"
-            assert self.process is not None, "it is up"
-            process, closing = self.process, self.process.spawn(self.aggregator.close())
-            self.aggregator = None
-            await asyncio.wait({closing, process.died}, return_when=asyncio.FIRST_COMPLETED)
-            if not process.dead:
-                closing.result()
-                process.end()
+        """End in good order, as :class:`cloud.http.server.Server` does: requests that run are finished."""
+        if not self.up:
+            return
+        assert self.aggregator is not None, "it is up"
+        assert self.process is not None, "it is up"
+        process, aggregator = self.process, self.aggregator
+        self.aggregator = None
+
+        async def end() -> None:
+            aggregator.drain()
+            if self._requests:
+                await asyncio.wait(self._requests, timeout=_SHUTDOWN_S)
+            await aggregator.close()
+
+        ending = process.spawn(end())
+        await asyncio.wait({ending, process.died}, return_when=asyncio.FIRST_COMPLETED)
+        if not process.dead:
+            ending.result()
+            process.end()
 
     def _keep_files(self) -> None:
         """The folder as it is at this instant is what the next process finds; this one's is out of sight."""
@@ -140,21 +134,19 @@ class Server:
     def fill(self, full: bool) -> None:
         """Let the disk be full, or have room again."""
         self._full = full
+        self._was_full |= full
         if self.process is not None:
-            self.process.full = full
-        if self.up:
-            self._limit(self._connection())
+            self.process.fill(full)
 
     def bury(self) -> None:
         """Close what dead processes left open."""
-        for aggregator in self._made:
-            aggregator._database._engine.dispose()
+        for process in self.processes:
+            if process.connection is not None:
+                process.connection.close()
 
     # Requests
 
-    async def call(
-        self, make: Callable[[Aggregator], Coroutine[Any, Any, Any]], *, cut_s: float | None = None
-    ) -> Any:
+    async def call(self, make: Callable[[Aggregator], Coroutine[Any, Any, Any]], *, cut_s: float | None = None) -> Any:
         """Carry out a request in the server's process, as its HTTP handlers do.
 
         Args:
@@ -171,6 +163,8 @@ class Server:
         assert self.process is not None, "it is up"
         process, aggregator = self.process, self.aggregator
         task = process.spawn(self._answer(make, aggregator))
+        self._requests.add(task)
+        task.add_done_callback(self._requests.discard)
         await asyncio.wait({task, process.died}, return_when=asyncio.FIRST_COMPLETED, timeout=cut_s)
         if not task.done():
             task.cancel()
@@ -187,7 +181,7 @@ class Server:
         except WireError as error:
             return error
         except DataFullError:
-            demand(self._full, "13: the server says that its disk is full, which it is not")
+            demand(self._was_full, "13: the server says that its disk is full, which it is not")
             return StorageFullError("the aggregator's disk is full, nothing of this was kept; try again later")
         except CloudError as error:
             self._surprise(f"a request: {error!r}", error)
@@ -197,39 +191,38 @@ class Server:
             return UnavailableError("the aggregator failed; try again later")
 
     def _surprise(self, text: str, error: CloudError) -> None:
-        if not (self._full and isinstance(error, DataError)):
+        if not (self._was_full and isinstance(error, DataError)):
             self._ledger.surprises.append(text)
 
     def _report(self, event: events.Event) -> None:
-        if isinstance(event, events.WorkFailed) and not self._full:
+        if isinstance(event, events.WorkFailed) and not self._was_full:
             self._ledger.surprises.append(f"{event.what}: {event.detail}")
 
     # What is there
 
     def check(self) -> None:
         """Check the database, and that what the aggregator has in memory agrees with it."""
-        if not self.up:
+        if not self.up or self.process is None or self.process.connection is None:
             return
-        connection = self._connection()
+        # Between two steps of the loop no transaction is open on it.
+        connection = self.process.connection
         rows = [Row(*row) for row in connection.execute(_ROWS)]
         self._ledger.check(rows, [Round(*row) for row in connection.execute(_ROUNDS)])
 
     def check_audit(self) -> None:
         """Check the audit log as ``emberlora cloud audit verify`` does."""
         assert self.aggregator is not None, "it is up"
-        found = self.aggregator._database.audited()
+        found = self.aggregator._database.audited()  # there is no other way to it while the server runs
         broken = audit.check_chain(found.links) or audit.check_facts(found.links, found.facts)
         demand(broken is None, f"11: {broken}")
 
     def published(self) -> dict[str, Array]:
         """The adapter that the operator may take, by our names."""
         tensors = load_file(self.folder / "published" / "adapter_model.safetensors")
-        return {
-            name.removeprefix("base_model.model.").removesuffix(".weight").replace("lora_A", "lora_a").replace("lora_B", "lora_b"): array
-            for name, array in tensors.items()
-        }
-
-    def _connection(self) -> Any:
-        """The database's one connection; between two steps of the loop no transaction is open on it."""
-        assert self.aggregator is not None, "it is up"
-        return self.aggregator._database._engine.raw_connection().driver_connection
+        renamed = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}
+        found = {}
+        for name, array in tensors.items():
+            for theirs, ours in renamed.items():
+                if name.endswith(theirs):
+                    found[name.removeprefix("base_model.model.").removesuffix(theirs) + ours] = array
+        return found
