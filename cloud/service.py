@@ -451,14 +451,16 @@ class Aggregator:
     async def _tidy_up(self, ended: str, new: MadeRound) -> None:
         """What follows a round whose plan named the adapter ``ended``."""
         await self._destroy_keys()
-        await asyncio.to_thread(self._tidy, {ended, new.digest, new.record.master})
+        # The next round may have begun to count by the time this is done.
+        counted = {one.digest for one in self._state.counted.values() if one.round >= new.record.round}
+        await asyncio.to_thread(self._tidy, counted, {ended, new.digest, new.record.master})
         await asyncio.to_thread(self._publish, new.published, new.digest)
 
     async def _destroy_keys(self) -> None:
         await self._database.call(self._database.destroy_keys)
 
-    def _tidy(self, adapters: set[str]) -> None:
-        self._blobs.keep_only(UPDATES, set())
+    def _tidy(self, updates: set[str], adapters: set[str]) -> None:
+        self._blobs.keep_only(UPDATES, updates)
         self._blobs.keep_only(OBJECTS, adapters)
 
     def _publish(self, tensors: dict[str, Array], digest: str) -> None:

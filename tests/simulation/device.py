@@ -28,7 +28,7 @@ from edge_runtime.wire import LocalMetrics, SignedPlan, Update, encode_update, o
 from tests.simulation.ledger import WEIGHTS, Ledger, Seen
 from tests.simulation.link import Link, Network, Weather
 from tests.simulation.loop import Process, SimulatedLoop
-from tests.simulation.server import ServerDownError
+from tests.simulation.server import START, ServerDownError
 
 _WAIT_S = 20  # a held poll
 _BACKOFF_CAP_S = 8.0
@@ -81,6 +81,7 @@ class Actor:
     def __init__(self, number: int, folder: Path, network: Network, *, loop: SimulatedLoop, rng: random.Random) -> None:
         self.number, self.name = number, f"device-{number}"
         self.training, self.uploading = Gate(), Gate()
+        self.enrolled = False  # as its identity says
         self.forge: str = ""
         self.full = self.was_full = False
         self.process: Process | None = None
@@ -89,18 +90,13 @@ class Actor:
         self._parent, self._network, self._loop, self._rng = folder, network, loop, rng
         self._token: wire.Token | None = None
         self._inspector = InProcessInspector()
-        self._host = Host(clock=network.server.clock, entropy=rng.randbytes, rng=rng)
+        self.skew_s = 0.0
+        self._host = Host(clock=lambda: START + loop.time() + self.skew_s, entropy=rng.randbytes, rng=rng)
 
     @property
     def up(self) -> bool:
         """Whether its process runs."""
         return self.process is not None and not self.process.dead
-
-    @property
-    def enrolled(self) -> bool:
-        """Whether it thinks that it is a device of the task."""
-        identity = self.home.stored_identity()
-        return identity is not None and identity.enrolled
 
     # Life
 
@@ -127,6 +123,7 @@ class Actor:
             self.home.save_identity(
                 Identity(identity.server, self.name, identity.private_key, enrolled.task, enrolled.plan_key)
             )
+            self.enrolled = True
             self._network.left.discard(self.name)
             self._link_bundle()
             await self.start()
@@ -151,6 +148,7 @@ class Actor:
         except (TransportError, wire.WireError):
             return  # its user tries again
         self.home.forget()
+        self.enrolled = False
         self._network.ledger.device_rounds.pop(self.number, None)
 
     async def start(self) -> None:

@@ -22,6 +22,7 @@ After healing, when faults have ended, disks have room and everything runs:
 11. *Audit.* The chain of the log is whole and says what the database says.
 12. *Nothing is left.* No sealed update of a final round lies in the folder, and no private round key in any file of it.
 13. *No surprise.* Server and devices raised nothing but the errors that they name.
+14. *The operator is told so*, by ``cloud status``, also after one more restart.
 """
 
 from __future__ import annotations

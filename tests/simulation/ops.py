@@ -186,6 +186,14 @@ class Advance(Op):
 
 
 @dataclass(frozen=True, repr=False)
+class SetClock(Op):
+    """The server's clock, or a device's, is so many seconds off from now on; time passes all the same."""
+
+    seconds: float
+    device: int | None = None
+
+
+@dataclass(frozen=True, repr=False)
 class StopTask(Op):
     """The operator ends the task."""
 
@@ -242,8 +250,8 @@ Story = Callable[[random.Random, int], tuple[Op, ...]]
 
 
 def random_ops(rng: random.Random, devices: int) -> tuple[Op, ...]:
-    """Twelve to thirty operations: a fleet joins, then one short story follows another and some lose a part."""
-    count, joined = rng.randint(12, 30), rng.sample(range(devices), rng.randint(1, devices))
+    """Twelve to some thirty operations: a fleet joins, then one short story follows another and some lose a part."""
+    count, joined = rng.randint(12, 26), rng.sample(range(devices), rng.randint(1, devices))
     ops: list[Op] = [Join(device, then=_pause(rng)) for device in joined]
     stories, weights = zip(*_STORIES, strict=True)
     while len(ops) < count:
@@ -297,8 +305,8 @@ def _fill(rng: random.Random, device: int) -> tuple[Op, ...]:
 _STORIES: tuple[tuple[Story, float], ...] = (
     (_work, 12),
     (_fault, 8),
-    (_kill_server, 6),
-    (_kill_device, 6),
+    (_kill_server, 9),
+    (_kill_device, 9),
     (_fill, 2),
     (lambda rng, d: (Replay(rng.randint(1, 4), rng.choice((None, None, d)), then=_pause(rng)),), 4),
     (lambda rng, d: (Forge(d, rng.choice(_FORGED)), *_work(rng, d)), 2),
@@ -309,5 +317,6 @@ _STORIES: tuple[tuple[Story, float], ...] = (
     (lambda rng, _: (CloseServer(then=_pause(rng)), StartServer()), 1),
     (lambda rng, d: (StartDevice(d),), 2),
     (lambda rng, _: (Advance(rng.choice((0.01, 0.3, 1.0, 1.0, 3.0, 8.0, 30.0))),), 8),
+    (lambda rng, d: (SetClock(rng.choice((-3600.0, -5.0, 5.0, 3600.0)), rng.choice((None, d))),), 1.5),
     (lambda rng, _: (StopTask(then=_pause(rng)),), 0.3),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import shutil
 from collections.abc import Callable, Coroutine
@@ -24,6 +25,7 @@ from tests.simulation.loop import Process, SimulatedLoop
 
 START = 1_700_000_000.0  # Unix time at which every scenario begins
 _SHUTDOWN_S = 10
+_FIRST: dict[str, Any] = {}
 _ROWS = "SELECT round, device, digest, weight FROM updates"
 _ROUNDS = "SELECT round, state, round_key FROM rounds ORDER BY round"
 
@@ -36,6 +38,14 @@ class Task:
     bundle: Bundle
     keys: Keys
     folder: Path  # what a server's data folder begins as
+
+
+def _share_compiled(engine: Any) -> None:
+    """Let all engines compile a statement once: that is a tenth of the time. The names are private, and only speed
+    depends on them."""
+    first = _FIRST.setdefault("engine", engine)
+    engine.dialect = engine.pool._dialect = first.dialect
+    engine._compiled_cache = first._compiled_cache
 
 
 class ServerDownError(Exception):
@@ -52,6 +62,7 @@ class Server:
         self._task, self._parent, self._loop, self._rng, self._ledger = task, folder, loop, rng, ledger
         self._full = self._was_full = False  # an error of a full disk may be told when there is room again
         self.processes: list[Process] = []
+        self.skew_s = 0.0
         self._requests: set[asyncio.Task[Any]] = set()  # that run
         shutil.copytree(task.folder, self.folder)
 
@@ -61,8 +72,8 @@ class Server:
         return self.aggregator is not None and self.process is not None and not self.process.dead
 
     def clock(self) -> float:
-        """Unix seconds."""
-        return START + self._loop.time()
+        """Unix seconds, as its host says."""
+        return START + self._loop.time() + self.skew_s
 
     @property
     def bundle(self) -> Bundle:
@@ -86,9 +97,9 @@ class Server:
         surroundings = Surroundings(self.clock, self._rng.randbytes, self._report)
         self.aggregator = None
         task = self._task
-        aggregator = process.run(
-            lambda: Aggregator(task.config, task.bundle, keys=task.keys, folder=self.folder, surroundings=surroundings)
-        )
+        make = functools.partial(Aggregator, keys=task.keys, folder=self.folder, surroundings=surroundings)
+        aggregator = process.run(make, task.config, task.bundle)
+        _share_compiled(aggregator._database._engine)
         self.processes.append(process)
         start = process.spawn(aggregator.start())
         await asyncio.wait({start, process.died}, return_when=asyncio.FIRST_COMPLETED)
