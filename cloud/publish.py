@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cloud.errors import DataError, DataMissingError
+from cloud.store.space import write_error
 from edge_runtime.bundle import Array, Manifest, write_peft_folder
 
 PUBLISHED = "published"
@@ -19,7 +20,8 @@ def publish(data: Path, manifest: Manifest, tensors: Mapping[str, Array], *, dig
     """Write the adapter and let ``published`` point at it; the one before is kept for readers, older ones go.
 
     Raises:
-        DataError: the disk does not take it.
+        DataFullError: the disk has no room for it.
+        DataError: it does not take it for another reason.
     """
     link = data / PUBLISHED
     folder = data / _FOLDER / digest
@@ -35,7 +37,7 @@ def publish(data: Path, manifest: Manifest, tensors: Mapping[str, Array], *, dig
                 if old.name not in (digest, before):
                     shutil.rmtree(old)
     except OSError as error:
-        raise DataError(f"{link}: the adapter cannot be published: {error.strerror}") from error
+        raise write_error(f"{link}: the adapter cannot be published", error) from error
     return link
 
 

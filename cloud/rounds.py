@@ -80,6 +80,14 @@ def first_state(rules: RoundRules, *, now: float) -> TaskState:
     return TaskState(rules=rules, round=0, phase="open", deadline=now + rules.round_deadline_s)
 
 
+def resumed_state(
+    rules: RoundRules, *, round_: int, deadline: float, counted: Mapping[str, UpdateReceipt]
+) -> TaskState:
+    """A round that was open when the server ended; one that was full by then is closed, and takes no other update."""
+    phase: Phase = "closed" if len(counted) >= rules.devices_per_round else "open"
+    return TaskState(rules=rules, round=round_, phase=phase, deadline=deadline, counted=counted)
+
+
 def check_update(state: TaskState, *, device: str, round_: int, digest: str) -> UpdateReceipt | None:
     """Say before an update is read whether it could count.
 
@@ -156,8 +164,6 @@ def _count(state: TaskState, receipt: UpdateReceipt) -> TaskState:
 def _pass_time(state: TaskState, now: float) -> TaskState:
     if state.phase != "open":
         return state
-    if len(state.counted) >= state.rules.devices_per_round:
-        return replace(state, phase="closed")  # after a restart: full, and not yet applied
     if now < state.deadline:
         return state
     if len(state.counted) >= state.rules.min_devices:

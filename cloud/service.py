@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,13 +18,13 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from cloud import events, planning
-from cloud.batching import GroupCommit
+from cloud.arriving import Arrival, Arrivals, Counted
 from cloud.budgeting import with_budget
 from cloud.config import Config
 from cloud.download import PatchBook
 from cloud.errors import CloudError, DataError
 from cloud.keys import Keys
-from cloud.making import RoundMaker
+from cloud.making import MadeRound, RoundMaker
 from cloud.members import Members
 from cloud.metrics import METRIC_NAMES, summarise
 from cloud.publish import PUBLISHED, publish
@@ -36,6 +36,7 @@ from cloud.rounds import (
     advance,
     check_update,
     first_state,
+    resumed_state,
     take,
 )
 from cloud.store import OBJECTS, UPDATES, Blobs, Database, Identity, RoundRecord, UpdateRecord
@@ -57,18 +58,6 @@ class Surroundings:
     report: events.Report
 
 
-@dataclass(frozen=True)
-class _Arrival:
-    """An update that has been opened and whose blob is durable."""
-
-    work: RoundWork
-    record: UpdateRecord
-    update: wire.Update
-
-
-Counted = tuple[wire.UpdateReceipt, bool]  # and whether it is new
-
-
 class Aggregator:
     """One task. :meth:`start` before use, :meth:`close` after; both on the loop that serves it."""
 
@@ -87,7 +76,7 @@ class Aggregator:
             config, bundle, keys, database=self._database, blobs=self._blobs, entropy=surroundings.entropy
         )
         self._lock = asyncio.Lock()
-        self._arrivals: GroupCommit[_Arrival, Counted] = GroupCommit(self._commit)
+        self._arrivals = Arrivals(self._blobs, self._commit, counts=self._counts)
         self._changed = asyncio.Event()
         self._kick = asyncio.Event()
         self._closing = False
@@ -99,6 +88,8 @@ class Aggregator:
         self._work: RoundWork | None = None
         self._history: tuple[wire.RoundStatus, ...] = ()
         self._previous_adapter: str | None = None
+        # What is left to do of a round that is final; nothing that follows waits for it.
+        self._leftover: Callable[[], Awaitable[None]] | None = None
 
     # Life
 
@@ -119,6 +110,7 @@ class Aggregator:
                 await self._begin()
             else:
                 await self._resume(record)
+            self._leftover = self._destroy_keys  # a kill may have come before it
         except BaseException:  # whatever stopped the start, the database's thread must end with it
             await self._database.close()
             raise
@@ -154,11 +146,14 @@ class Aggregator:
         finished = record.state == "finished"
         counted = {} if finished else {update.receipt.device: update.receipt for update in updates}
         rules = planning.round_rules(self.config, record.round)
-        state = TaskState(rules, record.round, "finished" if finished else "open", record.deadline, counted)
-        self._enter(state, record)
         # The config may have changed; the open round has room for as many devices as its plan said.
-        room = min(rules.devices_per_round, self._signed.plan.update.max_devices)
-        self._state = replace(state, rules=replace(rules, devices_per_round=room))
+        plan = wire.open_plan(record.plan, self._keys.plan.public_key()).plan
+        rules = replace(rules, devices_per_round=min(rules.devices_per_round, plan.update.max_devices))
+        if finished:
+            state = TaskState(rules, record.round, "finished", record.deadline)
+        else:
+            state = resumed_state(rules, round_=record.round, deadline=record.deadline, counted=counted)
+        self._enter(state, record)
         published = await asyncio.to_thread(self._maker.published, record)
         await asyncio.to_thread(self._maker.check, record)
         work = self._work
@@ -269,7 +264,7 @@ class Aggregator:
                 raise
         return known or self._open_work().sealed_bytes
 
-    async def submit(self, device: str, *, round_: int, digest: str, sealed: bytes) -> tuple[wire.UpdateReceipt, bool]:
+    async def submit(self, device: str, *, round_: int, digest: str, sealed: bytes) -> Counted:
         """Check and count a sealed update whose SHA-256 is ``digest`` (hex).
 
         Returns:
@@ -289,16 +284,11 @@ class Aggregator:
         receipt = wire.UpdateReceipt(
             device=device, round=round_, digest=digest, weight=work.total.capped(update.weight)
         )
-        # Shielded: a device that hangs up now must not leave a row without its share of the sum.
-        return await asyncio.shield(asyncio.create_task(self._count(work, receipt, sealed, update)))
-
-    async def _count(self, work: RoundWork, receipt: wire.UpdateReceipt, sealed: bytes, update: wire.Update) -> Counted:
-        # Of an update that is refused after all the blob stays until the round ends or the server starts again.
-        await asyncio.to_thread(self._blobs.put, UPDATES, sealed, receipt.digest)
         record = UpdateRecord(receipt, len(sealed), self._clock(), update.metrics)
-        return await self._arrivals.add(_Arrival(work, record, update))
+        # Shielded: a device that hangs up now must not leave a row without its share of the sum.
+        return await asyncio.shield(asyncio.create_task(self._arrivals.add(Arrival(work, record, update), sealed)))
 
-    async def _commit(self, arrivals: Sequence[_Arrival]) -> Sequence[Counted | Exception]:
+    async def _commit(self, arrivals: Sequence[Arrival]) -> Sequence[Counted | Exception]:
         """Count updates, in the order in which they came, with one wait for the disk."""
         receipts = [arrival.record.receipt for arrival in arrivals]
         async with self._lock:
@@ -318,6 +308,9 @@ class Aggregator:
             (receipt, outcome) if isinstance(outcome, bool) else outcome
             for receipt, outcome in zip(receipts, found, strict=True)
         ]
+
+    def _counts(self, digest: str) -> bool:
+        return any(receipt.digest == digest for receipt in self._state.counted.values())
 
     # Operator
 
@@ -382,6 +375,8 @@ class Aggregator:
             try:
                 await self.tick()
                 await self.members.flush()
+                async with self._lock:
+                    await self._make_up()
                 said = ""
             except Exception as error:  # noqa: BLE001 - rounds must go on after any fault; it is reported, and retried
                 if str(error) != said:  # once, not twice a second
@@ -415,10 +410,10 @@ class Aggregator:
         await self._database.call(
             self._database.end_round, ended.round, summary=summary, new=new.record, adapter=new.digest
         )
+        self._leftover = functools.partial(self._tidy_up, ended.adapter, new)
         try:
-            await asyncio.to_thread(self._tidy, {ended.adapter, new.digest, new.record.master})
-            await asyncio.to_thread(self._publish, new.published, new.digest)
-        except CloudError as error:  # the round is final all the same; the next one, or a restart, makes up for it
+            await self._make_up()
+        except CloudError as error:  # the round is final all the same, and the next tick tries again
             self._report(events.WorkFailed(f"after round {ended.round}", str(error)))
         self._enter(state, new.record)
         self._previous_adapter = ended.adapter
@@ -442,9 +437,29 @@ class Aggregator:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _tidy(self, adapters: set[str]) -> None:
-        self._blobs.keep_only(UPDATES, set())
-        self._blobs.keep_only(OBJECTS, adapters)
+    async def _make_up(self) -> None:
+        """Do what is left to do of a round that is final; the caller holds the lock.
+
+        Raises:
+            DataError: the disk does not take it; it is still left to do then.
+        """
+        if self._leftover is not None:
+            await self._leftover()
+            self._leftover = None
+
+    async def _tidy_up(self, ended: str, new: MadeRound) -> None:
+        """What follows a round whose plan named the adapter ``ended``."""
+        await self._destroy_keys()
+        # The next round may have begun by the time this is done: what is there is asked for before what is needed.
+        there = await asyncio.to_thread(self._blobs.files, UPDATES)
+        counted = {one.digest for one in self._state.counted.values() if one.round >= new.record.round}
+        needed = counted | self._arrivals.landing
+        await asyncio.to_thread(self._blobs.keep_only, UPDATES, needed, among=there)
+        await asyncio.to_thread(self._blobs.keep_only, OBJECTS, {ended, new.digest, new.record.master})
+        await asyncio.to_thread(self._publish, new.published, new.digest)
+
+    async def _destroy_keys(self) -> None:
+        await self._database.call(self._database.destroy_keys)
 
     def _publish(self, tensors: dict[str, Array], digest: str) -> None:
         publish(self._folder, self._bundle.manifest, tensors, digest=digest)
@@ -459,7 +474,7 @@ class Aggregator:
             raise wire.NotFoundError(f"task {task[:80]!r}: not served here")
 
 
-def _add_all(arrivals: Sequence[_Arrival]) -> None:
+def _add_all(arrivals: Sequence[Arrival]) -> None:
     for arrival in arrivals:
         arrival.work.total.add(arrival.update)
 

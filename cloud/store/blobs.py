@@ -6,6 +6,7 @@ the SHA-256 of its bytes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -24,6 +25,7 @@ from cloud.store.space import write_error
 Kind = Literal["objects", "updates"]
 OBJECTS: Kind = "objects"
 UPDATES: Kind = "updates"
+_ASIDE = "#"  # what obstore puts between a blob's name and a number while it is being written
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -68,6 +70,11 @@ class Blobs:
             raise write_error(f"blob {digest[:12]}: cannot be stored", error) from error
         return digest
 
+    def drop(self, kind: Kind, digest: str) -> None:
+        """Delete a blob, if it is there and the disk lets it go; what stays is tidied away later."""
+        with contextlib.suppress(OSError):
+            self.path(kind, digest).unlink(missing_ok=True)
+
     def get(self, kind: Kind, digest: str) -> bytes:
         """The bytes of a blob, checked.
 
@@ -92,18 +99,35 @@ class Blobs:
         for update in updates:
             yield update.receipt.device, self.get(UPDATES, update.receipt.digest)
 
-    def keep_only(self, kind: Kind, digests: set[str]) -> None:
+    def keep_only(self, kind: Kind, digests: set[str], *, among: frozenset[str] | None = None) -> None:
         """Delete every blob of a kind but these, half-written ones included.
+
+        Args:
+            kind: Of the blobs.
+            digests: That stay, with what is half-written of them.
+            among: Files as :meth:`files` gave them, where blobs are written meanwhile: later ones stay as well.
 
         Raises:
             DataError: one cannot be deleted.
         """
+        folder = self._folder / kind
         try:
-            for path in (self._folder / kind).iterdir():
-                if path.name not in digests:
-                    path.unlink(missing_ok=True)
+            for name in self.files(kind) if among is None else among:
+                if name.partition(_ASIDE)[0] not in digests:
+                    (folder / name).unlink(missing_ok=True)
         except OSError as error:
-            raise DataError(f"{self._folder / kind}: cannot be tidied: {error.strerror}") from error
+            raise DataError(f"{folder}: cannot be tidied: {error.strerror}") from error
+
+    def files(self, kind: Kind) -> frozenset[str]:
+        """Names of the files of a kind, half-written ones included.
+
+        Raises:
+            DataError: the folder cannot be read.
+        """
+        try:
+            return frozenset(os.listdir(self._folder / kind))
+        except OSError as error:
+            raise DataError(f"{self._folder / kind}: cannot be read: {error.strerror}") from error
 
 
 def _sync(path: Path) -> None:

@@ -8,7 +8,9 @@ What the audit log records is written in the transaction that makes it so.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
+import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -60,8 +62,8 @@ class Database:
         """
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._thread, lambda: function(*args, **kwargs))
-        except SQLAlchemyError as error:
+            return await loop.run_in_executor(self._thread, functools.partial(function, *args, **kwargs))
+        except (SQLAlchemyError, sqlite3.Error) as error:
             raise write_error(f"{self._path}: database", error) from error
 
     async def close(self) -> None:
@@ -134,7 +136,9 @@ class Database:
             _insert_round(connection, new, adapter)
 
     def end_round(self, round_: int, *, summary: RoundStatus | None, new: RoundRecord, adapter: str) -> None:
-        """Make a round final and open what follows, in one transaction; the round's private key is destroyed in it.
+        """Make a round final and open what follows, in one transaction.
+
+        The round's private key is in no row any more then; :meth:`destroy_keys` takes it from the disk.
 
         Args:
             round_: The round that ends.
@@ -149,10 +153,17 @@ class Database:
             connection.execute(t.rounds.update().where(t.rounds.c.round == round_).values(values))
             log.append(connection, new.opened, _ending(connection, round_, summary))
             _insert_round(connection, new, adapter)
-        # The write-ahead log still holds the page with the key; emptying it is what destroys the key on disk.
-        raw = self._engine.raw_connection()
-        raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        raw.close()
+
+    def destroy_keys(self) -> None:
+        """Empty the write-ahead log, where a page with the private key of a final round may lie, and the page's place.
+
+        The rows are as they were, whether or not this succeeds.
+        """
+        raw = self._engine.raw_connection()  # SQLAlchemy's own begins a transaction, which forbids this
+        try:
+            raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        finally:
+            raw.close()
 
     def move_deadline(self, round_: int, deadline: float) -> None:
         """Store a later deadline."""

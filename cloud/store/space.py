@@ -26,5 +26,5 @@ def _is_full(error: Exception) -> bool:
         return True
     if isinstance(error, BaseError):
         return any(told in str(error) for told in _TOLD_BY_OBSTORE)
-    cause = error.orig if isinstance(error, DBAPIError) else None
+    cause = error.orig if isinstance(error, DBAPIError) else error
     return isinstance(cause, sqlite3.Error) and _TOLD_BY_SQLITE in str(cause)

@@ -22,7 +22,7 @@ from obstore.exceptions import GenericError
 
 from cloud import events
 from cloud.errors import DataError, DataFullError, ServerRefusedError
-from cloud.store import OBJECTS, UPDATES, Blobs
+from cloud.store import OBJECTS, UPDATES, Blobs, Database
 from cloud.store.blobs import Kind
 from cloud.store.space import write_error
 
@@ -126,6 +126,46 @@ async def test_a_round_that_does_not_fit_is_applied_once_there_is_room(
     assert (after.plan.round, after.plan.state) == (1, "train")
     failed = [event for event in site.events if isinstance(event, events.WorkFailed)]
     assert "No space left" in failed[0].detail
+
+
+async def test_a_round_that_ended_as_the_disk_became_full_is_final(
+    disk: Disk, site: Site, session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its key cannot be taken from the disk yet: the next round is open all the same, and the key goes once it can."""
+    devices = [await site.device(session, name) for name in ("one", "two")]
+    signed = await devices[0].plan()
+    assert signed is not None
+    real = Database.destroy_keys
+
+    def destroy_keys(self: Database) -> None:
+        disk.fill()
+        real(self)
+
+    monkeypatch.setattr(Database, "destroy_keys", destroy_keys)
+    with sqlite3.connect(site.config.data_path / "emberlora.sqlite3") as database:
+        (key,) = database.execute("SELECT round_key FROM rounds").fetchone()
+    database.close()
+    for number, device in enumerate(devices):
+        assert (await device.put(signed, contribution(device, signed, number))).status == 201
+    after = await devices[0].plan(after=0)
+    assert after is not None
+    assert after.plan.round == 1
+    assert key_is_kept(site, key)
+    failed = [event for event in site.events if isinstance(event, events.WorkFailed)]
+    assert "database or disk is full" in failed[0].detail
+    monkeypatch.undo()
+    disk.make_room()
+    for _ in range(100):
+        if not key_is_kept(site, key):
+            break
+        await asyncio.sleep(0.05)
+    assert not key_is_kept(site, key)
+    assert (await site.operator.status()).round == 1
+
+
+def key_is_kept(site: Site, key: bytes) -> bool:
+    """Whether a file of the data folder has it."""
+    return any(key in path.read_bytes() for path in site.config.data_path.glob("emberlora.sqlite3*"))
 
 
 async def test_a_server_ends_on_a_full_disk_and_starts_once_there_is_room(

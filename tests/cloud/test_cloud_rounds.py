@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +16,7 @@ from cloud.rounds import (
     advance,
     check_update,
     first_state,
+    resumed_state,
 )
 from edge_runtime.wire import RoundClosedError, RoundError, TaskFinishedError, UpdateConflictError, UpdateReceipt
 
@@ -109,9 +108,15 @@ def test_stop_discards_an_open_round_and_lets_a_closed_one_finish() -> None:
     assert after(RoundApplied(1.0), state=closed).phase == "finished"
 
 
-def test_full_round_found_after_a_restart_closes() -> None:
-    state = after(update("a"), update("b"), update("c"))
-    assert after(TimePassed(0.0), state=replace(state, phase="open")).phase == "closed"
+def test_a_round_that_was_full_before_a_restart_takes_no_other_update() -> None:
+    counted = {name: update(name).receipt for name in "abc"}
+    full = resumed_state(RULES, round_=0, deadline=9.0, counted=counted)
+    with pytest.raises(RoundClosedError, match="expected an update for round 1"):
+        after(update("d"), state=full)
+    assert after(update("a"), state=full) is full
+    assert after(TimePassed(0.0), RoundApplied(1.0), state=full).round == 1
+    two = {name: counted[name] for name in "ab"}
+    assert after(update("c"), state=resumed_state(RULES, round_=0, deadline=9.0, counted=two)) == full
 
 
 EVENTS = st.one_of(
