@@ -94,6 +94,14 @@ def test_what_is_tidied_late_is_not_what_the_next_round_has_counted(task: Task) 
     assert len([row for row in world.ledger.rows if row.round == 1]) == 2
 
 
+@pytest.mark.parametrize("at", ["replace", "unlink", "fsync"])
+@pytest.mark.parametrize("nth", [1, 2, 3, 4])
+def test_a_device_killed_while_it_keeps_an_update_leaves_none_behind(task: Task, at: str, nth: int) -> None:
+    """Where the round ended meanwhile, the update stayed in its home for ever; not even sealed, if it came to that."""
+    kill = KillDevice(3, at, nth)
+    run(task, (*FLEET, Join(3), kill, Train(3), Work(1), Work(2), Upload(3), Advance(1.0), StartDevice(3)))
+
+
 # What must never become one
 
 
