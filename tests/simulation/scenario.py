@@ -188,7 +188,8 @@ async def _replay(world: World, op: o.Replay) -> None:
         return
     again = sent[-op.back]
     if op.claims is not None:
-        again = replace(again, device=world.devices[op.claims].name)
+        device = world.devices[op.claims]
+        again = replace(again, device=device.name, key=device.key)
     with contextlib.suppress(ServerDownError, WireError):
         await world.server.call(world.network.deliver(again))
 

@@ -169,6 +169,11 @@ def test_a_device_that_comes_back_in_the_same_round_does_not_count_again(task: T
     assert outcomes(world)["update-conflict"] == 1
 
 
+def test_a_late_farewell_does_not_send_away_who_came_back(task: Task) -> None:
+    """It was signed with the key of the device's first life."""
+    run(task, (Join(1), Delay(1, "leave"), Leave(1), Leave(1), Join(1), Join(2), Advance(3.0), Work(1)))
+
+
 @pytest.mark.parametrize("seconds", [-3600.0, 3600.0])
 @pytest.mark.parametrize("device", [None, 1])
 def test_a_clock_that_is_wrong_loses_nothing(task: Task, seconds: float, device: int | None) -> None:
