@@ -126,6 +126,8 @@ class Device:
         self._tools.report(
             events.Started(identity.device, identity.task, identity.server, round=self._state.done_round)
         )
+        self._home.clear_work()  # a crash may have left an update there that is not sealed
+        self._outbox.sweep()
         try:
             if not self._state.finished:
                 await self._self_report.tell()

@@ -9,6 +9,8 @@ acknowledged, and not before: an update that does not count is lost whole, and w
 They take their places before the state says that the round is done. After a crash in between the update is sent again,
 the server answers with the first receipt, and what is left to move is moved: a file replaces another and is never added
 to one.
+
+What a crash leaves here without a record is of no use, and :meth:`Outbox.sweep` drops it.
 """
 
 from __future__ import annotations
@@ -82,6 +84,16 @@ class Outbox:
             self._carried(round_, name).unlink(missing_ok=True)
         if self._folder.exists():
             sync_folder(self._folder)
+
+    def sweep(self) -> None:
+        """Drop what belongs to no update: a crash came while one was added or removed."""
+        if not self._folder.exists():
+            return
+        kept = {f"round-{round_}" for round_ in self._rounds()}
+        for path in self._folder.iterdir():
+            if path.stem not in kept:  # of round-1.sealed.partial that is round-1.sealed
+                path.unlink()
+        sync_folder(self._folder)
 
     def _carried(self, round_: int, name: str) -> Path:
         return self._folder / f"round-{round_}.{Path(name).stem}"

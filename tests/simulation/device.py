@@ -16,6 +16,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from safetensors.numpy import load_file
 
+from cloud.service import Aggregator
 from edge_runtime import wire
 from edge_runtime.device.artifacts import Reply, Request, handle
 from edge_runtime.device.errors import TransportError
@@ -26,7 +27,7 @@ from edge_runtime.device.records import Identity, Settings
 from edge_runtime.training.job import FRAME_NAME, Done, Event, Stepped, TrainingJob
 from edge_runtime.wire import LocalMetrics, SignedPlan, Update, encode_update, open_plan, tier_layouts
 from tests.simulation.ledger import WEIGHTS, Ledger, Seen
-from tests.simulation.link import Link, Network, Weather
+from tests.simulation.link import Link, Network, Weather, check_caller
 from tests.simulation.loop import Process, SimulatedLoop
 from tests.simulation.server import START, ServerDownError
 
@@ -98,6 +99,12 @@ class Actor:
         """Whether its process runs."""
         return self.process is not None and not self.process.dead
 
+    @property
+    def key(self) -> str:
+        """The public key of its identity, hex; empty while it has none."""
+        identity = self.home.stored_identity()
+        return "" if identity is None else identity.signing_key().public_key().public_bytes_raw().hex()
+
     # Life
 
     async def join(self) -> None:
@@ -111,8 +118,7 @@ class Actor:
                 self._token = wire.Token.parse((await server.call(lambda a: a.members.make_token(request))).token)
             identity = self.home.stored_identity() or Identity("memory:", self.name, self._rng.randbytes(32).hex())
             self.home.save_identity(identity)
-            public = identity.signing_key().public_key().public_bytes_raw().hex()
-            enrolment = wire.Enrolment(self._token.secret, self.name, public)
+            enrolment = wire.Enrolment(self._token.secret, self.name, self.key)
             enrolled = await link.ask("enrol", lambda a: a.members.enrol(enrolment, task=server.task_name))
         except wire.TokenError:
             self._token = None  # another one next time
@@ -142,9 +148,15 @@ class Actor:
             return
         await self.stop()
         self._network.left.add(self.name)
+        key = self.key
+
+        async def ask(aggregator: Aggregator) -> None:
+            check_caller(aggregator, self.name, key)
+            await aggregator.members.leave(self.name, by=self.name)
+
         try:
             with contextlib.suppress(wire.UnknownDeviceError):
-                await Link(self._network, self).ask("leave", lambda a: a.members.leave(self.name, by=self.name))
+                await Link(self._network, self).ask("leave", ask)
         except (TransportError, wire.WireError):
             return  # its user tries again
         self.home.forget()

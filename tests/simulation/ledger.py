@@ -20,7 +20,8 @@ After healing, when faults have ended, disks have room and everything runs:
     one-hot contributions in the database: who was counted, with which weight, and how often.
 10. *Discarded by name.* Only a task that was stopped discards a round, and only its last one.
 11. *Audit.* The chain of the log is whole and says what the database says.
-12. *Nothing is left.* No sealed update of a final round lies in the folder, and no private round key in any file of it.
+12. *Nothing is left.* No sealed update of a final round lies in the server's folder, and no private round key in any
+    file of it; no update, sealed or not, lies in a device's home.
 13. *No surprise.* Server and devices raised nothing but the errors that they name.
 14. *The operator is told so*, by ``cloud status``, also after one more restart.
 """
@@ -214,6 +215,12 @@ class Ledger:
         for round_, key in self.keys.items():
             where = [str(path.relative_to(folder)) for path, data in files.items() if key in data]
             demand(not where, f"12: the private key of round {round_} is left in {where}")
+
+
+def check_home(home: Path) -> None:
+    """Check that nothing is left in a device's home that must not be."""
+    left = [str(path.relative_to(home)) for name in ("outbox", "work") for path in (home / name).rglob("*")]
+    demand(not left, f"12: left in {home.name}: {left}")
 
 
 def _compare(found: Mapping[str, Array], expected: Mapping[str, Array], what: str) -> None:

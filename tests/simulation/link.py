@@ -1,7 +1,7 @@
 """The network: the transport of a device, with faults that wait for the exchange that they are meant for.
 
-What a request does at the server is what the HTTP handlers of :mod:`cloud.http.app` do; signatures on requests and
-their nonces are left out, so that whatever was sent can be sent again.
+What a request does at the server is what the HTTP handlers of :mod:`cloud.http.app` do. Of the signatures on requests
+only the key is looked at, and nonces are left out, so that whatever was sent can be sent again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import contextvars
 import hashlib
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +22,7 @@ from edge_runtime.device.transport import BlobAnswer, PlanAnswer, Traffic
 from edge_runtime.wire import (
     Capability,
     NotNowError,
+    SignatureError,
     SignedPlan,
     UnknownDeviceError,
     UpdateDigestError,
@@ -44,9 +45,10 @@ Fault = ops.Corrupt | ops.DropRequest | ops.DropResponse | ops.Delay | ops.HangU
 
 @dataclass(frozen=True)
 class Sent:
-    """An upload as it went over the network."""
+    """An upload as it went over the network; ``key`` is the public one that its signature is checked with, hex."""
 
     device: str
+    key: str
     task: str
     round: int
     digest: str
@@ -97,8 +99,19 @@ class Network:
         self.late.append(contextvars.Context().run(asyncio.get_running_loop().create_task, arrive()))
 
 
+def check_caller(aggregator: Aggregator, device: str, key: str) -> None:
+    """What is left of the check of a request's signature.
+
+    Raises:
+        UnknownDeviceError: the device is none of the task.
+        SignatureError: it was another one, of the same name, that signed.
+    """
+    if aggregator.members.key_of(device).public_bytes_raw().hex() != key:
+        raise SignatureError(f"request of {device}: signed with another key")
+
+
 async def _take_update(aggregator: Aggregator, sent: Sent) -> UpdateReceipt:
-    aggregator.members.key_of(sent.device)
+    check_caller(aggregator, sent.device, sent.key)
     answer = await aggregator.admit(sent.device, task=sent.task, round_=sent.round, digest=sent.digest)
     if isinstance(answer, UpdateReceipt):
         return answer
@@ -131,6 +144,10 @@ class Owner(Protocol):
     uploading: Gate
     weather: Weather
 
+    @property
+    def key(self) -> str:
+        """The public key of its identity, hex."""
+
 
 class Link:
     """Implements :class:`edge_runtime.device.transport.Transport`."""
@@ -142,10 +159,10 @@ class Link:
 
     async def plan(self, task: str, *, after: int, wait_s: int) -> PlanAnswer:
         """The plan, as the long poll gives it; or the task's first one."""
-        name, network = self._owner.name, self._network
+        name, key, network = self._owner.name, self._owner.key, self._network
 
         async def ask(aggregator: Aggregator) -> SignedPlan | None:
-            aggregator.members.key_of(name)
+            check_caller(aggregator, name, key)
             signed = await aggregator.plan_after(name, task=task, after=after, wait_s=wait_s)
             if signed is not None:
                 network.ledger.planned(signed.plan.round)
@@ -165,8 +182,10 @@ class Link:
     async def blob(self, digest: str, *, offset: int) -> AsyncIterator[BlobAnswer]:
         """A file of the server's disk."""
 
+        name, key = self._owner.name, self._owner.key
+
         async def ask(aggregator: Aggregator) -> bytes:
-            aggregator.members.key_of(self._owner.name)
+            check_caller(aggregator, name, key)
             return aggregator.blob_path(digest).read_bytes()[offset:]
 
         data, spoilt = await self._exchange("blob", ask)
@@ -175,10 +194,10 @@ class Link:
     @contextlib.asynccontextmanager
     async def patch(self, task: str, round_: int, *, since: int) -> AsyncIterator[AsyncIterator[bytes]]:
         """A patch."""
-        name = self._owner.name
+        name, key = self._owner.name, self._owner.key
 
         async def ask(aggregator: Aggregator) -> bytes:
-            aggregator.members.key_of(name)
+            check_caller(aggregator, name, key)
             return await aggregator.patch(name, task=task, round_=round_, since=since)
 
         data, spoilt = await self._exchange("patch", ask)
@@ -200,7 +219,7 @@ class Link:
             digest = hashlib.sha256(data).hexdigest()
             self._network.ledger.sends(self._owner.number, pending.round, digest)
         self.traffic.up += len(data)
-        sent = Sent(self._owner.name, pending.task, pending.round, digest, data)
+        sent = Sent(self._owner.name, self._owner.key, pending.task, pending.round, digest, data)
         self._network.sent.append(sent)
         receipt, _ = await self._exchange("upload", self._network.deliver(sent), body=sent)
         if (receipt.round, receipt.digest) != (pending.round, pending.digest):
@@ -210,10 +229,10 @@ class Link:
 
     async def tell(self, task: str, capability: Capability) -> None:
         """What the device measured of itself."""
-        name = self._owner.name
+        name, key = self._owner.name, self._owner.key
 
         async def ask(aggregator: Aggregator) -> None:
-            aggregator.members.key_of(name)
+            check_caller(aggregator, name, key)
             await aggregator.tell(name, task=task, capability=capability)
 
         await self._exchange("tell", ask)
@@ -242,8 +261,7 @@ class Link:
         if isinstance(fault, ops.DropRequest):
             raise TransportError("the simulated network lost the request")
         if isinstance(fault, ops.Corrupt) and body is not None:
-            spoilt = Sent(body.device, body.task, body.round, body.digest, _spoilt(body.data))
-            handler = self._network.deliver(spoilt)
+            handler = self._network.deliver(replace(body, data=_spoilt(body.data)))
         if isinstance(fault, ops.Delay):
             self._network.later(fault.seconds, handler)
             raise TransportError("the simulated network is slow")

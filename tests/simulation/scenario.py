@@ -25,7 +25,7 @@ from edge_runtime.wire import Capability, WireError
 from tests.cloud.cloud_fleet import make_bundle
 from tests.simulation import ops as o
 from tests.simulation.device import Actor
-from tests.simulation.ledger import WEIGHT_CAP, WEIGHTS, Ledger, demand
+from tests.simulation.ledger import WEIGHT_CAP, WEIGHTS, Ledger, check_home, demand
 from tests.simulation.link import Network
 from tests.simulation.loop import SimulatedLoop, disk
 from tests.simulation.server import START, Server, ServerDownError, Task
@@ -160,6 +160,9 @@ class World:
         self.check()
         self.ledger.check_folder(self.server.folder)
         self.ledger.check_end(self.server.published())
+        for device in self.devices:
+            if device.enrolled:
+                check_home(device.home.folder)
         self.server.check_audit()
         await self._check_status()
         await self.server.close()
@@ -185,7 +188,8 @@ async def _replay(world: World, op: o.Replay) -> None:
         return
     again = sent[-op.back]
     if op.claims is not None:
-        again = replace(again, device=world.devices[op.claims].name)
+        device = world.devices[op.claims]
+        again = replace(again, device=device.name, key=device.key)
     with contextlib.suppress(ServerDownError, WireError):
         await world.server.call(world.network.deliver(again))
 

@@ -94,6 +94,14 @@ def test_what_is_tidied_late_is_not_what_the_next_round_has_counted(task: Task) 
     assert len([row for row in world.ledger.rows if row.round == 1]) == 2
 
 
+@pytest.mark.parametrize("at", ["replace", "unlink", "fsync"])
+@pytest.mark.parametrize("nth", [1, 2, 3, 4])
+def test_a_device_killed_while_it_keeps_an_update_leaves_none_behind(task: Task, at: str, nth: int) -> None:
+    """Where the round ended meanwhile, the update stayed in its home for ever; not even sealed, if it came to that."""
+    kill = KillDevice(3, at, nth)
+    run(task, (*FLEET, Join(3), kill, Train(3), Work(1), Work(2), Upload(3), Advance(1.0), StartDevice(3)))
+
+
 # What must never become one
 
 
@@ -159,6 +167,11 @@ def test_a_device_that_has_seen_a_round_obeys_no_older_plan(task: Task) -> None:
 def test_a_device_that_comes_back_in_the_same_round_does_not_count_again(task: Task) -> None:
     world = run(task, (*FLEET, Work(1), Leave(1), Join(1), Work(1), Advance(1.0)))
     assert outcomes(world)["update-conflict"] == 1
+
+
+def test_a_late_farewell_does_not_send_away_who_came_back(task: Task) -> None:
+    """It was signed with the key of the device's first life."""
+    run(task, (Join(1), Delay(1, "leave"), Leave(1), Leave(1), Join(1), Join(2), Advance(3.0), Work(1)))
 
 
 @pytest.mark.parametrize("seconds", [-3600.0, 3600.0])

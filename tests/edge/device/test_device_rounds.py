@@ -159,6 +159,25 @@ async def test_a_crash_between_acknowledgement_and_tidying_up_sends_nothing_twic
     assert Outbox(bench.home.outbox).first() is None
 
 
+def test_what_a_crash_left_beside_the_journal_is_swept(tmp_path: Path) -> None:
+    """An update with its record stays whole; what has none, or is half written, goes."""
+    outbox = Outbox(tmp_path)
+    outbox.sweep()
+    outbox.add(pending_for("docs", 1, "0" * 64, sealed=b"sealed", weight=5), b"sealed")
+    whole = {"round-1.json", "round-1.sealed", "round-1.personal"}
+    left = (
+        "round-1.json.partial",
+        "round-1.sealed.partial",
+        "round-2.sealed",
+        "round-2.sealed.partial",
+        "round-0.residual",
+    )
+    for name in (*left, "round-1.personal"):
+        (tmp_path / name).write_bytes(b"x")
+    outbox.sweep()
+    assert {path.name for path in tmp_path.iterdir()} == whole
+
+
 async def test_a_round_closed_before_the_upload_arrives_is_left_out(bench: Bench) -> None:
     bench.aggregator.faults.close_before_upload = True
     await bench.run()
