@@ -108,10 +108,10 @@ async def test_failed_write_changes_nothing_and_is_retried(
     full = True
     real = Blobs.put
 
-    def put(self: Blobs, kind, data: bytes) -> str:
+    def put(self: Blobs, kind, data: bytes, digest: str | None = None) -> str:
         if full:
             raise DataError("blob: cannot be stored: no space left")
-        return real(self, kind, data)
+        return real(self, kind, data, digest)
 
     monkeypatch.setattr(Blobs, "put", put)
     refused = await one.put(signed, sealed)
@@ -133,12 +133,12 @@ async def test_round_that_cannot_be_applied_is_tried_again(
     failures = 2
     real = Blobs.put
 
-    def put(self: Blobs, kind, data: bytes) -> str:
+    def put(self: Blobs, kind, data: bytes, digest: str | None = None) -> str:
         nonlocal failures
         if kind == OBJECTS and failures:
             failures -= 1
             raise DataError("blob: cannot be stored: no space left")
-        return real(self, kind, data)
+        return real(self, kind, data, digest)
 
     monkeypatch.setattr(Blobs, "put", put)
     for device in devices:
