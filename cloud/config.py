@@ -87,6 +87,9 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     allow_plain_http: bool = False  # true: listen on other addresses than loopback without TLS
     request_timeout_s: float = 120.0  # a body that takes longer is cut
     max_uploads_at_once: int = 16  # bodies held in memory together; others wait
+    max_connections: int = 8_192  # every waiting device has one; more are closed at once
+    # Of one address, or of one IPv6 network of 64 bits; this machine's own are not counted. An office may share one.
+    max_connections_per_address: int = 512
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -292,6 +295,10 @@ def _server_problems(server: ServerConfig) -> list[str]:
         f"server.max_uploads_at_once: expected at least 1, got {server.max_uploads_at_once}": (
             server.max_uploads_at_once < 1
         ),
+        f"server.max_connections_per_address: expected 1 to server.max_connections ({server.max_connections}), got "
+        f"{server.max_connections_per_address}": (
+            not 1 <= server.max_connections_per_address <= server.max_connections
+        ),
     }
     return [message for message, broken in rules.items() if broken]
 
@@ -387,4 +394,6 @@ data = "data"
 allow_plain_http = false       # true: plain HTTP on other addresses than loopback
 request_timeout_s = 120
 max_uploads_at_once = 16
+max_connections = 8192         # a waiting device has one
+max_connections_per_address = 512  # a proxy on another machine needs as many as max_connections
 """

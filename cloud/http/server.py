@@ -12,6 +12,7 @@ from cloud import events
 from cloud.config import Config, is_loopback
 from cloud.errors import DataError
 from cloud.http.app import make_app
+from cloud.http.connections import BoundedSite
 from cloud.keys import KEYS_FOLDER, load_keys
 from cloud.lock import FolderLock
 from cloud.operator import URL_NAME
@@ -74,7 +75,7 @@ class Server:
         config = self.aggregator.config.server
         await self._runner.setup()
         try:
-            await web.TCPSite(self._runner, config.host, config.port).start()
+            await BoundedSite(self._runner, config).start()
         except OSError as error:
             raise DataError(f"{config.host}:{config.port}: cannot listen: {error.strerror}") from error
         port = self._runner.addresses[0][1]

@@ -88,6 +88,8 @@ def test_sample_gives_the_defaults() -> None:
         (BASE + '[server]\nhost = "0.0.0.0"', "server.host .* server.allow_plain_http"),
         (BASE + "[server]\nrequest_timeout_s = 0", "server.request_timeout_s"),
         (BASE + "[server]\nmax_uploads_at_once = 0", "server.max_uploads_at_once"),
+        (BASE + "[server]\nmax_connections_per_address = 0", "server.max_connections_per_address"),
+        (BASE + "[server]\nmax_connections = 100", "server.max_connections_per_address"),
         ('folder = "x"\n' + BASE, "unknown field `folder`"),
     ],
 )
