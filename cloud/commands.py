@@ -12,9 +12,9 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import msgspec
@@ -22,16 +22,16 @@ from rich.console import Console
 from rich.live import Live
 
 from cloud.audit_commands import audit
-from cloud.commandline import config_option, json_option, load, one_line_errors
+from cloud.commandline import ask, config_option, json_option, load, one_line_errors
 from cloud.config import Config
 from cloud.console import json_reporter, status_view, text_reporter
 from cloud.errors import ConfigError
 from cloud.init import init_folder
 from cloud.operator import OperatorClient
 from cloud.publish import copy_published
+from cloud.revoke_command import revoke
 from edge_runtime import wire
 
-R = TypeVar("R")
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _WATCH_S = 1.0
 
@@ -117,7 +117,7 @@ def token(config_path: Path, device: str, ttl: str) -> None:
     """
     ttl_s = _seconds(ttl)
     wire.check_name(device, what="device")
-    answer = _ask(config_path, lambda client: client.make_token(device, ttl_s))
+    answer = ask(config_path, lambda client: client.make_token(device, ttl_s))
     click.echo(answer.token)
 
 
@@ -133,12 +133,12 @@ def status(config_path: Path, as_json: bool, watch: bool) -> None:
     Example:
       emberlora cloud status --config server --watch
     """
-    found = _ask(config_path, OperatorClient.status)
+    found = ask(config_path, OperatorClient.status)
     if as_json:
         _echo_json(found)
         while watch and found.state != "finished":
             time.sleep(_WATCH_S)
-            found = _ask(config_path, OperatorClient.status)
+            found = ask(config_path, OperatorClient.status)
             _echo_json(found)
         return
     if not watch:
@@ -147,7 +147,7 @@ def status(config_path: Path, as_json: bool, watch: bool) -> None:
     with Live(status_view(found, now=time.time()), auto_refresh=False) as live:
         while found.state != "finished":
             time.sleep(_WATCH_S)
-            found = _ask(config_path, OperatorClient.status)
+            found = ask(config_path, OperatorClient.status)
             live.update(status_view(found, now=time.time()), refresh=True)
 
 
@@ -184,7 +184,7 @@ def stop(config_path: Path, as_json: bool) -> None:
     Example:
       emberlora cloud stop --config server
     """
-    found = _ask(config_path, OperatorClient.stop)
+    found = ask(config_path, OperatorClient.stop)
     if as_json:
         _echo_json(found)
     else:
@@ -287,6 +287,7 @@ def pilot(config_path: Path, page: Path | None, as_json: bool, **wishes: float |
 
 
 cloud.add_command(audit)
+cloud.add_command(revoke)
 
 
 def _verdict(differences: tuple[str, ...]) -> str:
@@ -313,12 +314,6 @@ def adapter(config_path: Path, out: Path) -> None:
     if config.task.personal:
         own = ", ".join(config.task.personal)
         click.echo(f"personal ({own}) is as before training in it: each device keeps its own", err=True)
-
-
-def _ask(config_path: Path, question: Callable[[OperatorClient], Coroutine[Any, Any, R]]) -> R:
-    data = load(config_path).data_path
-    client = OperatorClient.of_folder(data, clock=time.time, entropy=secrets.token_bytes)
-    return asyncio.run(question(client))
 
 
 def _echo_json(message: msgspec.Struct) -> None:

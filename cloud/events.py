@@ -35,6 +35,12 @@ class DeviceLeft(_Event, frozen=True, tag="device-left"):
     device: str
 
 
+class DeviceRevoked(_Event, frozen=True, tag="device-revoked"):
+    """The operator refuses a device for good."""
+
+    device: str
+
+
 class UpdateCounted(_Event, frozen=True, tag="update-counted"):
     """An update counts; ``received`` of ``wanted`` are there now."""
 
@@ -93,6 +99,7 @@ Event = (
     ServerStarted
     | DeviceEnrolled
     | DeviceLeft
+    | DeviceRevoked
     | UpdateCounted
     | RequestRefused
     | DeadlineMoved

@@ -57,6 +57,11 @@ class OperatorClient:
         body = wire.encode_message(wire.TokenRequest(device=device, ttl_s=ttl_s))
         return await self._ask("POST", resources.OPERATOR_TOKENS, body, wire.TokenAnswer)
 
+    async def revoke(self, device: str) -> wire.Revoked:
+        """Refuse a device's key from now on."""
+        body = wire.encode_message(wire.Revocation(device=device))
+        return await self._ask("POST", resources.OPERATOR_REVOCATIONS, body, wire.Revoked)
+
     async def stop(self) -> wire.TaskStatus:
         """End the task; the status after it."""
         return await self._ask("POST", resources.OPERATOR_STOP, b"", wire.TaskStatus)

@@ -19,7 +19,7 @@ import msgspec
 from edge_runtime.device.errors import DeviceError, InputError
 from edge_runtime.device.home import Home, default_home
 from edge_runtime.device.records import DeviceState, Settings
-from edge_runtime.wire import RequestFormatError, UnknownDeviceError, WireError
+from edge_runtime.wire import DeviceRevokedError, RequestFormatError, UnknownDeviceError, WireError
 
 
 class Failure(click.ClickException):
@@ -65,8 +65,13 @@ def _one_line() -> Iterator[None]:
     except InputError as error:
         raise InputFailure(str(error)) from error
     except UnknownDeviceError as error:
-        line = f"{error}: this device was revoked or has left: run 'emberlora edge leave', then enroll with a new token"
+        line = f"{error}: this device has left: run 'emberlora edge leave', then enroll with a new token"
         raise Failure(line) from error
+    except DeviceRevokedError as error:
+        raise Failure(
+            f"{error}: its key is refused for good, and nothing is tried again: ask the operator; with a token for "
+            "another name, run 'emberlora edge leave' and enroll"
+        ) from error
     except (DeviceError, WireError, OSError) as error:
         raise Failure(str(error)) from error
 

@@ -14,7 +14,7 @@ from edge_runtime.device.errors import EnrolledError, InputError, PinMismatchErr
 from edge_runtime.device.home import Home
 from edge_runtime.device.host import Host
 from edge_runtime.device.records import Identity
-from edge_runtime.wire import Enrolment, Token, UnknownDeviceError, check_name
+from edge_runtime.wire import DeviceRevokedError, Enrolment, Token, UnknownDeviceError, check_name
 from edge_runtime.wire.messages import OPERATOR
 
 
@@ -96,12 +96,13 @@ async def leave(home: Home, *, host: Host) -> Identity:
 
     Raises:
         NotEnrolledError: there is nothing to leave.
-        RequestError: the server's refusal; one that knows the device no longer is taken for consent.
+        RequestError: the server's refusal; one that knows the device no longer, or has revoked it, is taken for
+            consent.
         TransportError: no answer; nothing has changed here.
     """
     identity = home.identity()
     async with Client(identity.server, host, signer=Signer.of(identity)) as client:
-        with contextlib.suppress(UnknownDeviceError):
+        with contextlib.suppress(UnknownDeviceError, DeviceRevokedError):
             await client.leave()
     home.forget()
     return identity

@@ -118,7 +118,8 @@ class Device:
         """Work until the task is finished, or for one round.
 
         Raises:
-            UnknownDeviceError, NotPermittedError, NotFoundError: the server knows this device or its task no longer.
+            UnknownDeviceError, DeviceRevokedError, NotPermittedError, NotFoundError: the server knows this device or
+                its task no longer.
             TrainingInputError: the user's data is the cause.
             TrainingError, CorruptFileError, OSError: the device's own.
         """

@@ -3,6 +3,7 @@
 from edge_runtime.wire.capability import Capability
 from edge_runtime.wire.envelope import EnvelopeContext, seal, unseal
 from edge_runtime.wire.errors import (
+    DeviceRevokedError,
     EnvelopeError,
     NotFoundError,
     NotNowError,
@@ -49,6 +50,8 @@ from edge_runtime.wire.messages import (
     DeviceStatus,
     Enrolled,
     Enrolment,
+    Revocation,
+    Revoked,
     RoundStatus,
     TaskStatus,
     Token,
@@ -96,6 +99,7 @@ __all__ = [
     "CLASS_SUMS",
     "SECOND_MOMENTS",
     "Capability",
+    "DeviceRevokedError",
     "DeviceStatus",
     "Enrolled",
     "Enrolment",
@@ -126,6 +130,8 @@ __all__ = [
     "RequestError",
     "RequestFormatError",
     "RequestTooLargeError",
+    "Revocation",
+    "Revoked",
     "RoundClosedError",
     "RoundError",
     "RoundStatus",

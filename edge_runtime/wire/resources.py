@@ -10,7 +10,8 @@ GET     /v1/tasks/{task}/plan?after=N&wait=S                       long poll: th
 GET     /v1/blobs/{digest}                                         bundle files and adapters, with ``Range``
 GET     /v1/tasks/{task}/rounds/{round}/adapter?since=N            a patch to the plan's adapter from that of round N
 PUT     /v1/tasks/{task}/rounds/{round}/updates/{device}           a sealed update
-GET     /v1/operator/status · POST /v1/operator/tokens, …/stop     the operator's commands
+GET     /v1/operator/status                                        the operator's commands
+POST    /v1/operator/tokens, …/revocations, …/stop                 the same
 GET     /v1/health                                                 alive and serving (not signed)
 ======  =========================================================  ==================================================
 """
@@ -26,6 +27,7 @@ PATCH = "/v1/tasks/{task}/rounds/{round}/adapter"
 UPDATE = "/v1/tasks/{task}/rounds/{round}/updates/{device}"
 OPERATOR_STATUS = "/v1/operator/status"
 OPERATOR_TOKENS = "/v1/operator/tokens"
+OPERATOR_REVOCATIONS = "/v1/operator/revocations"
 OPERATOR_STOP = "/v1/operator/stop"
 HEALTH = "/v1/health"
 

@@ -71,6 +71,7 @@ GOLDEN_TEXTS = [
     (audit.TokenMade("one", ONE, 9), '"token-made","device":"one","token":"11…","expires":9'),
     (audit.DeviceEnrolled("one", ONE, TWO), '"device-enrolled","device":"one","token":"11…","signing_key":"22…"'),
     (audit.DeviceLeft("one", "operator"), '"device-left","device":"one","by":"operator"'),
+    (audit.DeviceRevoked("one", ONE), '"device-revoked","device":"one","signing_key":"11…"'),
     (audit.PlanSigned(0, ONE, TWO, False), '"plan-signed","round":0,"plan":"11…","adapter":"22…","finished":false'),
     (audit.UpdateRefused(0, "one", "envelope"), '"update-refused","round":0,"device":"one","problem":"envelope"'),
     (audit.RoundApplied(0, 2, 20, ONE), '"round-applied","round":0,"devices":2,"weight":20,"adapter":"11…"'),

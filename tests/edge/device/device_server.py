@@ -64,6 +64,7 @@ class Aggregator:
         self.adapter = self.store(bundle.adapter)
         self.tokens: dict[str, tuple[str, str | None]] = {}  # secret -> (name, key that used it)
         self.devices: dict[str, str] = {}
+        self.revoked: set[str] = set()
         self.told: list[wire.Capability] = []
         self.nonces: set[str] = set()
         self.plans: list[wire.SignedPlan] = []
@@ -171,6 +172,8 @@ class Aggregator:
     def _verify(self, request: web.Request) -> wire.SignedRequest:
         header = request.headers.get("Authorization", "")
         signed, signature = wire.parse_authorization(header, method=request.method, target=request.path_qs)
+        if signed.device in self.revoked:
+            raise wire.DeviceRevokedError(f"device {signed.device}: was revoked by the operator")
         if signed.device not in self.devices:
             raise wire.UnknownDeviceError(f"device {signed.device}: not known")
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(self.devices[signed.device]))
