@@ -69,18 +69,38 @@ def init(folder: Path, bundle: Path, task: str, force: bool) -> None:
 @config_option
 @click.option("--host", help="Listen on this address instead of the config's.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Listen on this port instead of the config's; 0: any.")
+@click.option(
+    "--tls-cert",
+    type=click.Path(path_type=Path),
+    help="Speak https with this certificate (PEM, then those between it and its CA) instead of the config's.",
+)
+@click.option("--tls-key", type=click.Path(path_type=Path), help="Its private key (PEM, without a password).")
 @click.option("--insecure-http", is_flag=True, help="Allow plain HTTP on other addresses than loopback.")
 @json_option
 @one_line_errors
-def serve(config_path: Path, host: str | None, port: int | None, insecure_http: bool, as_json: bool) -> None:
+def serve(
+    config_path: Path,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    insecure_http: bool,
+    as_json: bool,
+    **address: str | int | None,
+) -> None:
     """Run the aggregator until it is interrupted; it goes on where it left off.
 
     \b
     Example:
       emberlora cloud serve --config server
+      emberlora cloud serve --config server --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
     With --json every event is one JSON object on a line of standard output.
     """
-    config = load(config_path, host=host, port=port, allow_plain_http=True if insecure_http else None)
+    config = load(
+        config_path,
+        **address,
+        tls_cert=None if tls_cert is None else str(tls_cert.resolve()),
+        tls_key=None if tls_key is None else str(tls_key.resolve()),
+        allow_plain_http=True if insecure_http else None,
+    )
     console = Console(stderr=True, highlight=False)
     report = json_reporter(functools.partial(print, flush=True)) if as_json else text_reporter(console)
     asyncio.run(_serve(config, report))
