@@ -94,7 +94,7 @@ class OperatorClient:
                 data, status = await response.read(), response.status
         except aiohttp.ServerFingerprintMismatch as error:
             raise ServerAbsentError(
-                f"{self._url}: another server answers there: its certificate is not that of the aggregator on this folder"
+                f"{self._url}: another server answers there: its certificate is not the one of this folder's aggregator"
             ) from error
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
             raise ServerAbsentError(f"{self._url}: no aggregator answers ({error})") from error

@@ -1,4 +1,4 @@
-"""The commands of a resident device: enroll, run, status, leave.
+"""The commands of a resident device: enroll, run, status, leave, trust.
 
 Exit codes: 0 success (for ``run``: the task is finished), 1 the work failed, 2 bad usage or input, 130 after Ctrl-C and
 143 after SIGTERM. A failure is one line on standard error. What is heavy is imported inside the commands.
@@ -89,6 +89,11 @@ def _one_line() -> Iterator[None]:
 @_home_option
 @_data_option
 @_eval_option
+@click.option(
+    "--ca",
+    type=_FILE,
+    help="Trust the server's certificate if it comes from this one (PEM).  [default: the system's CAs]",
+)
 @click.option("--insecure-http", is_flag=True, help="Allow plain http to another machine. Updates stay sealed.")
 def enroll(  # noqa: PLR0913  # click passes each option as an argument
     *,
@@ -98,6 +103,7 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
     home: Path,
     data: tuple[Path, ...],
     evaluation: tuple[Path, ...],
+    ca: Path | None,
     insecure_http: bool,
 ) -> None:
     """Make this device known to an aggregator.
@@ -115,9 +121,10 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
       emberlora edge run
     """
     from edge_runtime.device.capability import tell_first
-    from edge_runtime.device.enrolment import check_server, enrol
+    from edge_runtime.device.enrolment import Trust, enrol
     from edge_runtime.device.host import Host
     from edge_runtime.device.trial import try_engine
+    from edge_runtime.device.trust import check_server, read_ca
     from edge_runtime.wire import Token, check_name
 
     with _one_line():
@@ -127,10 +134,14 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
         except RequestFormatError as error:
             raise InputError(str(error)) from error
         origin = check_server(server, insecure_http=insecure_http)
+        if ca is not None and not origin.startswith("https:"):
+            raise InputError(f"--ca is for https, and the server is {origin}")
+        trust = Trust("" if ca is None else read_ca(ca), insecure_http)
         calibration_s = asyncio.run(try_engine())
         place = Home(home)
         with place.locked():
-            identity = asyncio.run(enrol(place, server=origin, token=parsed, device=name, host=Host()))
+            work = enrol(place, server=origin, token=parsed, device=name, host=Host(), trust=trust)
+            identity = asyncio.run(work)
             _remember(place, data, evaluation)
             asyncio.run(tell_first(place, calibration_s, host=Host()))
     click.echo(f"{identity.device} is enrolled in task {identity.task}; next: emberlora edge run")
@@ -333,6 +344,35 @@ def leave(*, home: Path) -> None:
         with place.locked():
             identity = asyncio.run(leave_task(place, host=Host()))
     click.echo(f"{identity.device} has left task {identity.task}")
+
+
+@click.command()
+@_home_option
+@click.option("--ca", type=_FILE, help="Trust the server's certificate if it comes from this one (PEM).")
+@click.option("--system-ca", is_flag=True, help="Trust the system's CAs instead.")
+@click.option("--insecure-http", is_flag=True, help="Allow plain http to another machine. Updates stay sealed.")
+def trust(*, home: Path, ca: Path | None, system_ca: bool, insecure_http: bool) -> None:
+    """Change what this device's server must show: a certificate from this CA or one of the system's, or none.
+
+    Asks nobody; the next 'run' uses it.
+
+    \b
+    Example:
+      emberlora edge trust --ca new-ca.pem
+    """
+    from edge_runtime.device.trust import read_ca
+
+    with _one_line():
+        if sum((ca is not None, system_ca, insecure_http)) != 1:
+            raise InputError("give one of --ca FILE, --system-ca and --insecure-http")
+        place = Home(home)
+        place.identity()
+        with place.locked():
+            text = "" if ca is None else read_ca(ca)
+            identity = msgspec.structs.replace(place.identity(), ca=text, insecure_http=insecure_http)
+            place.save_identity(identity)
+    what = "plain http" if insecure_http else "the CAs of this system" if ca is None else str(ca)
+    click.echo(f"{identity.device} trusts {what} for {identity.server}")
 
 
 def _remember(home: Home, data: tuple[Path, ...], evaluation: tuple[Path, ...]) -> Settings:

@@ -121,6 +121,7 @@ class Device:
             UnknownDeviceError, DeviceRevokedError, NotPermittedError, NotFoundError: the server knows this device or
                 its task no longer.
             TrainingInputError: the user's data is the cause.
+            UntrustedServerError: the server's certificate is not to be trusted.
             TrainingError, CorruptFileError, OSError: the device's own.
         """
         identity = self._identity

@@ -8,12 +8,11 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.device.client import Client, Signer
+from edge_runtime.device.client import Client
 from edge_runtime.device.errors import InputError
 from edge_runtime.device.home import Home
 from edge_runtime.device.loop import Device, RunOptions, Tools
 from edge_runtime.device.records import Settings
-from edge_runtime.device.transport import Traffic
 
 
 async def run_device(home: Home, tools: Tools, options: RunOptions) -> None:
@@ -21,10 +20,10 @@ async def run_device(home: Home, tools: Tools, options: RunOptions) -> None:
 
     Raises:
         NotEnrolledError: the home has no identity.
+        InputError: its server is not to be talked to; see :func:`edge_runtime.device.trust.tls_of`.
         What :meth:`Device.run` raises.
     """
-    identity = home.identity()
-    async with Client(identity.server, tools.host, signer=Signer.of(identity), traffic=Traffic()) as client:
+    async with Client.of(home.identity(), tools.host) as client:
         await Device(home, client, tools, options).run()
 
 

@@ -18,6 +18,11 @@ from cloud.config import Config
 from cloud.errors import ConfigError, ServerAbsentError
 from cloud.operator import PIN_NAME
 from cloud.tls import server_context
+from edge_runtime import wire
+from edge_runtime.device.client import Client
+from edge_runtime.device.enrolment import Trust, enrol
+from edge_runtime.device.home import Home
+from edge_runtime.device.host import Host
 from tests.certificates import Authority
 
 
@@ -63,10 +68,29 @@ async def test_the_operators_commands_pin_its_certificate(secure: Site, authorit
     assert (await asyncio.to_thread(CliRunner().invoke, cloud, command)).exit_code == 0
     pin = secure.config.data_path / PIN_NAME
     pin.write_text("00" * 32)
-    with pytest.raises(ServerAbsentError, match="another server answers there: its certificate is not that"):
+    with pytest.raises(ServerAbsentError, match="another server answers there: its certificate is not the"):
         await secure.operator.status()
     await secure.close()
     assert not pin.exists()
+
+
+async def test_a_device_enrols_over_tls(tmp_path: Path, authority: Authority) -> None:
+    site = Site.make(tmp_path)
+    site.clock.now = time.time()
+    site.config = with_tls(site.config, *authority.issue(tmp_path / "tls", "127.0.0.1"))
+    server, home = await site.start(), Home(tmp_path / "home")
+    try:
+        token = wire.Token.parse((await site.operator.make_token("one", 60)).token)
+        trust = Trust(authority.pem)
+        await enrol(home, server=server.url, token=token, device="one", host=Host(), trust=trust)
+        async with Client.of(home.identity(), Host()) as client:
+            assert (await client.plan("tiny", after=-1, wait_s=1)).data
+        await site.operator.revoke("one")
+        async with Client.of(home.identity(), Host()) as client:
+            with pytest.raises(wire.DeviceRevokedError):
+                await client.plan("tiny", after=-1, wait_s=1)
+    finally:
+        await site.close()
 
 
 @pytest.mark.parametrize(

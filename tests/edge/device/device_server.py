@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -346,16 +347,16 @@ class Aggregator:
 class Serving:
     """An aggregator on a loopback port; ``async with``."""
 
-    def __init__(self, aggregator: Aggregator, port: int = 0) -> None:
-        self.aggregator, self._port = aggregator, port
+    def __init__(self, aggregator: Aggregator, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
+        self.aggregator, self._port, self._tls = aggregator, port, tls
 
     async def __aenter__(self) -> Aggregator:
         self._runner = web.AppRunner(self.aggregator.app(), access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self._port)
+        site = web.TCPSite(self._runner, "127.0.0.1", self._port, ssl_context=self._tls)
         await site.start()
         port = self._runner.addresses[0][1]
-        self.aggregator.url = f"http://127.0.0.1:{port}"
+        self.aggregator.url = f"http{'s' if self._tls else ''}://127.0.0.1:{port}"
         return self.aggregator
 
     async def __aexit__(self, *_: object) -> None:
