@@ -60,6 +60,13 @@ class DeviceEnrolled(_Entry, frozen=True, tag="device-enrolled"):
     signing_key: Hex32
 
 
+class DeviceRekeyed(_Entry, frozen=True, tag="device-rekeyed"):
+    """A device replaced its public key, signing with the one it had."""
+
+    device: Name
+    signing_key: Hex32
+
+
 class DeviceLeft(_Entry, frozen=True, tag="device-left"):
     """A device left; ``by`` says whether it did so itself or was sent away by the operator."""
 
@@ -127,6 +134,7 @@ Entry = (
     | LogTakenUp
     | TokenMade
     | DeviceEnrolled
+    | DeviceRekeyed
     | DeviceLeft
     | DeviceRevoked
     | PlanSigned

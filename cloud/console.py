@@ -61,6 +61,8 @@ def _describe_rest(event: events.Event) -> str:
         return f"device {event.device} enrolled"
     if isinstance(event, events.DeviceLeft):
         return f"device {event.device} left"
+    if isinstance(event, events.DeviceRekeyed):
+        return f"device {event.device} has a new key"
     if isinstance(event, events.DeviceRevoked):
         return f"device {event.device} revoked: its key is refused from now on"
     if isinstance(event, events.DeadlineMoved):

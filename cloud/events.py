@@ -29,6 +29,12 @@ class DeviceEnrolled(_Event, frozen=True, tag="device-enrolled"):
     device: str
 
 
+class DeviceRekeyed(_Event, frozen=True, tag="device-rekeyed"):
+    """A device replaced its key."""
+
+    device: str
+
+
 class DeviceLeft(_Event, frozen=True, tag="device-left"):
     """A device left or was sent away."""
 
@@ -98,6 +104,7 @@ class WorkFailed(_Event, frozen=True, tag="work-failed"):
 Event = (
     ServerStarted
     | DeviceEnrolled
+    | DeviceRekeyed
     | DeviceLeft
     | DeviceRevoked
     | UpdateCounted

@@ -161,6 +161,23 @@ class Members:
             self._report(events.DeviceEnrolled(device))
         return wire.Enrolled(device=device, task=task, plan_key=self._keys.plan_key)
 
+    async def rekey(self, name: str, message: wire.NewKey) -> None:
+        """A device, which signed this with its key, replaces that key. Repeated with the new key, it changes nothing.
+
+        Raises:
+            RequestFormatError, SignatureError: see :func:`edge_runtime.wire.check_new_key`.
+            NotPermittedError: the new key is, or was, another's or its own.
+        """
+        wire.check_new_key(name, message)
+        record = self._devices[name]
+        if message.signing_key == record.signing_key:
+            return
+        keys = record.signing_key, message.signing_key
+        if not await self._database.call(self._database.rekey, name, *keys, self._clock()):
+            raise wire.NotPermittedError(f"new key of {name}: was in use before; make a new one")
+        self._devices[name] = replace(self._devices[name], signing_key=message.signing_key)
+        self._report(events.DeviceRekeyed(name))
+
     async def leave(self, name: str, *, by: str) -> None:
         """A device leaves, or ``by`` the operator is sent away; its key is refused from now on, its counted updates
         stay counted.

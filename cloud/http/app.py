@@ -33,6 +33,7 @@ def make_app(aggregator: Aggregator, *, clock: Callable[[], float], report: even
             web.get(resources.HEALTH, handlers.health),
             web.post(resources.ENROLMENTS, handlers.enrol),
             web.delete(resources.DEVICE, handlers.leave),
+            web.put(resources.DEVICE_KEY, handlers.rekey),
             web.put(resources.CAPABILITY, handlers.tell),
             web.get(resources.PLAN, handlers.plan),
             web.get(resources.BLOB, handlers.blob),
@@ -73,6 +74,16 @@ class _Resources:
         if caller.device not in (device, OPERATOR):
             raise wire.NotPermittedError(f"device {device}: may leave by itself or be sent away by the operator")
         await self._members.leave(device, by=caller.device)
+        return web.Response(status=204)
+
+    async def rekey(self, request: web.Request) -> web.Response:
+        caller = self._device(request)
+        device = request.match_info["device"]
+        if device != caller.device:
+            raise wire.NotPermittedError(f"new key of {device}: signed by {caller.device}")
+        body = await read_body(request, limit=MAX_MESSAGE_BYTES, timeout_s=self._timeout_s, digest=caller.body_digest)
+        self._members.key_of(device)  # it may have been revoked while the body came
+        await self._members.rekey(device, wire.decode_message(body, wire.NewKey))
         return web.Response(status=204)
 
     async def tell(self, request: web.Request) -> web.Response:

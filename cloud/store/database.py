@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -268,6 +268,23 @@ class Database:
                 log.append(connection, record.enrolled, enrolled)
         return record
 
+    def rekey(self, device: str, old: str, new: str, now: float) -> bool:
+        """Replace a device's key (both public, hex) in one transaction; none may change to the old one.
+
+        Returns:
+            False when nothing was changed: the old key is not the device's, or the new one is, or was, somebody's.
+        """
+        known = t.devices.update().where(t.devices.c.name == device, t.devices.c.signing_key == old)
+        with self._engine.begin() as connection:
+            for table in (t.devices, t.retired_keys, t.revocations):
+                if connection.execute(sa.select(table).where(table.c.signing_key == new)).first() is not None:
+                    return False
+            if not connection.execute(known.values(signing_key=new)).rowcount:
+                return False
+            connection.execute(t.retired_keys.insert().values(signing_key=old, device=device))
+            log.append(connection, now, audit.DeviceRekeyed(device, new))
+        return True
+
     def leave(self, device: str, now: float, *, by: str) -> None:
         """Note that a device left; what it measured of itself is forgotten, as another machine may take its name.
 
@@ -289,6 +306,9 @@ class Database:
             if old is not None:
                 return RevocationRecord(**old._mapping)
             connection.execute(t.capabilities.delete().where(t.capabilities.c.device == new.device))
+            # Its key as it is now: the device may have replaced it a moment ago.
+            key = sa.select(t.devices.c.signing_key).where(t.devices.c.name == new.device)
+            new = replace(new, signing_key=connection.execute(key).scalar_one())
             connection.execute(t.revocations.insert().values(asdict(new)))
             log.append(connection, new.revoked, audit.DeviceRevoked(new.device, new.signing_key))
         return new

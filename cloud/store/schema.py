@@ -45,6 +45,13 @@ revocations = Table(
     Column("revoked", REAL, nullable=False),
     sqlite_strict=True,
 )
+retired_keys = Table(
+    "retired_keys",
+    metadata,
+    Column("signing_key", Text, primary_key=True),  # that a device has replaced; none may change to it
+    Column("device", Text, ForeignKey("devices.name"), nullable=False),
+    sqlite_strict=True,
+)
 capabilities = Table(
     "capabilities",
     metadata,

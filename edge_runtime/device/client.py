@@ -33,6 +33,7 @@ from edge_runtime.wire import (
     Capability,
     Enrolled,
     Enrolment,
+    NewKey,
     NotNowError,
     RequestFormatError,
     SignedRequest,
@@ -50,6 +51,7 @@ from edge_runtime.wire.requests import EMPTY_BODY
 from edge_runtime.wire.resources import (
     BLOB,
     DEVICE,
+    DEVICE_KEY,
     ENROLMENTS,
     capability_path,
     patch_target,
@@ -231,6 +233,19 @@ class Client:
         data = encode_message(capability)
         body = _Body(_whole(data), len(data), hashlib.sha256(data).hexdigest())
         async with self._answer("PUT", capability_path(task, self._signed_by().device), body=body):
+            pass
+
+    async def rekey(self, message: NewKey) -> None:
+        """Name the key that counts from now on.
+
+        Raises:
+            SignatureError: this client's key is not the one the server knows.
+            NotFoundError, RequestError: the server's refusal; one from before this resource knows no such path.
+            TransportError: no answer; the server may have the new key or not.
+        """
+        data = encode_message(message)
+        body = _Body(_whole(data), len(data), hashlib.sha256(data).hexdigest())
+        async with self._answer("PUT", DEVICE_KEY.format(device=self._signed_by().device), body=body):
             pass
 
     def _signed_by(self) -> Signer:

@@ -1,4 +1,4 @@
-"""The commands of a resident device: enroll, run, status, leave, trust.
+"""The commands of a resident device: enroll, run, status, leave, rotate-key, trust.
 
 Exit codes: 0 success (for ``run``: the task is finished), 1 the work failed, 2 bad usage or input, 130 after Ctrl-C and
 143 after SIGTERM. A failure is one line on standard error. What is heavy is imported inside the commands.
@@ -344,6 +344,28 @@ def leave(*, home: Path) -> None:
         with place.locked():
             identity = asyncio.run(leave_task(place, host=Host()))
     click.echo(f"{identity.device} has left task {identity.task}")
+
+
+@click.command()
+@_home_option
+def rotate_key(*, home: Path) -> None:
+    """Replace this device's key by a new one; the old one is refused from then on.
+
+    May be interrupted and repeated: 'run' and 'leave' finish what was begun.
+
+    \b
+    Example:
+      emberlora edge rotate-key
+    """
+    from edge_runtime.device.host import Host
+    from edge_runtime.device.rekeying import rotate
+
+    with _one_line():
+        place = Home(home)
+        place.identity()
+        with place.locked():
+            identity = asyncio.run(rotate(place, host=Host()))
+    click.echo(f"{identity.device} has a new key in task {identity.task}")
 
 
 @click.command()

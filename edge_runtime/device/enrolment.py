@@ -13,8 +13,17 @@ from edge_runtime.device.errors import EnrolledError, InputError, PinMismatchErr
 from edge_runtime.device.home import Home
 from edge_runtime.device.host import Host
 from edge_runtime.device.records import Identity
+from edge_runtime.device.rekeying import settle
 from edge_runtime.device.trust import tls_of
-from edge_runtime.wire import DeviceRevokedError, Enrolment, Token, UnknownDeviceError, check_name
+from edge_runtime.wire import (
+    DeviceRevokedError,
+    Enrolment,
+    NotFoundError,
+    NotPermittedError,
+    Token,
+    UnknownDeviceError,
+    check_name,
+)
 from edge_runtime.wire.messages import OPERATOR
 
 
@@ -92,8 +101,10 @@ async def leave(home: Home, *, host: Host) -> Identity:
         TransportError: no answer; nothing has changed here.
     """
     identity = home.identity()
-    async with Client.of(identity, host) as client:
-        with contextlib.suppress(UnknownDeviceError, DeviceRevokedError):
+    with contextlib.suppress(UnknownDeviceError, DeviceRevokedError):
+        with contextlib.suppress(NotFoundError, NotPermittedError):  # then the old key is tried
+            await settle(home, host=host)
+        async with Client.of(home.identity(), host) as client:
             await client.leave()
     home.forget()
     return identity

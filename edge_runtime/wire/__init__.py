@@ -78,6 +78,7 @@ from edge_runtime.wire.plan import (
 )
 from edge_runtime.wire.problems import Problem, ProblemDocument, decode_problem, encode_problem, problem_for
 from edge_runtime.wire.quantisation import Quantisation
+from edge_runtime.wire.rekeying import NewKey, check_new_key, new_key
 from edge_runtime.wire.requests import SignedRequest, authorization, parse_authorization, verify_request
 from edge_runtime.wire.schedule import Schedule, rate_share
 from edge_runtime.wire.tiers import Tier, choose_tier
@@ -108,6 +109,7 @@ __all__ = [
     "Layout",
     "LocalMetrics",
     "ModulePlan",
+    "NewKey",
     "NotFoundError",
     "NotNowError",
     "NotPermittedError",
@@ -166,6 +168,7 @@ __all__ = [
     "carried_modules",
     "check_measurement",
     "check_name",
+    "check_new_key",
     "check_order",
     "check_values",
     "choose_tier",
@@ -181,6 +184,7 @@ __all__ = [
     "layout_for",
     "layout_of",
     "measurement_layout",
+    "new_key",
     "open_plan",
     "pack_triangle",
     "parse_authorization",

@@ -5,6 +5,7 @@ method  path                                                       meaning
 ======  =========================================================  ==================================================
 POST    /v1/enrolments                                             a device becomes known (not signed: it has a token)
 DELETE  /v1/devices/{device}                                       a device leaves
+PUT     /v1/devices/{device}/key                                   a device changes its key
 PUT     /v1/tasks/{task}/devices/{device}/capability               what a device measured of itself
 GET     /v1/tasks/{task}/plan?after=N&wait=S                       long poll: the first plan of a round after N
 GET     /v1/blobs/{digest}                                         bundle files and adapters, with ``Range``
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 ENROLMENTS = "/v1/enrolments"
 DEVICE = "/v1/devices/{device}"
+DEVICE_KEY = "/v1/devices/{device}/key"
 CAPABILITY = "/v1/tasks/{task}/devices/{device}/capability"
 PLAN = "/v1/tasks/{task}/plan"
 BLOB = "/v1/blobs/{digest}"

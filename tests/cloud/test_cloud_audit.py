@@ -70,6 +70,7 @@ GOLDEN_TEXTS = [
     (audit.LogTakenUp("tiny", ONE, 2, TWO), '"log-taken-up","task":"tiny","bundle":"11…","facts":2,"found":"22…"'),
     (audit.TokenMade("one", ONE, 9), '"token-made","device":"one","token":"11…","expires":9'),
     (audit.DeviceEnrolled("one", ONE, TWO), '"device-enrolled","device":"one","token":"11…","signing_key":"22…"'),
+    (audit.DeviceRekeyed("one", TWO), '"device-rekeyed","device":"one","signing_key":"22…"'),
     (audit.DeviceLeft("one", "operator"), '"device-left","device":"one","by":"operator"'),
     (audit.DeviceRevoked("one", ONE), '"device-revoked","device":"one","signing_key":"11…"'),
     (audit.PlanSigned(0, ONE, TWO, False), '"plan-signed","round":0,"plan":"11…","adapter":"22…","finished":false'),

@@ -25,6 +25,7 @@ EVENTS: list[events.Event] = [
     events.TaskFinished(12, 1, "ab", "data/published"),
     events.WorkFailed("round 0", "disk"),
     events.DeviceRevoked("a"),
+    events.DeviceRekeyed("a"),
 ]
 
 

@@ -66,6 +66,7 @@ class Aggregator:
         self.tokens: dict[str, tuple[str, str | None]] = {}  # secret -> (name, key that used it)
         self.devices: dict[str, str] = {}
         self.revoked: set[str] = set()
+        self.retired: set[str] = set()  # keys that were replaced
         self.told: list[wire.Capability] = []
         self.nonces: set[str] = set()
         self.plans: list[wire.SignedPlan] = []
@@ -142,6 +143,7 @@ class Aggregator:
         app = web.Application(middlewares=[self._middleware], client_max_size=64 << 20)
         app.router.add_post(resources.ENROLMENTS, self._enrol)
         app.router.add_delete(resources.DEVICE, self._leave)
+        app.router.add_put(resources.DEVICE_KEY, self._rekey)
         app.router.add_put(resources.CAPABILITY, self._tell)
         app.router.add_get(resources.PLAN, self._plan)
         app.router.add_get(resources.BLOB, self._blob)
@@ -199,6 +201,20 @@ class Aggregator:
             return self._drop(request)
         key = self.key.public_key().public_bytes_raw().hex()
         return web.Response(status=201, body=wire.encode_message(wire.Enrolled(name, TASK, key)))
+
+    async def _rekey(self, request: web.Request) -> web.Response:
+        signed = self._verify(request)
+        message = wire.decode_message(await request.read(), wire.NewKey)
+        wire.check_new_key(signed.device, message)
+        if message.signing_key in self.retired:
+            raise wire.NotPermittedError("new key: was in use before")
+        if message.signing_key != self.devices[signed.device]:
+            self.retired.add(self.devices[signed.device])
+            self.devices[signed.device] = message.signing_key
+        if self.faults.deaf:
+            self.faults.deaf -= 1
+            return self._drop(request)
+        return web.Response(status=204)
 
     async def _tell(self, request: web.Request) -> web.Response:
         signed, body = self._verify(request), await request.read()
