@@ -60,11 +60,25 @@ class DeviceEnrolled(_Entry, frozen=True, tag="device-enrolled"):
     signing_key: Hex32
 
 
+class DeviceRekeyed(_Entry, frozen=True, tag="device-rekeyed"):
+    """A device replaced its public key, signing with the one it had."""
+
+    device: Name
+    signing_key: Hex32
+
+
 class DeviceLeft(_Entry, frozen=True, tag="device-left"):
     """A device left; ``by`` says whether it did so itself or was sent away by the operator."""
 
     device: Name
     by: Name
+
+
+class DeviceRevoked(_Entry, frozen=True, tag="device-revoked"):
+    """The operator refuses a device from now on, and its public key under any name."""
+
+    device: Name
+    signing_key: Hex32
 
 
 class PlanSigned(_Entry, frozen=True, tag="plan-signed"):
@@ -120,7 +134,9 @@ Entry = (
     | LogTakenUp
     | TokenMade
     | DeviceEnrolled
+    | DeviceRekeyed
     | DeviceLeft
+    | DeviceRevoked
     | PlanSigned
     | UpdateCounted
     | UpdateRefused
@@ -245,6 +261,11 @@ def update_fact(round_: int, device: str, digest: str, weight: int) -> str:
     return f"update of {device} for round {round_}: {digest}, weight {weight}"
 
 
+def revoked_fact(device: str, signing_key: str) -> str:
+    """The same of a revocation; who deletes its row, so that the key counts again, is found."""
+    return f"device {device}: revoked, key {signing_key}"
+
+
 def plan_fact(round_: int, digest: str) -> str:
     """The same of a signed plan."""
     return f"plan of round {round_}: {digest}"
@@ -266,6 +287,8 @@ def fact_of(entry: Entry) -> str | None:
         return task_fact(entry.task, entry.bundle)
     if isinstance(entry, UpdateCounted):
         return update_fact(entry.round, entry.device, entry.digest, entry.weight)
+    if isinstance(entry, DeviceRevoked):
+        return revoked_fact(entry.device, entry.signing_key)
     if isinstance(entry, PlanSigned):
         return plan_fact(entry.round, entry.plan)
     if isinstance(entry, RoundApplied):

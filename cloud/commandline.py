@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import secrets
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import click
 
 from cloud.config import CONFIG_NAME, Config, load_config
 from cloud.errors import CloudError, ServerAbsentError
+from cloud.operator import OperatorClient
 from edge_runtime import wire
 from edge_runtime.bundle import BundleError
 
@@ -54,3 +58,15 @@ def load(path: Path, **server: object) -> Config:
         ConfigError: it cannot be read or is wrong.
     """
     return load_config(path / CONFIG_NAME if path.is_dir() else path, server=server)
+
+
+def ask(config_path: Path, question: Callable[[OperatorClient], Coroutine[Any, Any, R]]) -> R:
+    """What the server that runs on a config's data folder answers the operator.
+
+    Raises:
+        ConfigError, DataMissingError: see :func:`load`, and the folder has no keys.
+        ServerError: no server answers, or it answers no.
+    """
+    data = load(config_path).data_path
+    client = OperatorClient.of_folder(data, clock=time.time, entropy=secrets.token_bytes)
+    return asyncio.run(question(client))

@@ -12,9 +12,9 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import msgspec
@@ -22,16 +22,16 @@ from rich.console import Console
 from rich.live import Live
 
 from cloud.audit_commands import audit
-from cloud.commandline import config_option, json_option, load, one_line_errors
+from cloud.commandline import ask, config_option, json_option, load, one_line_errors
 from cloud.config import Config
 from cloud.console import json_reporter, status_view, text_reporter
 from cloud.errors import ConfigError
 from cloud.init import init_folder
 from cloud.operator import OperatorClient
 from cloud.publish import copy_published
+from cloud.revoke_command import revoke
 from edge_runtime import wire
 
-R = TypeVar("R")
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _WATCH_S = 1.0
 
@@ -69,18 +69,38 @@ def init(folder: Path, bundle: Path, task: str, force: bool) -> None:
 @config_option
 @click.option("--host", help="Listen on this address instead of the config's.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Listen on this port instead of the config's; 0: any.")
+@click.option(
+    "--tls-cert",
+    type=click.Path(path_type=Path),
+    help="Speak https with this certificate (PEM, then those between it and its CA) instead of the config's.",
+)
+@click.option("--tls-key", type=click.Path(path_type=Path), help="Its private key (PEM, without a password).")
 @click.option("--insecure-http", is_flag=True, help="Allow plain HTTP on other addresses than loopback.")
 @json_option
 @one_line_errors
-def serve(config_path: Path, host: str | None, port: int | None, insecure_http: bool, as_json: bool) -> None:
+def serve(
+    config_path: Path,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    insecure_http: bool,
+    as_json: bool,
+    **address: str | int | None,
+) -> None:
     """Run the aggregator until it is interrupted; it goes on where it left off.
 
     \b
     Example:
       emberlora cloud serve --config server
+      emberlora cloud serve --config server --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
     With --json every event is one JSON object on a line of standard output.
     """
-    config = load(config_path, host=host, port=port, allow_plain_http=True if insecure_http else None)
+    config = load(
+        config_path,
+        **address,
+        tls_cert=None if tls_cert is None else str(tls_cert.resolve()),
+        tls_key=None if tls_key is None else str(tls_key.resolve()),
+        allow_plain_http=True if insecure_http else None,
+    )
     console = Console(stderr=True, highlight=False)
     report = json_reporter(functools.partial(print, flush=True)) if as_json else text_reporter(console)
     asyncio.run(_serve(config, report))
@@ -117,7 +137,7 @@ def token(config_path: Path, device: str, ttl: str) -> None:
     """
     ttl_s = _seconds(ttl)
     wire.check_name(device, what="device")
-    answer = _ask(config_path, lambda client: client.make_token(device, ttl_s))
+    answer = ask(config_path, lambda client: client.make_token(device, ttl_s))
     click.echo(answer.token)
 
 
@@ -133,12 +153,12 @@ def status(config_path: Path, as_json: bool, watch: bool) -> None:
     Example:
       emberlora cloud status --config server --watch
     """
-    found = _ask(config_path, OperatorClient.status)
+    found = ask(config_path, OperatorClient.status)
     if as_json:
         _echo_json(found)
         while watch and found.state != "finished":
             time.sleep(_WATCH_S)
-            found = _ask(config_path, OperatorClient.status)
+            found = ask(config_path, OperatorClient.status)
             _echo_json(found)
         return
     if not watch:
@@ -147,7 +167,7 @@ def status(config_path: Path, as_json: bool, watch: bool) -> None:
     with Live(status_view(found, now=time.time()), auto_refresh=False) as live:
         while found.state != "finished":
             time.sleep(_WATCH_S)
-            found = _ask(config_path, OperatorClient.status)
+            found = ask(config_path, OperatorClient.status)
             live.update(status_view(found, now=time.time()), refresh=True)
 
 
@@ -184,7 +204,7 @@ def stop(config_path: Path, as_json: bool) -> None:
     Example:
       emberlora cloud stop --config server
     """
-    found = _ask(config_path, OperatorClient.stop)
+    found = ask(config_path, OperatorClient.stop)
     if as_json:
         _echo_json(found)
     else:
@@ -287,6 +307,7 @@ def pilot(config_path: Path, page: Path | None, as_json: bool, **wishes: float |
 
 
 cloud.add_command(audit)
+cloud.add_command(revoke)
 
 
 def _verdict(differences: tuple[str, ...]) -> str:
@@ -313,12 +334,6 @@ def adapter(config_path: Path, out: Path) -> None:
     if config.task.personal:
         own = ", ".join(config.task.personal)
         click.echo(f"personal ({own}) is as before training in it: each device keeps its own", err=True)
-
-
-def _ask(config_path: Path, question: Callable[[OperatorClient], Coroutine[Any, Any, R]]) -> R:
-    data = load(config_path).data_path
-    client = OperatorClient.of_folder(data, clock=time.time, entropy=secrets.token_bytes)
-    return asyncio.run(question(client))
 
 
 def _echo_json(message: msgspec.Struct) -> None:

@@ -84,6 +84,8 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: int = 8440  # 0: any free one; the address is written to <data>/server.url
     data: str = "data"  # folder, relative to the config file
+    tls_cert: str | None = None  # PEM, the server's own first, then those between it and its CA; as data, relative
+    tls_key: str | None = None  # its private key, PEM, without a password: a server must start unattended
     allow_plain_http: bool = False  # true: listen on other addresses than loopback without TLS
     request_timeout_s: float = 120.0  # a body that takes longer is cut
     max_uploads_at_once: int = 16  # bodies held in memory together; others wait
@@ -116,6 +118,14 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def data_path(self) -> Path:
         """The data folder."""
         return Path(self.folder) / self.server.data
+
+    @property
+    def tls_files(self) -> tuple[Path, Path] | None:
+        """Certificate and key; None: plain HTTP."""
+        server = self.server
+        if server.tls_cert is None or server.tls_key is None:
+            return None
+        return Path(self.folder) / server.tls_cert, Path(self.folder) / server.tls_key
 
 
 def load_config(path: Path, *, server: Mapping[str, object] | None = None) -> Config:
@@ -285,10 +295,11 @@ def _training_problems(training: TrainingConfig) -> list[str]:
 def _server_problems(server: ServerConfig) -> list[str]:
     rules = {
         f"server.port: expected 0 to 65535, got {server.port}": not 0 <= server.port <= 65535,
-        f"server.host ({server.host}) is not loopback and there is no TLS: set server.allow_plain_http = true "
-        "(or --insecure-http) to serve plain HTTP on it all the same": not (
-            server.allow_plain_http or is_loopback(server.host)
-        ),
+        f"server.host ({server.host}) is not loopback and there is no TLS: set server.tls_cert and server.tls_key "
+        "(or --tls-cert and --tls-key), or server.allow_plain_http = true (or --insecure-http) to serve plain HTTP on "
+        "it all the same": not (server.tls_cert or server.allow_plain_http or is_loopback(server.host)),
+        "server.tls_cert and server.tls_key: give both or neither": (server.tls_cert is None)
+        != (server.tls_key is None),
         f"server.request_timeout_s: expected more than 0, got {server.request_timeout_s}": not (
             0 < server.request_timeout_s < math.inf
         ),
@@ -391,6 +402,8 @@ step_s = [2.0, 8.0]            # … and for those whose training step takes lon
 host = "127.0.0.1"
 port = 8440                    # 0: any free one; the address stands in <data>/server.url
 data = "data"
+# tls_cert = "cert.pem"        # with these two it speaks https; files in PEM form
+# tls_key = "key.pem"
 allow_plain_http = false       # true: plain HTTP on other addresses than loopback
 request_timeout_s = 120
 max_uploads_at_once = 16

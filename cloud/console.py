@@ -61,6 +61,10 @@ def _describe_rest(event: events.Event) -> str:
         return f"device {event.device} enrolled"
     if isinstance(event, events.DeviceLeft):
         return f"device {event.device} left"
+    if isinstance(event, events.DeviceRekeyed):
+        return f"device {event.device} has a new key"
+    if isinstance(event, events.DeviceRevoked):
+        return f"device {event.device} revoked: its key is refused from now on"
     if isinstance(event, events.DeadlineMoved):
         return (
             f"round {event.round_}: deadline passed with {event.received} of at least {event.min_devices} updates; "
@@ -129,13 +133,15 @@ def _device_table(devices: tuple[DeviceStatus, ...], *, now: float) -> Table:
     )
     for device in devices:
         seen = "never" if device.last_seen is None else f"{max(now - device.last_seen, 0):.0f} s ago"
+        if device.left or device.revoked is not None:
+            seen = "left" if device.revoked is None else "revoked"
         table.add_row(
             device.name,
             str(device.updates),
             "–" if device.tier is None else str(device.tier),
             size(device.bytes_up),
             size(device.bytes_down),
-            "left" if device.left else seen,
+            seen,
             "–" if device.train_s is None else f"{device.train_s:.1f} s",
             "–" if device.peak_private_mb is None else f"{device.peak_private_mb:.0f} MB",
         )

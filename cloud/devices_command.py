@@ -31,6 +31,8 @@ async def show_devices(config: Config, *, as_json: bool, now: float) -> list[str
 
 def _cells(device: DeviceStatus, now: float) -> tuple[str, ...]:
     seen = "never" if device.last_seen is None else f"{_ago(now - device.last_seen)} ago"
+    if device.left or device.revoked is not None:
+        seen = "left" if device.revoked is None else "revoked"
     told = device.capability
     figures = ("–", "–", "–", "–")
     if told is not None:
@@ -43,7 +45,7 @@ def _cells(device: DeviceStatus, now: float) -> tuple[str, ...]:
     return (
         device.name,
         time.strftime("%Y-%m-%d %H:%M", time.localtime(device.enrolled)),
-        "left" if device.left else seen,
+        seen,
         str(device.updates),
         *figures,
         f"{size(device.bytes_up)}, {size(device.bytes_down)}",

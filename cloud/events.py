@@ -29,8 +29,20 @@ class DeviceEnrolled(_Event, frozen=True, tag="device-enrolled"):
     device: str
 
 
+class DeviceRekeyed(_Event, frozen=True, tag="device-rekeyed"):
+    """A device replaced its key."""
+
+    device: str
+
+
 class DeviceLeft(_Event, frozen=True, tag="device-left"):
     """A device left or was sent away."""
+
+    device: str
+
+
+class DeviceRevoked(_Event, frozen=True, tag="device-revoked"):
+    """The operator refuses a device for good."""
 
     device: str
 
@@ -92,7 +104,9 @@ class WorkFailed(_Event, frozen=True, tag="work-failed"):
 Event = (
     ServerStarted
     | DeviceEnrolled
+    | DeviceRekeyed
     | DeviceLeft
+    | DeviceRevoked
     | UpdateCounted
     | RequestRefused
     | DeadlineMoved

@@ -14,7 +14,7 @@ from edge_runtime.bundle import open_bundle
 
 _MAX_TOKENS = {"classify": 128, "lm": 256}  # enough for most lines and paragraphs; memory grows with it
 
-_OURS = (KEYS_FOLDER, "blobs", "adapters", "published", "emberlora.sqlite3*", "server.url")
+_OURS = (KEYS_FOLDER, "blobs", "adapters", "published", "emberlora.sqlite3*", "server.url", "server.sha256")
 
 
 def init_folder(folder: Path, *, bundle: Path, task: str, force: bool) -> Path:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from cloud import events
 from cloud.errors import DataError, DataFullError
 from cloud.keys import Keys
-from cloud.store import CapabilityRecord, Database, DeviceRecord, TokenRecord
+from cloud.store import CapabilityRecord, Database, DeviceRecord, RevocationRecord, TokenRecord
 from edge_runtime import wire
 from edge_runtime.wire.messages import OPERATOR
 
@@ -24,15 +25,22 @@ _MAX_TTL_S = 7 * 24 * 3600
 
 
 def judge_enrolment(
-    token: TokenRecord | None, known: DeviceRecord | None, *, request: wire.Enrolment, now: float
+    token: TokenRecord | None,
+    known: DeviceRecord | None,
+    revoked: Sequence[RevocationRecord],
+    *,
+    request: wire.Enrolment,
+    now: float,
 ) -> DeviceRecord:
     """The device record that an enrolment makes.
 
     The same device repeating its enrolment (its first answer was lost) gets the same record, even after the token ran
-    out. A device that left comes back with a new token, and may bring a new key.
+    out. A device that left comes back with a new token, and may bring a new key. A revoked one never does: neither its
+    name, which the log and all figures know it by, nor its key under another.
 
     Raises:
         TokenError: the token is unknown, used, run out or for another name, or the name is taken.
+        DeviceRevokedError: the name or the key was revoked.
     """
     device = request.device
     enrolled = known is not None and known.left_at is None
@@ -40,6 +48,10 @@ def judge_enrolment(
         raise wire.TokenError(f"enrolment of {device}: the token is unknown")
     if token.device != device:
         raise wire.TokenError(f"enrolment of {device}: the token was made for another name")
+    for old in revoked:
+        if device == old.device or request.signing_key == old.signing_key:
+            what = "this name" if device == old.device else f"its key, as that of {old.device},"
+            raise wire.DeviceRevokedError(f"enrolment of {device}: {what} was revoked by the operator")
     if token.used_by is not None:
         if enrolled and known is not None and token.used_by == known.signing_key == request.signing_key:
             return known
@@ -71,22 +83,27 @@ class Members:
         self._entropy = entropy
         self._report = report
         self._devices: dict[str, DeviceRecord] = {}
+        self._revoked: dict[str, RevocationRecord] = {}
         self._traffic: dict[str, tuple[float, int]] = {}
         self._arrivals: dict[tuple[int, str], float] = {}
         self._refusals: Counter[tuple[str, str]] = Counter()
 
     async def start(self) -> None:
-        """Read who is enrolled."""
+        """Read who is enrolled, and who is refused."""
         self._devices = {record.name: record for record in await self._database.call(self._database.devices)}
+        self._revoked = {record.device: record for record in await self._database.call(self._database.revocations)}
 
     def key_of(self, name: str) -> Ed25519PublicKey:
         """The key that ``name``'s requests must be signed with.
 
         Raises:
             UnknownDeviceError: never enrolled, or it left.
+            DeviceRevokedError: the operator refuses it.
         """
         if name == OPERATOR:
             return self._keys.operator.public_key()
+        if name in self._revoked:
+            raise wire.DeviceRevokedError(f"device {name}: was revoked by the operator")
         record = self._devices.get(name)
         if record is None or record.left_at is not None:
             raise wire.UnknownDeviceError(f"device {name}: {'has left' if record else 'is not enrolled'}")
@@ -97,13 +114,15 @@ class Members:
 
         Raises:
             RequestFormatError: not a device name, or a lifetime outside one second to a week.
-            NotPermittedError: a device of this name is enrolled.
+            NotPermittedError: a device of this name is enrolled, or was revoked.
         """
         name = wire.check_name(request.device, what="device")
         if name == OPERATOR:
             raise wire.RequestFormatError(f"device {name!r}: this name is taken by the operator")
         if not 1 <= request.ttl_s <= _MAX_TTL_S:
             raise wire.RequestFormatError(f"token: lifetime: expected 1 to {_MAX_TTL_S} s, got {request.ttl_s}")
+        if name in self._revoked:
+            raise wire.NotPermittedError(f"device {name}: was revoked, and its name does not come back; choose another")
         record = self._devices.get(name)
         if record is not None and record.left_at is None:
             raise wire.NotPermittedError(f"device {name}: is enrolled already; choose another name")
@@ -121,7 +140,7 @@ class Members:
 
         Raises:
             RequestFormatError: name, token or key are malformed.
-            TokenError: see :func:`judge_enrolment`.
+            TokenError, DeviceRevokedError: see :func:`judge_enrolment`.
         """
         device = wire.check_name(request.device, what="device")
         try:
@@ -135,12 +154,29 @@ class Members:
             self._database.enrol,
             hashlib.sha256(secret).hexdigest(),
             device,
-            lambda token, known: judge_enrolment(token, known, request=request, now=now),
+            lambda token, known, revoked: judge_enrolment(token, known, revoked, request=request, now=now),
         )
         if self._devices.get(device) != record:
             self._devices[device] = record
             self._report(events.DeviceEnrolled(device))
         return wire.Enrolled(device=device, task=task, plan_key=self._keys.plan_key)
+
+    async def rekey(self, name: str, message: wire.NewKey) -> None:
+        """A device, which signed this with its key, replaces that key. Repeated with the new key, it changes nothing.
+
+        Raises:
+            RequestFormatError, SignatureError: see :func:`edge_runtime.wire.check_new_key`.
+            NotPermittedError: the new key is, or was, another's or its own.
+        """
+        wire.check_new_key(name, message)
+        record = self._devices[name]
+        if message.signing_key == record.signing_key:
+            return
+        keys = record.signing_key, message.signing_key
+        if not await self._database.call(self._database.rekey, name, *keys, self._clock()):
+            raise wire.NotPermittedError(f"new key of {name}: was in use before; make a new one")
+        self._devices[name] = replace(self._devices[name], signing_key=message.signing_key)
+        self._report(events.DeviceRekeyed(name))
 
     async def leave(self, name: str, *, by: str) -> None:
         """A device leaves, or ``by`` the operator is sent away; its key is refused from now on, its counted updates
@@ -156,6 +192,29 @@ class Members:
         await self._database.call(self._database.leave, name, now, by=by)
         self._devices[name] = replace(self._devices[name], left_at=now)
         self._report(events.DeviceLeft(name))
+
+    async def revoke(self, request: wire.Revocation) -> wire.Revoked:
+        """The operator refuses a device for good, also one that left. What was counted of it stays counted, in the open
+        round too: its sum was promised when the update was acknowledged.
+
+        Raises:
+            UnknownDeviceError: no device of this name was ever enrolled.
+        """
+        name = request.device
+        known = self._devices.get(name)
+        if known is None:
+            raise wire.UnknownDeviceError(f"device {name}: was never enrolled")
+        new = RevocationRecord(name, known.signing_key, self._clock())
+        kept = await self._database.call(self._database.revoke, new)
+        already, self._revoked[name] = name in self._revoked, kept
+        if not already:
+            self._report(events.DeviceRevoked(name))
+        updates, _ = (await self._database.call(self._database.contributions)).get(name, (0, 0))
+        last = await self._database.call(self._database.last_round)
+        open_round = last.round if last is not None and last.state == "open" else None
+        if open_round is not None and await self._database.call(self._database.receipt_of, open_round, name) is None:
+            open_round = None
+        return wire.Revoked(device=name, revoked=kept.revoked, already=already, updates=updates, open_round=open_round)
 
     async def tell(self, name: str, capability: wire.Capability) -> None:
         """Keep what a device measured of itself; the newest counts."""
@@ -211,8 +270,10 @@ async def read_statuses(database: Database) -> tuple[wire.DeviceStatus, ...]:
     records = await database.call(database.devices)
     given = await database.call(database.contributions)
     told = await database.call(database.capabilities)
+    revoked = {record.device: record.revoked for record in await database.call(database.revocations)}
     last = {update.receipt.device: update.metrics for update in await database.call(database.last_updates)}
-    return tuple(_status(record, given, last.get(record.name), told.get(record.name)) for record in records)
+    statuses = (_status(record, given, last.get(record.name), told.get(record.name)) for record in records)
+    return tuple(msgspec.structs.replace(status, revoked=revoked.get(status.name)) for status in statuses)
 
 
 def _status(

@@ -18,6 +18,7 @@ from edge_runtime.wire import resources
 from edge_runtime.wire.messages import OPERATOR
 
 URL_NAME = "server.url"  # in the data folder while a server runs
+PIN_NAME = "server.sha256"  # the same, of a server that speaks TLS: SHA-256 of its certificate, hex
 _TIMEOUT_S = 60
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -25,11 +26,21 @@ T = TypeVar("T", bound=msgspec.Struct)
 class OperatorClient:
     """Asks the server that runs on a data folder."""
 
-    def __init__(self, url: str, keys: Keys, *, clock: Callable[[], float], entropy: Callable[[int], bytes]) -> None:
+    def __init__(
+        self,
+        url: str,
+        keys: Keys,
+        *,
+        clock: Callable[[], float],
+        entropy: Callable[[int], bytes],
+        pin: str | None = None,
+    ) -> None:
+        """``pin`` is the SHA-256 of the server's certificate, hex: whatever names it has, no other is talked to."""
         self._url = url.rstrip("/")
         self._keys = keys
         self._clock = clock
         self._entropy = entropy
+        self._tls = True if pin is None else aiohttp.Fingerprint(bytes.fromhex(pin))
 
     @classmethod
     def of_folder(cls, data: Path, *, clock: Callable[[], float], entropy: Callable[[int], bytes]) -> OperatorClient:
@@ -42,11 +53,12 @@ class OperatorClient:
         keys = load_keys(data / KEYS_FOLDER)
         try:
             url = (data / URL_NAME).read_text().strip()
+            pin = (data / PIN_NAME).read_text().strip() if url.startswith("https:") else None
         except OSError as error:
             raise ServerAbsentError(
                 f"{data}: no aggregator runs on this folder; start it with `emberlora cloud serve`"
             ) from error
-        return cls(url, keys, clock=clock, entropy=entropy)
+        return cls(url, keys, clock=clock, entropy=entropy, pin=pin)
 
     async def status(self) -> wire.TaskStatus:
         """Rounds, devices, figures."""
@@ -56,6 +68,11 @@ class OperatorClient:
         """A token for one enrolment."""
         body = wire.encode_message(wire.TokenRequest(device=device, ttl_s=ttl_s))
         return await self._ask("POST", resources.OPERATOR_TOKENS, body, wire.TokenAnswer)
+
+    async def revoke(self, device: str) -> wire.Revoked:
+        """Refuse a device's key from now on."""
+        body = wire.encode_message(wire.Revocation(device=device))
+        return await self._ask("POST", resources.OPERATOR_REVOCATIONS, body, wire.Revoked)
 
     async def stop(self) -> wire.TaskStatus:
         """End the task; the status after it."""
@@ -70,9 +87,15 @@ class OperatorClient:
         try:
             async with (
                 aiohttp.ClientSession(timeout=timeout) as session,
-                session.request(method, self._url + target, data=body or None, headers=headers) as response,
+                session.request(
+                    method, self._url + target, data=body or None, headers=headers, ssl=self._tls
+                ) as response,
             ):
                 data, status = await response.read(), response.status
+        except aiohttp.ServerFingerprintMismatch as error:
+            raise ServerAbsentError(
+                f"{self._url}: another server answers there: its certificate is not the one of this folder's aggregator"
+            ) from error
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
             raise ServerAbsentError(f"{self._url}: no aggregator answers ({error})") from error
         if status >= 400:

@@ -22,6 +22,8 @@ _EDGE_COMMANDS = {
     "run": ("edge_runtime.device.commands:run", "Take part in rounds until the task is finished."),
     "status": ("edge_runtime.device.commands:status", "Show what this device is doing and has done."),
     "leave": ("edge_runtime.device.commands:leave", "Leave the task; the aggregator forgets this device's key."),
+    "rotate-key": ("edge_runtime.device.commands:rotate_key", "Replace this device's key by a new one."),
+    "trust": ("edge_runtime.device.commands:trust", "Change whose certificate the server must show."),
 }
 _EXTRA_COMMANDS = {
     "export": ("export", "Turn a model into a bundle for devices."),
@@ -86,7 +88,12 @@ class _Root(click.Group):
         return None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        rows = [("edge", "Everything on a device: train, eval, predict, bench, enroll, run, status, leave.")]
+        rows = [
+            (
+                "edge",
+                "Everything on a device: train, eval, predict, bench, enroll, run, status, leave, rotate-key, trust.",
+            )
+        ]
         rows += [(name, text) for name, (_, text) in _EXTRA_COMMANDS.items()]
         with formatter.section("Commands"):
             formatter.write_dl(rows)

@@ -33,6 +33,7 @@ def make_app(aggregator: Aggregator, *, clock: Callable[[], float], report: even
             web.get(resources.HEALTH, handlers.health),
             web.post(resources.ENROLMENTS, handlers.enrol),
             web.delete(resources.DEVICE, handlers.leave),
+            web.put(resources.DEVICE_KEY, handlers.rekey),
             web.put(resources.CAPABILITY, handlers.tell),
             web.get(resources.PLAN, handlers.plan),
             web.get(resources.BLOB, handlers.blob),
@@ -40,6 +41,7 @@ def make_app(aggregator: Aggregator, *, clock: Callable[[], float], report: even
             web.put(resources.UPDATE, handlers.update),
             web.get(resources.OPERATOR_STATUS, handlers.status),
             web.post(resources.OPERATOR_TOKENS, handlers.make_token),
+            web.post(resources.OPERATOR_REVOCATIONS, handlers.revoke),
             web.post(resources.OPERATOR_STOP, handlers.stop),
         ]
     )
@@ -74,6 +76,16 @@ class _Resources:
         await self._members.leave(device, by=caller.device)
         return web.Response(status=204)
 
+    async def rekey(self, request: web.Request) -> web.Response:
+        caller = self._device(request)
+        device = request.match_info["device"]
+        if device != caller.device:
+            raise wire.NotPermittedError(f"new key of {device}: signed by {caller.device}")
+        body = await read_body(request, limit=MAX_MESSAGE_BYTES, timeout_s=self._timeout_s, digest=caller.body_digest)
+        self._members.key_of(device)  # it may have been revoked while the body came
+        await self._members.rekey(device, wire.decode_message(body, wire.NewKey))
+        return web.Response(status=204)
+
     async def tell(self, request: web.Request) -> web.Response:
         caller = self._device(request)
         device = request.match_info["device"]
@@ -94,6 +106,7 @@ class _Resources:
             after=after,
             wait_s=min(wait_s, resources.MAX_WAIT_S),
         )
+        self._members.key_of(caller.device)  # it may have been revoked while it waited
         if signed is None:
             return web.Response(status=204, headers={"Retry-After": "0"})
         return web.Response(body=signed.data, content_type=_BINARY)
@@ -141,6 +154,7 @@ class _Resources:
         async with self._slots:
             sealed = await read_body(request, limit=length, timeout_s=self._timeout_s, digest=caller.body_digest)
             seconds = self._clock() - began
+            self._members.key_of(device)  # it may have been revoked while the body came
             receipt, new = await self._aggregator.submit(
                 device, round_=round_, digest=caller.body_digest, sealed=sealed
             )
@@ -157,6 +171,12 @@ class _Resources:
         body = await read_body(request, limit=MAX_MESSAGE_BYTES, timeout_s=self._timeout_s, digest=caller.body_digest)
         answer = await self._members.make_token(wire.decode_message(body, wire.TokenRequest))
         return _message(answer, status=201)
+
+    async def revoke(self, request: web.Request) -> web.Response:
+        caller = self._operator(request)
+        body = await read_body(request, limit=MAX_MESSAGE_BYTES, timeout_s=self._timeout_s, digest=caller.body_digest)
+        answer = await self._members.revoke(wire.decode_message(body, wire.Revocation))
+        return _message(answer, status=200 if answer.already else 201)
 
     async def stop(self, request: web.Request) -> web.Response:
         check_no_body(request, self._operator(request))
@@ -190,7 +210,9 @@ class _CountedFile(web.FileResponse):
 
 
 def _message(
-    message: wire.Enrolled | wire.UpdateReceipt | wire.TokenAnswer | wire.TaskStatus, *, status: int = 200
+    message: wire.Enrolled | wire.UpdateReceipt | wire.TokenAnswer | wire.Revoked | wire.TaskStatus,
+    *,
+    status: int = 200,
 ) -> web.Response:
     return web.Response(body=wire.encode_message(message), status=status, content_type=_JSON)
 

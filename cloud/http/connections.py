@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import ssl
 from collections import Counter
 from typing import cast
 
@@ -61,14 +62,14 @@ class BoundedSite(web.BaseSite):
 
     __slots__ = ("_config",)
 
-    def __init__(self, runner: web.BaseRunner, config: ServerConfig) -> None:
-        super().__init__(runner)
+    def __init__(self, runner: web.BaseRunner, config: ServerConfig, *, ssl_context: ssl.SSLContext | None) -> None:
+        super().__init__(runner, ssl_context=ssl_context)
         self._config = config
 
     @property
     def name(self) -> str:
         """Where it listens."""
-        return f"http://{self._config.host}:{self._config.port}"
+        return f"{'https' if self._ssl_context else 'http'}://{self._config.host}:{self._config.port}"
 
     async def start(self) -> None:
         """Listen.
@@ -81,7 +82,11 @@ class BoundedSite(web.BaseSite):
         assert server is not None, "the runner was set up, or the site could not be made"
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
-            Door(server, self._config), self._config.host, self._config.port, backlog=self._backlog
+            Door(server, self._config),
+            self._config.host,
+            self._config.port,
+            ssl=self._ssl_context,
+            backlog=self._backlog,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import ssl
 from pathlib import Path
 
 from aiohttp import web
@@ -15,10 +16,11 @@ from cloud.http.app import make_app
 from cloud.http.connections import BoundedSite
 from cloud.keys import KEYS_FOLDER, load_keys
 from cloud.lock import FolderLock
-from cloud.operator import URL_NAME
+from cloud.operator import PIN_NAME, URL_NAME
 from cloud.planning import check_fit
 from cloud.service import Aggregator, Surroundings
 from cloud.store.space import write_error
+from cloud.tls import fingerprint, server_context
 from edge_runtime.bundle import open_bundle
 
 _KEEPALIVE_S = 75  # longer than a held plan request; aiohttp's default is an hour
@@ -45,6 +47,7 @@ class Server:
         """
         data = config.data_path
         keys = load_keys(data / KEYS_FOLDER)
+        context = server_context(config)
         lock = FolderLock(data)
         try:
             bundle = await asyncio.to_thread(open_bundle, config.bundle_path)
@@ -65,25 +68,29 @@ class Server:
             lock.release()
             raise
         try:
-            await server._listen(surroundings.report)
+            await server._listen(surroundings.report, context)
         except BaseException:  # the same, with more to put back
             await server.close()
             raise
         return server
 
-    async def _listen(self, report: events.Report) -> None:
+    async def _listen(self, report: events.Report, context: ssl.SSLContext | None) -> None:
         config = self.aggregator.config.server
         await self._runner.setup()
         try:
-            await BoundedSite(self._runner, config).start()
+            await BoundedSite(self._runner, config, ssl_context=context).start()
         except OSError as error:
             raise DataError(f"{config.host}:{config.port}: cannot listen: {error.strerror}") from error
         port = self._runner.addresses[0][1]
-        self.url = f"http://{_bracketed(config.host)}:{port}"
+        scheme = "http" if context is None else "https"
+        self.url = f"{scheme}://{_bracketed(config.host)}:{port}"
         # Commands on this machine reach a server that listens everywhere on loopback.
         local = config.host if is_loopback(config.host) or not _is_wildcard(config.host) else "127.0.0.1"
         try:
-            _write_text(self._url_file, f"http://{_bracketed(local)}:{port}\n")
+            pin = fingerprint(self.aggregator.config)
+            if pin is not None:
+                _write_text(self._url_file.with_name(PIN_NAME), pin + "\n")
+            _write_text(self._url_file, f"{scheme}://{_bracketed(local)}:{port}\n")
         except OSError as error:
             raise write_error(f"{self._url_file}: cannot be written", error) from error
         status = await self.aggregator.status()
@@ -94,6 +101,7 @@ class Server:
         try:
             self.aggregator.drain()
             self._url_file.unlink(missing_ok=True)
+            self._url_file.with_name(PIN_NAME).unlink(missing_ok=True)
             await self._runner.cleanup()
             await self.aggregator.close()
         finally:

@@ -72,7 +72,7 @@ class Gate:
         """The verified head of a request; its body must still be held against ``body_digest``.
 
         Raises:
-            RequestFormatError, UnknownDeviceError, SignatureError: why it is refused.
+            RequestFormatError, UnknownDeviceError, DeviceRevokedError, SignatureError: why it is refused.
         """
         header = request.headers.get("Authorization", "")
         claimed, signature = wire.parse_authorization(header, method=request.method, target=request.raw_path)

@@ -21,7 +21,9 @@ LEAST_TIMED_BYTES = 64 << 10  # what comes in one piece out of buffers says noth
 def device_findings(trial: Trial) -> tuple[DeviceFinding, ...]:
     """Every device that has not left, by name."""
     rounds = {round_.plan.round: round_ for round_ in trial.rounds if round_.applied and round_.plan.state == "train"}
-    return tuple(_finding(trial, device, rounds) for device in trial.devices if not device.left)
+    return tuple(
+        _finding(trial, device, rounds) for device in trial.devices if not device.left and device.revoked is None
+    )
 
 
 def percentile(values: Iterable[float], part: float) -> float | None:

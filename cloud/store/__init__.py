@@ -2,7 +2,7 @@
 
 from cloud.store.blobs import OBJECTS, UPDATES, Blobs
 from cloud.store.database import Database, Identity
-from cloud.store.records import CapabilityRecord, DeviceRecord, RoundRecord, TokenRecord, UpdateRecord
+from cloud.store.records import CapabilityRecord, DeviceRecord, RevocationRecord, RoundRecord, TokenRecord, UpdateRecord
 
 __all__ = [
     "OBJECTS",
@@ -12,6 +12,7 @@ __all__ = [
     "Database",
     "DeviceRecord",
     "Identity",
+    "RevocationRecord",
     "RoundRecord",
     "TokenRecord",
     "UpdateRecord",

@@ -13,7 +13,7 @@ import hashlib
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -26,13 +26,20 @@ from cloud import audit
 from cloud.errors import DataSchemaError
 from cloud.store import log
 from cloud.store import schema as t
-from cloud.store.records import CapabilityRecord, DeviceRecord, RoundRecord, TokenRecord, UpdateRecord
+from cloud.store.records import (
+    CapabilityRecord,
+    DeviceRecord,
+    RevocationRecord,
+    RoundRecord,
+    TokenRecord,
+    UpdateRecord,
+)
 from cloud.store.space import write_error
 from edge_runtime.wire import Capability, LocalMetrics, RoundStatus, UpdateReceipt
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Judge = Callable[[TokenRecord | None, DeviceRecord | None], DeviceRecord]
+Judge = Callable[[TokenRecord | None, DeviceRecord | None, Sequence[RevocationRecord]], DeviceRecord]
 
 
 @dataclass(frozen=True)
@@ -245,15 +252,16 @@ class Database:
         Args:
             token_digest: SHA-256 of the token's secret, hex.
             device: The name asked for.
-            judge: Given the token and the device of that name, if there are such, gives the record to keep or raises
-                a refusal, which then changes nothing.
+            judge: Given the token and the device of that name, if there are such, and all that were revoked, gives the
+                record to keep or raises a refusal, which then changes nothing.
         """
         find_token = sa.select(t.tokens).where(t.tokens.c.digest == token_digest)
         find_device = sa.select(t.devices).where(t.devices.c.name == device)
         with self._engine.begin() as connection:
             token = connection.execute(find_token).one_or_none()
             known = connection.execute(find_device).one_or_none()
-            record = judge(None if token is None else _token(token), None if known is None else _device(known))
+            found = None if token is None else _token(token), None if known is None else _device(known)
+            record = judge(*found, _revocations(connection))
             row = asdict(record)
             if known is None:
                 connection.execute(t.devices.insert().values(row))
@@ -266,6 +274,23 @@ class Database:
                 log.append(connection, record.enrolled, enrolled)
         return record
 
+    def rekey(self, device: str, old: str, new: str, now: float) -> bool:
+        """Replace a device's key (both public, hex) in one transaction; none may change to the old one.
+
+        Returns:
+            False when nothing was changed: the old key is not the device's, or the new one is, or was, somebody's.
+        """
+        known = t.devices.update().where(t.devices.c.name == device, t.devices.c.signing_key == old)
+        with self._engine.begin() as connection:
+            for table in (t.devices, t.retired_keys, t.revocations):
+                if connection.execute(sa.select(table).where(table.c.signing_key == new)).first() is not None:
+                    return False
+            if not connection.execute(known.values(signing_key=new)).rowcount:
+                return False
+            connection.execute(t.retired_keys.insert().values(signing_key=old, device=device))
+            log.append(connection, now, audit.DeviceRekeyed(device, new))
+        return True
+
     def leave(self, device: str, now: float, *, by: str) -> None:
         """Note that a device left; what it measured of itself is forgotten, as another machine may take its name.
 
@@ -275,6 +300,29 @@ class Database:
             connection.execute(t.capabilities.delete().where(t.capabilities.c.device == device))
             connection.execute(t.devices.update().where(t.devices.c.name == device).values(left_at=now))
             log.append(connection, now, audit.DeviceLeft(device, by))
+
+    def revoke(self, new: RevocationRecord) -> RevocationRecord:
+        """Note that a device is refused for good; what it measured of itself is forgotten.
+
+        Returns:
+            ``new``, or what was noted before, which then stays.
+        """
+        with self._engine.begin() as connection:
+            old = connection.execute(sa.select(t.revocations).where(t.revocations.c.device == new.device)).one_or_none()
+            if old is not None:
+                return RevocationRecord(**old._mapping)
+            connection.execute(t.capabilities.delete().where(t.capabilities.c.device == new.device))
+            # Its key as it is now: the device may have replaced it a moment ago.
+            key = sa.select(t.devices.c.signing_key).where(t.devices.c.name == new.device)
+            new = replace(new, signing_key=connection.execute(key).scalar_one())
+            connection.execute(t.revocations.insert().values(asdict(new)))
+            log.append(connection, new.revoked, audit.DeviceRevoked(new.device, new.signing_key))
+        return new
+
+    def revocations(self) -> list[RevocationRecord]:
+        """Every device that is refused for good."""
+        with self._engine.begin() as connection:
+            return _revocations(connection)
 
     def put_capability(self, device: str, record: CapabilityRecord) -> None:
         """Keep what a device measured of itself in place of what it said before."""
@@ -365,6 +413,11 @@ def _counted(receipt: UpdateReceipt) -> audit.Entry:
 
 def _device(row: sa.Row[Any]) -> DeviceRecord:
     return DeviceRecord(row.name, row.signing_key, row.enrolled, row.last_seen, row.left_at, row.bytes_down)
+
+
+def _revocations(connection: sa.Connection) -> list[RevocationRecord]:
+    query = sa.select(t.revocations).order_by(t.revocations.c.device)
+    return [RevocationRecord(**row._mapping) for row in connection.execute(query)]
 
 
 def _token(row: sa.Row[Any]) -> TokenRecord:

@@ -72,6 +72,8 @@ def read(connection: sa.Connection) -> Audited:
 def _facts(connection: sa.Connection) -> Iterator[str]:
     for row in connection.execute(sa.select(t.identity)):
         yield audit.task_fact(row.task, row.bundle)
+    for row in connection.execute(sa.select(t.revocations)):
+        yield audit.revoked_fact(row.device, row.signing_key)
     for row in connection.execute(sa.select(*_UPDATE)):
         yield audit.update_fact(row.round, row.device, row.digest, row.weight)
     for row in connection.execute(sa.select(*_ROUND)):

@@ -30,6 +30,15 @@ class DeviceRecord:
 
 
 @dataclass(frozen=True)
+class RevocationRecord:
+    """A device that the operator refuses for good, the key it had (hex), and since when (Unix seconds)."""
+
+    device: str
+    signing_key: str
+    revoked: float
+
+
+@dataclass(frozen=True)
 class CapabilityRecord:
     """What a device measured of itself, and when it said so (Unix seconds)."""
 

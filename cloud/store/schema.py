@@ -37,6 +37,21 @@ devices = Table(
     Column("bytes_down", Integer, nullable=False),
     sqlite_strict=True,
 )
+revocations = Table(
+    "revocations",
+    metadata,
+    Column("device", Text, ForeignKey("devices.name"), primary_key=True),  # a revoked name does not come back
+    Column("signing_key", Text, nullable=False),  # that it had; no other name may enrol with it
+    Column("revoked", REAL, nullable=False),
+    sqlite_strict=True,
+)
+retired_keys = Table(
+    "retired_keys",
+    metadata,
+    Column("signing_key", Text, primary_key=True),  # that a device has replaced; none may change to it
+    Column("device", Text, ForeignKey("devices.name"), nullable=False),
+    sqlite_strict=True,
+)
 capabilities = Table(
     "capabilities",
     metadata,

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 from msgspec import UNSET
 
-from edge_runtime.device.client import Client, Signer
+from edge_runtime.device.client import Client
 from edge_runtime.device.errors import RefusedError, TransportError
 from edge_runtime.device.home import Home
 from edge_runtime.device.host import Host
@@ -67,7 +67,7 @@ async def tell_first(home: Home, calibration_s: float | None, *, host: Host) -> 
     """Measure this machine, keep that in the home of a device that has just enrolled, and tell it."""
     home.save_measured(Measured(machine(calibration_s)))
     identity = home.identity()
-    async with Client(identity.server, host, signer=Signer.of(identity)) as client:
+    async with Client.of(identity, host) as client:
         await SelfReport(home, client, identity.task, host.clock).tell()
 
 

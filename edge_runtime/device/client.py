@@ -1,7 +1,8 @@
 """The device's side of the HTTP resources: one method a resource, nothing decided.
 
 Every request is signed with a fresh nonce. What the server refuses is raised as the wire's own error; whatever is not
-an answer of an aggregator (no connection, a cut, a timeout, a proxy's page) is :class:`TransportError`. Answers are
+an answer of an aggregator (no connection, a cut, a timeout, a proxy's page) is :class:`TransportError`; a server
+whose certificate is not to be trusted is ``UntrustedServerError``. Answers are
 never decompressed, never followed elsewhere, and read only up to a stated size.
 """
 
@@ -11,6 +12,7 @@ import asyncio
 import contextlib
 import hashlib
 import re
+import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +28,12 @@ from edge_runtime.device.errors import RefusedError, TransportError
 from edge_runtime.device.host import Host
 from edge_runtime.device.records import Identity, Pending
 from edge_runtime.device.transport import BlobAnswer, PlanAnswer, Traffic
+from edge_runtime.device.trust import tls_failure, tls_of
 from edge_runtime.wire import (
     Capability,
     Enrolled,
     Enrolment,
+    NewKey,
     NotNowError,
     RequestFormatError,
     SignedRequest,
@@ -47,6 +51,7 @@ from edge_runtime.wire.requests import EMPTY_BODY
 from edge_runtime.wire.resources import (
     BLOB,
     DEVICE,
+    DEVICE_KEY,
     ENROLMENTS,
     capability_path,
     patch_target,
@@ -90,22 +95,39 @@ class Client:
         host: Clock for request times and entropy for nonces.
         signer: None before enrolment.
         traffic: Counters to go on with.
+        tls: Whose certificates are believed; None for plain http.
     """
 
     def __init__(
-        self, server: str, host: Host, *, signer: Signer | None = None, traffic: Traffic | None = None
+        self,
+        server: str,
+        host: Host,
+        *,
+        signer: Signer | None = None,
+        traffic: Traffic | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._server = server
         self._host = host
         self._signer = signer
         self.traffic = traffic or Traffic()
+        self._tls = tls
         self._session: aiohttp.ClientSession | None = None
+
+    @classmethod
+    def of(cls, identity: Identity, host: Host) -> Client:
+        """The client of an enrolled device.
+
+        Raises:
+            InputError, CorruptFileError: see :func:`edge_runtime.device.trust.tls_of`.
+        """
+        return cls(identity.server, host, signer=Signer.of(identity), tls=tls_of(identity))
 
     async def __aenter__(self) -> Client:
         # A connection is never used twice: aiohttp would repeat a request by itself on a stale one, with the same
         # nonce, which the server must take for a replay. Requests are minutes apart anyway.
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(force_close=True),
+            connector=aiohttp.TCPConnector(force_close=True, ssl=self._tls or True),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             headers={"User-Agent": "EmberLoRA-device", "Accept-Encoding": "identity"},
@@ -213,6 +235,19 @@ class Client:
         async with self._answer("PUT", capability_path(task, self._signed_by().device), body=body):
             pass
 
+    async def rekey(self, message: NewKey) -> None:
+        """Name the key that counts from now on.
+
+        Raises:
+            SignatureError: this client's key is not the one the server knows.
+            NotFoundError, RequestError: the server's refusal; one from before this resource knows no such path.
+            TransportError: no answer; the server may have the new key or not.
+        """
+        data = encode_message(message)
+        body = _Body(_whole(data), len(data), hashlib.sha256(data).hexdigest())
+        async with self._answer("PUT", DEVICE_KEY.format(device=self._signed_by().device), body=body):
+            pass
+
     def _signed_by(self) -> Signer:
         if self._signer is None:
             raise ValueError("this client has no signer: a fault of the caller")
@@ -248,6 +283,10 @@ class Client:
                 if response.status not in (200, 201, 204, 206, 416):
                     raise await self._refusal(response)
                 yield response
+        except aiohttp.ClientConnectorCertificateError as error:
+            raise tls_failure(self._server, error.certificate_error) from error
+        except aiohttp.ClientSSLError as error:
+            raise tls_failure(self._server, error.os_error) from error
         except (aiohttp.ClientError, asyncio.TimeoutError, ConnectionError) as error:
             raise TransportError(f"{self._server}: {_describe(error)}") from error
 

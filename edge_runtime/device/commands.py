@@ -1,4 +1,4 @@
-"""The commands of a resident device: enroll, run, status, leave.
+"""The commands of a resident device: enroll, run, status, leave, rotate-key, trust.
 
 Exit codes: 0 success (for ``run``: the task is finished), 1 the work failed, 2 bad usage or input, 130 after Ctrl-C and
 143 after SIGTERM. A failure is one line on standard error. What is heavy is imported inside the commands.
@@ -19,7 +19,7 @@ import msgspec
 from edge_runtime.device.errors import DeviceError, InputError
 from edge_runtime.device.home import Home, default_home
 from edge_runtime.device.records import DeviceState, Settings
-from edge_runtime.wire import RequestFormatError, UnknownDeviceError, WireError
+from edge_runtime.wire import DeviceRevokedError, RequestFormatError, UnknownDeviceError, WireError
 
 
 class Failure(click.ClickException):
@@ -65,8 +65,13 @@ def _one_line() -> Iterator[None]:
     except InputError as error:
         raise InputFailure(str(error)) from error
     except UnknownDeviceError as error:
-        line = f"{error}: this device was revoked or has left: run 'emberlora edge leave', then enroll with a new token"
+        line = f"{error}: this device has left: run 'emberlora edge leave', then enroll with a new token"
         raise Failure(line) from error
+    except DeviceRevokedError as error:
+        raise Failure(
+            f"{error}: its key is refused for good, and nothing is tried again: ask the operator; with a token for "
+            "another name, run 'emberlora edge leave' and enroll"
+        ) from error
     except (DeviceError, WireError, OSError) as error:
         raise Failure(str(error)) from error
 
@@ -84,6 +89,11 @@ def _one_line() -> Iterator[None]:
 @_home_option
 @_data_option
 @_eval_option
+@click.option(
+    "--ca",
+    type=_FILE,
+    help="Trust the server's certificate if it comes from this one (PEM).  [default: the system's CAs]",
+)
 @click.option("--insecure-http", is_flag=True, help="Allow plain http to another machine. Updates stay sealed.")
 def enroll(  # noqa: PLR0913  # click passes each option as an argument
     *,
@@ -93,6 +103,7 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
     home: Path,
     data: tuple[Path, ...],
     evaluation: tuple[Path, ...],
+    ca: Path | None,
     insecure_http: bool,
 ) -> None:
     """Make this device known to an aggregator.
@@ -110,9 +121,10 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
       emberlora edge run
     """
     from edge_runtime.device.capability import tell_first
-    from edge_runtime.device.enrolment import check_server, enrol
+    from edge_runtime.device.enrolment import Trust, enrol
     from edge_runtime.device.host import Host
     from edge_runtime.device.trial import try_engine
+    from edge_runtime.device.trust import check_server, read_ca
     from edge_runtime.wire import Token, check_name
 
     with _one_line():
@@ -122,10 +134,14 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
         except RequestFormatError as error:
             raise InputError(str(error)) from error
         origin = check_server(server, insecure_http=insecure_http)
+        if ca is not None and not origin.startswith("https:"):
+            raise InputError(f"--ca is for https, and the server is {origin}")
+        trust = Trust("" if ca is None else read_ca(ca), insecure_http)
         calibration_s = asyncio.run(try_engine())
         place = Home(home)
         with place.locked():
-            identity = asyncio.run(enrol(place, server=origin, token=parsed, device=name, host=Host()))
+            work = enrol(place, server=origin, token=parsed, device=name, host=Host(), trust=trust)
+            identity = asyncio.run(work)
             _remember(place, data, evaluation)
             asyncio.run(tell_first(place, calibration_s, host=Host()))
     click.echo(f"{identity.device} is enrolled in task {identity.task}; next: emberlora edge run")
@@ -328,6 +344,57 @@ def leave(*, home: Path) -> None:
         with place.locked():
             identity = asyncio.run(leave_task(place, host=Host()))
     click.echo(f"{identity.device} has left task {identity.task}")
+
+
+@click.command()
+@_home_option
+def rotate_key(*, home: Path) -> None:
+    """Replace this device's key by a new one; the old one is refused from then on.
+
+    May be interrupted and repeated: 'run' and 'leave' finish what was begun.
+
+    \b
+    Example:
+      emberlora edge rotate-key
+    """
+    from edge_runtime.device.host import Host
+    from edge_runtime.device.rekeying import rotate
+
+    with _one_line():
+        place = Home(home)
+        place.identity()
+        with place.locked():
+            identity = asyncio.run(rotate(place, host=Host()))
+    click.echo(f"{identity.device} has a new key in task {identity.task}")
+
+
+@click.command()
+@_home_option
+@click.option("--ca", type=_FILE, help="Trust the server's certificate if it comes from this one (PEM).")
+@click.option("--system-ca", is_flag=True, help="Trust the system's CAs instead.")
+@click.option("--insecure-http", is_flag=True, help="Allow plain http to another machine. Updates stay sealed.")
+def trust(*, home: Path, ca: Path | None, system_ca: bool, insecure_http: bool) -> None:
+    """Change what this device's server must show: a certificate from this CA or one of the system's, or none.
+
+    Asks nobody; the next 'run' uses it.
+
+    \b
+    Example:
+      emberlora edge trust --ca new-ca.pem
+    """
+    from edge_runtime.device.trust import read_ca
+
+    with _one_line():
+        if sum((ca is not None, system_ca, insecure_http)) != 1:
+            raise InputError("give one of --ca FILE, --system-ca and --insecure-http")
+        place = Home(home)
+        place.identity()
+        with place.locked():
+            text = "" if ca is None else read_ca(ca)
+            identity = msgspec.structs.replace(place.identity(), ca=text, insecure_http=insecure_http)
+            place.save_identity(identity)
+    what = "plain http" if insecure_http else "the CAs of this system" if ca is None else str(ca)
+    click.echo(f"{identity.device} trusts {what} for {identity.server}")
 
 
 def _remember(home: Home, data: tuple[Path, ...], evaluation: tuple[Path, ...]) -> Settings:

@@ -4,49 +4,46 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import ipaddress
-from urllib.parse import urlsplit
+from dataclasses import dataclass
 
 import msgspec
 
-from edge_runtime.device.client import Client, Signer
+from edge_runtime.device.client import Client
 from edge_runtime.device.errors import EnrolledError, InputError, PinMismatchError
 from edge_runtime.device.home import Home
 from edge_runtime.device.host import Host
 from edge_runtime.device.records import Identity
-from edge_runtime.wire import Enrolment, Token, UnknownDeviceError, check_name
+from edge_runtime.device.rekeying import settle
+from edge_runtime.device.trust import tls_of
+from edge_runtime.wire import (
+    DeviceRevokedError,
+    Enrolment,
+    NotFoundError,
+    NotPermittedError,
+    Token,
+    UnknownDeviceError,
+    check_name,
+)
 from edge_runtime.wire.messages import OPERATOR
 
 
-def check_server(url: str, *, insecure_http: bool = False) -> str:
-    """The origin of a server's address.
+@dataclass(frozen=True)
+class Trust:
+    """What the user allows towards a server, kept with the identity."""
 
-    Raises:
-        InputError: not an http(s) origin, or plain http to another machine without being allowed.
-    """
-    parts = urlsplit(url.strip())
-    try:
-        port = parts.port
-    except ValueError as error:
-        raise InputError(f"server {url!r}: its port is not a number from 0 to 65535") from error
-    plain = parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment)
-    if not plain or parts.path not in ("", "/") or parts.username is not None:
-        raise InputError(f"server {url!r}: expected an address like https://host:port, and nothing after it")
-    host = str(parts.hostname)
-    if parts.scheme == "http" and not (insecure_http or _is_loopback(host)):
-        raise InputError(f"server {url!r}: plain http leaves this machine: use https, or say --insecure-http")
-    shown = f"[{host}]" if ":" in host else host
-    return f"{parts.scheme}://{shown}" + (f":{port}" if port is not None else "")
+    ca: str = ""  # PEM certificates that its own must come from; empty: the system's
+    insecure_http: bool = False  # plain http to another machine
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-async def enrol(home: Home, *, server: str, token: Token, device: str, host: Host) -> Identity:
+async def enrol(
+    home: Home,
+    *,
+    server: str,
+    token: Token,
+    device: str,
+    host: Host,
+    trust: Trust = Trust(),  # frozen
+) -> Identity:
     """Make this home a device of the server's task.
 
     The key is on disk before the request leaves, so that after a lost answer the same call with the same token
@@ -54,16 +51,18 @@ async def enrol(home: Home, *, server: str, token: Token, device: str, host: Hos
 
     Args:
         home: A home without an identity, or with one whose enrolment was not answered.
-        server: Origin, from :func:`check_server`.
+        server: Origin, from :func:`edge_runtime.device.trust.check_server`.
         token: From the operator.
         device: The name the token was made for.
         host: Entropy for the key.
+        trust: Kept with the identity; given again after a failure, it takes the place of what was kept.
 
     Raises:
         EnrolledError: this home is a device already.
         RequestFormatError: ``device`` is no name, or a reserved one.
         TokenError, RequestError: the server's refusal.
         PinMismatchError: the server is not the one the token names; nothing is enrolled here.
+        UntrustedServerError: its certificate is not to be trusted.
         TransportError: no answer.
     """
     check_name(device, what="device")
@@ -77,9 +76,10 @@ async def enrol(home: Home, *, server: str, token: Token, device: str, host: Hos
         )
     if identity is None or (identity.server, identity.device) != (server, device):
         identity = Identity(server=server, device=device, private_key=host.entropy(32).hex())
-        home.save_identity(identity)
+    identity = msgspec.structs.replace(identity, ca=trust.ca, insecure_http=trust.insecure_http)
+    home.save_identity(identity)
     public = identity.signing_key().public_key().public_bytes_raw().hex()
-    async with Client(server, host) as client:
+    async with Client(server, host, tls=tls_of(identity)) as client:
         answer = await client.enrol(Enrolment(token.secret, device, public))
     if hashlib.sha256(bytes.fromhex(answer.plan_key)).hexdigest() != token.fingerprint or answer.device != device:
         raise PinMismatchError(
@@ -96,12 +96,15 @@ async def leave(home: Home, *, host: Host) -> Identity:
 
     Raises:
         NotEnrolledError: there is nothing to leave.
-        RequestError: the server's refusal; one that knows the device no longer is taken for consent.
+        RequestError: the server's refusal; one that knows the device no longer, or has revoked it, is taken for
+            consent.
         TransportError: no answer; nothing has changed here.
     """
     identity = home.identity()
-    async with Client(identity.server, host, signer=Signer.of(identity)) as client:
-        with contextlib.suppress(UnknownDeviceError):
+    with contextlib.suppress(UnknownDeviceError, DeviceRevokedError):
+        with contextlib.suppress(NotFoundError, NotPermittedError):  # then the old key is tried
+            await settle(home, host=host)
+        async with Client.of(home.identity(), host) as client:
             await client.leave()
     home.forget()
     return identity

@@ -9,6 +9,7 @@ DeviceError
 │   │   └── TrainingInputError  a data file is missing or has bad lines
 │   ├── HomeLockedError     another process runs on this home
 │   ├── CorruptFileError    a file of the home cannot be read as what it should be
+│   ├── UntrustedServerError  its certificate is not to be trusted, or it speaks no TLS: do not retry
 │   ├── TrainingError       the training child failed for another reason than its input
 │   └── EngineTrialError    ONNX Runtime does not compute on this machine
 ├── TransportError          the server cannot be reached or cannot answer now: retry
@@ -57,6 +58,10 @@ class HomeLockedError(LocalError):
 
 class CorruptFileError(LocalError):
     """A file of the home cannot be read as what it should be."""
+
+
+class UntrustedServerError(LocalError):
+    """The server's certificate is not to be trusted, or it does not speak TLS where it should."""
 
 
 class TrainingError(LocalError):

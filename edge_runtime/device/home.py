@@ -1,6 +1,6 @@
 """A device's folder. One process at a time works on it; every file in it is written atomically.
 
-identity.json               name, private key, server, task, pinned plan key     (0600)
+identity.json               name, private key, server, its CA, task, plan key     (0600)
 settings.json               data and evaluation files
 capability.json             what the device measured of itself
 state.json                  last round seen and done, bytes, newest and published adapter

@@ -118,8 +118,10 @@ class Device:
         """Work until the task is finished, or for one round.
 
         Raises:
-            UnknownDeviceError, NotPermittedError, NotFoundError: the server knows this device or its task no longer.
+            UnknownDeviceError, DeviceRevokedError, NotPermittedError, NotFoundError: the server knows this device or
+                its task no longer.
             TrainingInputError: the user's data is the cause.
+            UntrustedServerError: the server's certificate is not to be trusted.
             TrainingError, CorruptFileError, OSError: the device's own.
         """
         identity = self._identity

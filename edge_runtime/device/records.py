@@ -21,6 +21,9 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     private_key: _Key  # Ed25519, hex; never leaves this file but to sign
     task: str = ""
     plan_key: _KeyOrNone = ""  # Ed25519 public key that signs the plans, pinned by the token's fingerprint
+    ca: str = ""  # PEM certificates that the server's own must come from; empty: the system's
+    pending_key: _KeyOrNone = ""  # a new private key, hex, that the server may know already or not yet
+    insecure_http: bool = False  # the user allowed plain http to another machine
 
     def __repr__(self) -> str:
         return f"Identity(server={self.server!r}, device={self.device!r}, task={self.task!r}, private_key=…)"

@@ -8,12 +8,15 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.device.client import Client, Signer
-from edge_runtime.device.errors import InputError
+from edge_runtime.device.client import Client
+from edge_runtime.device.errors import InputError, TransportError
+from edge_runtime.device.events import Noticed, Waiting
 from edge_runtime.device.home import Home
+from edge_runtime.device.host import Backoff
 from edge_runtime.device.loop import Device, RunOptions, Tools
-from edge_runtime.device.records import Settings
-from edge_runtime.device.transport import Traffic
+from edge_runtime.device.records import Identity, Settings
+from edge_runtime.device.rekeying import settle
+from edge_runtime.wire import NotFoundError, NotPermittedError, SignatureError
 
 
 async def run_device(home: Home, tools: Tools, options: RunOptions) -> None:
@@ -21,11 +24,26 @@ async def run_device(home: Home, tools: Tools, options: RunOptions) -> None:
 
     Raises:
         NotEnrolledError: the home has no identity.
+        InputError: its server is not to be talked to; see :func:`edge_runtime.device.trust.tls_of`.
         What :meth:`Device.run` raises.
     """
-    identity = home.identity()
-    async with Client(identity.server, tools.host, signer=Signer.of(identity), traffic=Traffic()) as client:
+    async with Client.of(await _settled(home, tools, options), tools.host) as client:
         await Device(home, client, tools, options).run()
+
+
+async def _settled(home: Home, tools: Tools, options: RunOptions) -> Identity:
+    """The identity when a change of keys that was begun is over: with the wrong one of two keys nothing else works."""
+    backoff = Backoff(tools.host, base_s=options.backoff_s, cap_s=options.backoff_cap_s)
+    while True:
+        try:
+            return await settle(home, host=tools.host)
+        except (NotFoundError, NotPermittedError) as error:
+            tools.report(Noticed(f"the new key was refused, the old one goes on: {error}"))
+            return home.identity()
+        except (TransportError, SignatureError) as error:
+            retry_s, waited_s = backoff.next_wait(error)
+            tools.report(Waiting(type(error).__name__, str(error), waited_s, retry_s))
+            await tools.host.sleep(retry_s)
 
 
 def check_settings(settings: Settings) -> Settings:

@@ -3,6 +3,7 @@
 from edge_runtime.wire.capability import Capability
 from edge_runtime.wire.envelope import EnvelopeContext, seal, unseal
 from edge_runtime.wire.errors import (
+    DeviceRevokedError,
     EnvelopeError,
     NotFoundError,
     NotNowError,
@@ -49,6 +50,8 @@ from edge_runtime.wire.messages import (
     DeviceStatus,
     Enrolled,
     Enrolment,
+    Revocation,
+    Revoked,
     RoundStatus,
     TaskStatus,
     Token,
@@ -75,6 +78,7 @@ from edge_runtime.wire.plan import (
 )
 from edge_runtime.wire.problems import Problem, ProblemDocument, decode_problem, encode_problem, problem_for
 from edge_runtime.wire.quantisation import Quantisation
+from edge_runtime.wire.rekeying import NewKey, check_new_key, new_key
 from edge_runtime.wire.requests import SignedRequest, authorization, parse_authorization, verify_request
 from edge_runtime.wire.schedule import Schedule, rate_share
 from edge_runtime.wire.tiers import Tier, choose_tier
@@ -96,6 +100,7 @@ __all__ = [
     "CLASS_SUMS",
     "SECOND_MOMENTS",
     "Capability",
+    "DeviceRevokedError",
     "DeviceStatus",
     "Enrolled",
     "Enrolment",
@@ -104,6 +109,7 @@ __all__ = [
     "Layout",
     "LocalMetrics",
     "ModulePlan",
+    "NewKey",
     "NotFoundError",
     "NotNowError",
     "NotPermittedError",
@@ -126,6 +132,8 @@ __all__ = [
     "RequestError",
     "RequestFormatError",
     "RequestTooLargeError",
+    "Revocation",
+    "Revoked",
     "RoundClosedError",
     "RoundError",
     "RoundStatus",
@@ -160,6 +168,7 @@ __all__ = [
     "carried_modules",
     "check_measurement",
     "check_name",
+    "check_new_key",
     "check_order",
     "check_values",
     "choose_tier",
@@ -175,6 +184,7 @@ __all__ = [
     "layout_for",
     "layout_of",
     "measurement_layout",
+    "new_key",
     "open_plan",
     "pack_triangle",
     "parse_authorization",

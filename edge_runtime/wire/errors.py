@@ -21,6 +21,7 @@ WireError
 │   ├── RequestTooLargeError    body longer than allowed
 │   ├── SignatureError          not signed by the sender's key, too old, or seen before
 │   ├── UnknownDeviceError      no such device, or one that left
+│   ├── DeviceRevokedError      the operator refuses this device's key for good
 │   ├── TokenError              enrolment token unknown, used, expired, or for another name
 │   ├── NotPermittedError       signed by a known key that may not do this
 │   └── NotFoundError           no such resource
@@ -117,6 +118,10 @@ class SignatureError(RequestError):
 
 class UnknownDeviceError(RequestError):
     """No such device, or one that left."""
+
+
+class DeviceRevokedError(RequestError):
+    """The operator has revoked this device: its key is refused for good."""
 
 
 class TokenError(RequestError):

@@ -57,6 +57,22 @@ class TokenAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"TokenAnswer(device={self.device!r}, token=…, expires={self.expires!r})"
 
 
+class Revocation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The operator asks that a device's key be refused from now on: POST /v1/operator/revocations."""
+
+    device: Name
+
+
+class Revoked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The answer; asked again, it is the same but for ``already``."""
+
+    device: str
+    revoked: float  # since when, Unix time in seconds
+    already: bool  # it was before this request
+    updates: int  # of applied rounds; they stay in the adapter
+    open_round: int | None  # an update of it is counted in this round, which is open, and stays so; None: none is
+
+
 class UpdateReceipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The answer to an update; a second identical upload gets the same one."""
 
@@ -82,6 +98,7 @@ class DeviceStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tier: int | None = None  # of its last update; None before it has sent any
     capability: Capability | None = None  # its own figures; None: never told
     capability_told: float | None = None  # Unix time in seconds
+    revoked: float | None = None  # since when the operator refuses it for good, Unix time in seconds
 
 
 class RoundStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -38,6 +38,7 @@ PROBLEMS: dict[type[e.WireError], Problem] = {
     e.RequestTooLargeError: Problem("request-too-large", 413),
     e.SignatureError: Problem("signature", 401),
     e.UnknownDeviceError: Problem("unknown-device", 401),
+    e.DeviceRevokedError: Problem("device-revoked", 403),
     e.TokenError: Problem("token", 403),
     e.NotPermittedError: Problem("not-permitted", 403),
     e.NotFoundError: Problem("not-found", 404),

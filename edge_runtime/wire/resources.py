@@ -5,12 +5,14 @@ method  path                                                       meaning
 ======  =========================================================  ==================================================
 POST    /v1/enrolments                                             a device becomes known (not signed: it has a token)
 DELETE  /v1/devices/{device}                                       a device leaves
+PUT     /v1/devices/{device}/key                                   a device changes its key
 PUT     /v1/tasks/{task}/devices/{device}/capability               what a device measured of itself
 GET     /v1/tasks/{task}/plan?after=N&wait=S                       long poll: the first plan of a round after N
 GET     /v1/blobs/{digest}                                         bundle files and adapters, with ``Range``
 GET     /v1/tasks/{task}/rounds/{round}/adapter?since=N            a patch to the plan's adapter from that of round N
 PUT     /v1/tasks/{task}/rounds/{round}/updates/{device}           a sealed update
-GET     /v1/operator/status · POST /v1/operator/tokens, …/stop     the operator's commands
+GET     /v1/operator/status                                        the operator's commands
+POST    /v1/operator/tokens, …/revocations, …/stop                 the same
 GET     /v1/health                                                 alive and serving (not signed)
 ======  =========================================================  ==================================================
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 ENROLMENTS = "/v1/enrolments"
 DEVICE = "/v1/devices/{device}"
+DEVICE_KEY = "/v1/devices/{device}/key"
 CAPABILITY = "/v1/tasks/{task}/devices/{device}/capability"
 PLAN = "/v1/tasks/{task}/plan"
 BLOB = "/v1/blobs/{digest}"
@@ -26,6 +29,7 @@ PATCH = "/v1/tasks/{task}/rounds/{round}/adapter"
 UPDATE = "/v1/tasks/{task}/rounds/{round}/updates/{device}"
 OPERATOR_STATUS = "/v1/operator/status"
 OPERATOR_TOKENS = "/v1/operator/tokens"
+OPERATOR_REVOCATIONS = "/v1/operator/revocations"
 OPERATOR_STOP = "/v1/operator/stop"
 HEALTH = "/v1/health"
 

@@ -24,6 +24,8 @@ EVENTS: list[events.Event] = [
     events.RoundApplied(STATUS, 12),
     events.TaskFinished(12, 1, "ab", "data/published"),
     events.WorkFailed("round 0", "disk"),
+    events.DeviceRevoked("a"),
+    events.DeviceRekeyed("a"),
 ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -64,6 +65,8 @@ class Aggregator:
         self.adapter = self.store(bundle.adapter)
         self.tokens: dict[str, tuple[str, str | None]] = {}  # secret -> (name, key that used it)
         self.devices: dict[str, str] = {}
+        self.revoked: set[str] = set()
+        self.retired: set[str] = set()  # keys that were replaced
         self.told: list[wire.Capability] = []
         self.nonces: set[str] = set()
         self.plans: list[wire.SignedPlan] = []
@@ -140,6 +143,7 @@ class Aggregator:
         app = web.Application(middlewares=[self._middleware], client_max_size=64 << 20)
         app.router.add_post(resources.ENROLMENTS, self._enrol)
         app.router.add_delete(resources.DEVICE, self._leave)
+        app.router.add_put(resources.DEVICE_KEY, self._rekey)
         app.router.add_put(resources.CAPABILITY, self._tell)
         app.router.add_get(resources.PLAN, self._plan)
         app.router.add_get(resources.BLOB, self._blob)
@@ -171,6 +175,8 @@ class Aggregator:
     def _verify(self, request: web.Request) -> wire.SignedRequest:
         header = request.headers.get("Authorization", "")
         signed, signature = wire.parse_authorization(header, method=request.method, target=request.path_qs)
+        if signed.device in self.revoked:
+            raise wire.DeviceRevokedError(f"device {signed.device}: was revoked by the operator")
         if signed.device not in self.devices:
             raise wire.UnknownDeviceError(f"device {signed.device}: not known")
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(self.devices[signed.device]))
@@ -195,6 +201,20 @@ class Aggregator:
             return self._drop(request)
         key = self.key.public_key().public_bytes_raw().hex()
         return web.Response(status=201, body=wire.encode_message(wire.Enrolled(name, TASK, key)))
+
+    async def _rekey(self, request: web.Request) -> web.Response:
+        signed = self._verify(request)
+        message = wire.decode_message(await request.read(), wire.NewKey)
+        wire.check_new_key(signed.device, message)
+        if message.signing_key in self.retired:
+            raise wire.NotPermittedError("new key: was in use before")
+        if message.signing_key != self.devices[signed.device]:
+            self.retired.add(self.devices[signed.device])
+            self.devices[signed.device] = message.signing_key
+        if self.faults.deaf:
+            self.faults.deaf -= 1
+            return self._drop(request)
+        return web.Response(status=204)
 
     async def _tell(self, request: web.Request) -> web.Response:
         signed, body = self._verify(request), await request.read()
@@ -343,16 +363,16 @@ class Aggregator:
 class Serving:
     """An aggregator on a loopback port; ``async with``."""
 
-    def __init__(self, aggregator: Aggregator, port: int = 0) -> None:
-        self.aggregator, self._port = aggregator, port
+    def __init__(self, aggregator: Aggregator, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
+        self.aggregator, self._port, self._tls = aggregator, port, tls
 
     async def __aenter__(self) -> Aggregator:
         self._runner = web.AppRunner(self.aggregator.app(), access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self._port)
+        site = web.TCPSite(self._runner, "127.0.0.1", self._port, ssl_context=self._tls)
         await site.start()
         port = self._runner.addresses[0][1]
-        self.aggregator.url = f"http://127.0.0.1:{port}"
+        self.aggregator.url = f"http{'s' if self._tls else ''}://127.0.0.1:{port}"
         return self.aggregator
 
     async def __aexit__(self, *_: object) -> None:

@@ -226,12 +226,21 @@ def test_leaving(enrolled: User, server: Aggregator) -> None:
     fails(enrolled.types(leave), 2, "not enrolled")
 
 
-def test_a_revoked_device_is_told_what_to_do(enrolled: User, server: Aggregator) -> None:
+def test_a_forgotten_device_is_told_what_to_do(enrolled: User, server: Aggregator) -> None:
     server.devices.clear()
     result = enrolled.types(run, "--json")
     assert result.exit_code == 1
-    assert "revoked or has left: run 'emberlora edge leave'" in result.stderr
+    assert "has left: run 'emberlora edge leave'" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_revoked_device_says_so_once_and_may_leave(enrolled: User, server: Aggregator) -> None:
+    server.revoked.add("pi-1")
+    result = enrolled.types(run, "--json")
+    assert result.exit_code == 1
+    assert "was revoked by the operator: its key is refused for good, and nothing is tried again" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert enrolled.types(leave).exit_code == 0
 
 
 def test_the_token_may_come_by_standard_input_or_environment(user: User, server: Aggregator, tmp_path: Path) -> None:

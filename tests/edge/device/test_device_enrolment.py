@@ -12,10 +12,11 @@ from device_bench import Bench
 from device_server import TASK, Aggregator
 
 from edge_runtime import wire
-from edge_runtime.device.enrolment import check_server, enrol, leave
+from edge_runtime.device.enrolment import enrol, leave
 from edge_runtime.device.errors import EnrolledError, InputError, NotEnrolledError, PinMismatchError, TransportError
 from edge_runtime.device.home import Home
 from edge_runtime.device.host import Host
+from edge_runtime.device.trust import check_server
 
 
 @pytest.fixture

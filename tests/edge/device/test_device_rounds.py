@@ -289,10 +289,22 @@ async def test_a_server_that_does_not_hold_polls_is_not_asked_in_a_tight_loop(be
     assert bench.slept[:3] == [1.0, 1.0, 1.0]
 
 
-async def test_a_revoked_device_stops(bench: Bench) -> None:
+async def test_a_forgotten_device_stops(bench: Bench) -> None:
     bench.aggregator.devices.clear()
     with pytest.raises(wire.UnknownDeviceError, match="pi-1"):
         await bench.run()
+
+
+@pytest.mark.parametrize("when", [events.Started, events.TrainedRound])
+async def test_a_revoked_device_stops_at_its_next_request(bench: Bench, when: type) -> None:
+    def revoke(event: events.DeviceEvent) -> None:
+        if isinstance(event, when):
+            bench.aggregator.revoked.add("pi-1")
+
+    bench.on_event = revoke
+    with pytest.raises(wire.DeviceRevokedError, match="pi-1: was revoked"):
+        await bench.run()
+    assert (bench.slept, bench.of(events.Waiting), bench.of(events.Skipped)) == ([], [], [])
 
 
 @pytest.mark.parametrize("error", [TrainingInputError("mine.jsonl: line 3: no text"), TrainingError("no graph")])

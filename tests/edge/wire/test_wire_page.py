@@ -112,7 +112,7 @@ def _single(code: str) -> list[str]:
 def test_resources() -> None:
     said = " ".join(row[0] for row in rows(section("## Resources")))
     paths = [value for name, value in vars(resources).items() if name.isupper() and isinstance(value, str)]
-    assert len(paths) == 11
+    assert len(paths) == 13
     for path in paths:
         assert re.search(rf"{re.escape(path)}[?`]", said), path
     assert resources.plan_target("sst2", after=-1, wait_s=60) == "/v1/tasks/sst2/plan?after=-1&wait=60"
