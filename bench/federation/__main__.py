@@ -25,7 +25,7 @@ from edge_runtime.wire import Products
 QUICK_DATASET = "banking77"
 CORE = ("lora-r8", "lora-r1", "rolora-r8", "lora-a2", "annealed-kill-revive")
 QUICK = ("lora-r8", "rolora-r8", "annealed-kill-revive")
-QUICK_BUDGETS = ("", "large", "deep")  # four rows with these
+QUICK_BUDGETS = ("", "small", "large")  # four rows with these
 _NUMPY_SETTINGS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # set on some machines; they would handicap numpy
 _SHOWN_LINES = 3  # of a process that failed
 
@@ -199,9 +199,7 @@ def _alpha(text: str) -> float | None:
     "--alpha", "alphas", multiple=True, help=f"Of the split, or {NATURAL}.  [default: 0.5 0.1; shakespeare: {NATURAL}]"
 )
 @click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, help="[default: the core table]")
-@click.option(
-    "--budget", "budgets", multiple=True, help="Of a method with several.  [default: all; with --quick large and deep]"
-)
+@click.option("--budget", "budgets", multiple=True, help="Of a method with several.  [default: all]")
 @click.option("--seed", "seeds", type=click.IntRange(0), multiple=True, help="[default: 0 1 2; shakespeare: 0]")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of one run.")
 @click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Runs at once.")
