@@ -17,7 +17,7 @@ from cloud_fleet import Site, values_for
 import cloud.backup
 from cloud.commands import cloud as command
 from cloud.config import load_config
-from cloud.store import UPDATES
+from cloud.store import OBJECTS, UPDATES
 
 
 def back_up(site: Site, out: Path, *more: str) -> Result:
@@ -70,6 +70,7 @@ async def test_a_round_that_ends_meanwhile_means_once_more(tmp_path: Path, monke
     async with aiohttp.ClientSession() as session:
         await site.start()
         await _send(site, session, "one", 1)
+        first = (await site.operator.status()).adapter
         taken = []
 
         real = cloud.backup._read
@@ -87,7 +88,10 @@ async def test_a_round_that_ends_meanwhile_means_once_more(tmp_path: Path, monke
         found = await cloud.backup.back_up(site.config, site.folder / "emberlora.toml", tmp_path / "backup")
         assert taken == [0, 1]
         assert (found.round, found.updates) == (1, 0)
-        assert list((tmp_path / "backup" / "data" / "blobs" / UPDATES).iterdir()) == []
+        blobs = tmp_path / "backup" / "data" / "blobs"
+        assert list((blobs / UPDATES).iterdir()) == []
+        assert [path.name for path in (blobs / OBJECTS).iterdir()] == [(await site.operator.status()).adapter]
+        assert not (blobs / OBJECTS / first).exists()  # the first try had copied it
         await site.close()
 
 
