@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.live import Live
 
 from cloud.audit_commands import audit
+from cloud.backup_command import backup
 from cloud.commandline import ask, config_option, json_option, load, one_line_errors
 from cloud.config import Config
 from cloud.console import json_reporter, status_view, text_reporter
@@ -307,6 +308,7 @@ def pilot(config_path: Path, page: Path | None, as_json: bool, **wishes: float |
 
 
 cloud.add_command(audit)
+cloud.add_command(backup)
 cloud.add_command(revoke)
 
 
