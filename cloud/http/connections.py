@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import ssl
-from collections import Counter
+from functools import lru_cache
 from typing import cast
 
 from aiohttp import web
@@ -35,9 +35,13 @@ class Door:
 
     def handler_for(self, address: str) -> asyncio.Protocol | None:
         """Who speaks HTTP with a connection from there; None: it is one too many."""
-        present = [source_of(other.transport) for other in self._server.connections]
-        source = source_of_address(address)
-        crowded = source is not None and Counter(present)[source] >= self._most_per_address
+        present, source = self._server.connections, source_of_address(address)
+        # Fewer than may come from one address need not be looked at one by one.
+        crowded = (
+            source is not None
+            and len(present) >= self._most_per_address
+            and sum(source_of(other.transport) == source for other in present) >= self._most_per_address
+        )
         return None if crowded or len(present) >= self._most else self._server()
 
 
@@ -95,6 +99,7 @@ def source_of(transport: asyncio.BaseTransport | None) -> str | None:
     return None if transport is None else source_of_address(_address(transport))
 
 
+@lru_cache(maxsize=1 << 14)  # asked of every connection there is
 def source_of_address(address: str) -> str | None:
     """Whom connections from an address are counted for: it, or the network of an IPv6 one; None: this machine."""
     try:
