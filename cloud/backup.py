@@ -6,7 +6,6 @@ ends, so a round that ends in between means: once more. The copy gets its name w
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from cloud.config import CONFIG_NAME, Config
 from cloud.errors import DataError, DataMissingError
 from cloud.keys import KEYS_FOLDER, OPERATOR_KEY, PLAN_KEY, load_keys
 from cloud.store import OBJECTS, UPDATES, Blobs, Database, Identity
+from cloud.store.blobs import sync_path
 from cloud.store.snapshot import snapshot
 from cloud.store.space import write_error
 from edge_runtime import wire
@@ -79,9 +79,9 @@ async def back_up(config: Config, config_path: Path, out: Path) -> Backup:
         _copy((data / KEYS_FOLDER / name, staging / DATA_NAME / KEYS_FOLDER / name) for name in names)
         moment = await _copy_moment(data, staging / DATA_NAME, identity, key)
         for folder in (staging / DATA_NAME / KEYS_FOLDER, staging / DATA_NAME, staging):
-            _sync(folder)
+            sync_path(folder)
         staging.replace(out)
-        _sync(out.parent)
+        sync_path(out.parent)
     except OSError as error:
         raise write_error(f"{out}: cannot be written", error) from error
     finally:
@@ -106,7 +106,7 @@ async def _copy_moment(data: Path, copy: Path, identity: Identity, key: Ed25519P
         break
     for kind, digests in ((OBJECTS, moment.objects), (UPDATES, moment.updates)):
         target.keep_only(kind, set(digests))  # an earlier try may have copied others
-    _sync(copy / DATABASE_NAME)
+    sync_path(copy / DATABASE_NAME)
     return moment
 
 
@@ -134,12 +134,4 @@ def _copy(pairs: Iterable[tuple[Path, Path]]) -> None:
     for source, target in pairs:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         shutil.copy2(source, target)
-        _sync(target)
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+        sync_path(target)

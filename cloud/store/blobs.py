@@ -65,7 +65,7 @@ class Blobs:
             # obstore writes aside and renames; it does not sync, so that is done here, file first, then folder.
             obstore.put(self._store, f"{kind}/{digest}", data)
             for path in (self.path(kind, digest), self._folder / kind):
-                _sync(path)
+                sync_path(path)
         except (BaseError, OSError) as error:
             raise write_error(f"blob {digest[:12]}: cannot be stored", error) from error
         return digest
@@ -130,7 +130,12 @@ class Blobs:
             raise DataError(f"{self._folder / kind}: cannot be read: {error.strerror}") from error
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Wait until a file or a folder is on the disk.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
