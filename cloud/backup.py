@@ -20,12 +20,12 @@ from cloud.errors import DataError, DataMissingError
 from cloud.keys import KEYS_FOLDER, OPERATOR_KEY, PLAN_KEY, load_keys
 from cloud.store import OBJECTS, UPDATES, Blobs, Database, Identity
 from cloud.store.blobs import sync_path
+from cloud.store.database import DATABASE_NAME
 from cloud.store.snapshot import snapshot
 from cloud.store.space import write_error
 from edge_runtime import wire
 from edge_runtime.bundle import open_bundle
 
-DATABASE_NAME = "emberlora.sqlite3"
 DATA_NAME = "data"  # in the copy, whatever the config calls it
 _TRIES = 5
 

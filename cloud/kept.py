@@ -12,6 +12,7 @@ from cloud.config import Config
 from cloud.errors import DataMissingError
 from cloud.keys import KEYS_FOLDER, load_keys
 from cloud.store import Database, Identity, RoundRecord
+from cloud.store.database import DATABASE_NAME
 from edge_runtime.bundle import Bundle, open_bundle
 
 
@@ -33,7 +34,7 @@ async def open_kept(config: Config) -> AsyncIterator[tuple[Database, Kept]]:
         BundleError: the bundle cannot be opened.
     """
     folder = config.data_path
-    path = folder / "emberlora.sqlite3"
+    path = folder / DATABASE_NAME
     if not path.exists():
         raise DataMissingError(f"{folder}: holds no rounds: start the task with `emberlora cloud serve` first")
     bundle = open_bundle(config.bundle_path, verify=False)

@@ -40,6 +40,7 @@ from cloud.rounds import (
     take,
 )
 from cloud.store import OBJECTS, UPDATES, Blobs, Database, Identity, RoundRecord, UpdateRecord
+from cloud.store.database import DATABASE_NAME
 from cloud.work import RoundWork, open_stored, open_update, start_work
 from edge_runtime import wire
 from edge_runtime.bundle import MANIFEST_NAME, Array, Bundle
@@ -67,7 +68,7 @@ class Aggregator:
         self._keys = keys
         self._folder = folder
         self._clock, self._report = surroundings.clock, surroundings.report
-        self._database = Database(folder / "emberlora.sqlite3")
+        self._database = Database(folder / DATABASE_NAME)
         self._blobs = Blobs(folder / "blobs")
         self.members = Members(
             self._database, keys, clock=self._clock, entropy=surroundings.entropy, report=self._report

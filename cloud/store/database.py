@@ -37,6 +37,7 @@ from cloud.store.records import (
 from cloud.store.space import write_error
 from edge_runtime.wire import Capability, LocalMetrics, RoundStatus, UpdateReceipt
 
+DATABASE_NAME = "emberlora.sqlite3"  # in the data folder
 P = ParamSpec("P")
 R = TypeVar("R")
 Judge = Callable[[TokenRecord | None, DeviceRecord | None, Sequence[RevocationRecord]], DeviceRecord]
