@@ -6,7 +6,7 @@
 #   make setup PIP_ARGS="--index-url …"   another index, or any pip options
 #   make test ORT_PYTHON=python3.12       for the tests of the onnxruntime-training engine, which need 3.10 to 3.12
 #   make test-pythons VERSIONS="3.10 3.13"
-#   make soak SOAK_ARGS="--count 5000 --seed 100000 --jobs 1"
+#   make soak SOAK_ARGS="--count 5000 --seed 100000 --jobs 1" FUZZ_ARGS="--count 100000"
 #   make test-arm64 ARM64_ARGS="--onnxruntime 1.23.2 -- -k parity"
 #
 # A plain index serves Linux a CUDA build of torch: several gigabytes, of no use here. Give PyTorch's CPU index as
@@ -19,6 +19,7 @@ DEMO_ARGS =
 TEST_ARGS =
 BENCH_ARGS = --quick
 SOAK_ARGS =
+FUZZ_ARGS =
 VERSIONS =
 ARM64_ARGS =
 
@@ -65,8 +66,10 @@ $(ORT_STAMP): pyproject.toml constraints.txt tests/ort_training/supported.py
 test: $(STAMP) $(ORT_STAMP)
 	$(PY) -m pytest $(TEST_ARGS)
 
-# 100,000 random scenarios of rounds with faults: two hours of a core. What fails is printed as a case to be kept.
+# 100,000 random scenarios of rounds with faults: two hours of a core; 1,000,000 hostile inputs: a quarter of an hour.
+# What fails is printed as a case to be kept.
 soak: $(STAMP)
+	$(PY) -m tests.fuzz.soak $(FUZZ_ARGS)
 	$(PY) -m tests.simulation.soak $(SOAK_ARGS)
 
 # The edge tests with the wheel installed, on every supported Python found here; and on an emulated ARM board, which needs

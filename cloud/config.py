@@ -156,6 +156,8 @@ def parse_config(data: bytes, *, path: Path, server: Mapping[str, object] | None
         table = msgspec.toml.decode(data)
     except msgspec.DecodeError as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not TOML for this program: nested too deep") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not TOML: not UTF-8 text") from error
     if "folder" in table:

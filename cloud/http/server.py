@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import ssl
 from pathlib import Path
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 from cloud import events
 from cloud.config import Config, is_loopback
@@ -58,6 +60,7 @@ class Server:
             runner = web.AppRunner(
                 app,
                 access_log=None,
+                logger=_protocol_log(),
                 auto_decompress=False,
                 keepalive_timeout=_KEEPALIVE_S,
                 lingering_time=_LINGER_S,
@@ -106,6 +109,23 @@ class Server:
             await self.aggregator.close()
         finally:
             self._lock.release()
+
+
+def _protocol_log() -> logging.Logger:
+    """Where aiohttp reports its own faults.
+
+    It would log a traceback for bytes that are no HTTP, and the bytes: whoever can connect could fill the disk.
+    """
+    log = logging.getLogger("cloud.http.protocol")
+    if _not_http not in log.filters:
+        log.addFilter(_not_http)
+    return log
+
+
+def _not_http(record: logging.LogRecord) -> bool:
+    """Whether a record tells of something else than bytes that are no HTTP, which were answered with 400."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError)
 
 
 def _is_wildcard(host: str) -> bool:

@@ -131,7 +131,7 @@ async def read_body(request: web.Request, *, limit: int, timeout_s: float, diges
         raise wire.UnavailableError(
             f"request: the body did not come within {timeout_s:.0f} s; send it again"
         ) from error
-    except web.RequestPayloadError as error:
+    except (web.RequestPayloadError, ConnectionError) as error:
         raise wire.RequestFormatError("request: the body ended early") from error
     if digest is not None and found != digest:
         raise wire.UpdateDigestError(f"request: body: expected digest {digest[:12]}, got {found[:12]}")

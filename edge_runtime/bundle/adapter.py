@@ -52,7 +52,7 @@ def cut_ranks(manifest: Manifest, tensors: Mapping[str, Array], ranks: Mapping[s
     The scale does not depend on the rank, so what is kept has the same effect as before.
 
     Raises:
-        TensorFileError: a module has fewer components than asked for, or a factor is missing.
+        TensorFileError: a module has fewer components than asked for, or its factors do not fit each other.
     """
     present = adapter_ranks(manifest, tensors)
     short = [f"{name}: expected rank {ranks[name]} or more, got {r}" for name, r in present.items() if r < ranks[name]]
@@ -60,9 +60,12 @@ def cut_ranks(manifest: Manifest, tensors: Mapping[str, Array], ranks: Mapping[s
         raise TensorFileError("adapter: " + "; ".join(short[:5]))
     cut = {name: array for name, array in tensors.items() if not name.endswith((".lora_a", ".lora_b"))}
     for name in manifest.module_names:
-        rank = ranks[name]
+        rank, lora_b = ranks[name], tensors.get(f"{name}.lora_b")
+        if lora_b is None or lora_b.ndim != 2 or lora_b.shape[1] != present[name]:
+            got = "none" if lora_b is None else f"shape {lora_b.shape}"
+            raise TensorFileError(f"adapter: {name}.lora_b: expected a matrix (out, {present[name]}), got {got}")
         cut[f"{name}.lora_a"] = np.ascontiguousarray(tensors[f"{name}.lora_a"][:rank])
-        cut[f"{name}.lora_b"] = np.ascontiguousarray(tensors[f"{name}.lora_b"][:, :rank])
+        cut[f"{name}.lora_b"] = np.ascontiguousarray(lora_b[:, :rank])
     return cut
 
 

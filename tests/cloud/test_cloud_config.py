@@ -30,6 +30,7 @@ def test_sample_gives_the_defaults() -> None:
     [
         ("[task", "not TOML"),
         ("\xff\xfe", "not TOML"),
+        ("[task]\nname = " + "[" * 2_000, "nested too deep"),
         ('[task]\nname = "t"', "missing required field `bundle`"),
         (BASE + "round = 3", "unknown field `round`"),
         (BASE + "rounds = 'x'", r"\$.task.rounds"),

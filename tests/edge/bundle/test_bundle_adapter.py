@@ -91,6 +91,14 @@ def test_cutting_cannot_grow(manifest: Manifest, adapter: dict[str, Array]) -> N
         cut_ranks(manifest, adapter, RANKS | {"encoder.0.attention.query": 2})
 
 
+@pytest.mark.parametrize("wrong", [None, np.zeros(4, np.float32), np.zeros((4, 0), np.float32)])
+def test_cutting_needs_both_factors(manifest: Manifest, adapter: dict[str, Array], wrong: Array | None) -> None:
+    name = "encoder.0.attention.query.lora_b"
+    tensors = {key: array for key, array in adapter.items() if key != name} | ({} if wrong is None else {name: wrong})
+    with pytest.raises(TensorFileError, match=rf"{name}: expected a matrix \(out, 1\), got"):
+        cut_ranks(manifest, tensors, RANKS)
+
+
 def test_peft_config(tmp_path: Path, manifest: Manifest, adapter: dict[str, Array]) -> None:
     write_peft_folder(tmp_path / "new" / "peft", manifest, adapter)
     folder = tmp_path / "new" / "peft"
