@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
 from cloud import audit
-from cloud.errors import DataSchemaError
+from cloud.errors import DataError, DataSchemaError
 from cloud.store import log
 from cloud.store import schema as t
 from cloud.store.records import (
@@ -38,6 +38,7 @@ from cloud.store.space import write_error
 from edge_runtime.wire import Capability, LocalMetrics, RoundStatus, UpdateReceipt
 
 DATABASE_NAME = "emberlora.sqlite3"  # in the data folder
+_BUSY_TIMEOUT_MS = 5_000  # somebody else may read: a backup, a replay
 P = ParamSpec("P")
 R = TypeVar("R")
 Judge = Callable[[TokenRecord | None, DeviceRecord | None, Sequence[RevocationRecord]], DeviceRecord]
@@ -166,12 +167,20 @@ class Database:
         """Empty the write-ahead log, where a page with the private key of a final round may lie, and the page's place.
 
         The rows are as they were, whether or not this succeeds.
+
+        Raises:
+            DataError: somebody reads the database at this moment, and so keeps the log as it is.
         """
         raw = self._engine.raw_connection()  # SQLAlchemy's own begins a transaction, which forbids this
         try:
-            raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            cursor = raw.cursor()
+            cursor.execute("PRAGMA busy_timeout=0")  # to wait for a backup here would keep updates waiting
+            busy, _, _ = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            cursor.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
         finally:
             raw.close()
+        if busy:
+            raise DataError(f"{self._path}: the key of a final round stays in the log until nobody reads any more")
 
     def move_deadline(self, round_: int, deadline: float) -> None:
         """Store a later deadline."""
@@ -427,8 +436,9 @@ def _token(row: sa.Row[Any]) -> TokenRecord:
 
 def _on_connect(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # SQLAlchemy begins and commits, not the driver
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=5000", "secure_delete=ON"):
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
         connection.execute(f"PRAGMA {pragma}")
+    connection.execute(f"PRAGMA busy_timeout={_BUSY_TIMEOUT_MS}")
 
 
 def _on_begin(connection: sa.Connection) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from pathlib import Path
 
 import aiohttp
@@ -159,6 +160,30 @@ async def test_round_key_is_destroyed(site: Site, session: aiohttp.ClientSession
     await contribute(two, signed, seed=1, weight=1)
     assert (await one.plan(after=0)).plan.round == 1
     assert key not in files()
+
+
+async def test_a_reader_delays_the_end_of_a_rounds_key_and_nothing_else(
+    site: Site, session: aiohttp.ClientSession
+) -> None:
+    """A backup under way keeps the log with the key in it; the next round opens, and the key goes once it is done."""
+    one, two = await site.device(session, "one"), await site.device(session, "two")
+    signed = await one.plan()
+    key = site.server.aggregator._work.key.private_bytes_raw()
+    kept = lambda: any(key in p.read_bytes() for p in site.config.data_path.glob("emberlora.sqlite3*"))  # noqa: E731
+    reader = sqlite3.connect(site.config.data_path / "emberlora.sqlite3")
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM rounds").fetchall()
+    await contribute(one, signed, seed=0, weight=1)
+    await contribute(two, signed, seed=1, weight=1)
+    assert (await one.plan(after=0)).plan.round == 1
+    assert kept()
+    assert any("until nobody reads" in e.detail for e in site.events if isinstance(e, events.WorkFailed))
+    reader.close()
+    for _ in range(100):
+        if not kept():
+            break
+        await asyncio.sleep(0.05)
+    assert not kept()
 
 
 async def test_devices_are_told_to_leave_still_modules(tmp_path: Path, session: aiohttp.ClientSession) -> None:
