@@ -39,7 +39,7 @@ from cloud.rounds import (
     resumed_state,
     take,
 )
-from cloud.store import OBJECTS, UPDATES, Blobs, Database, Identity, RoundRecord, UpdateRecord
+from cloud.store import OBJECTS, UPDATES, Blobs, Database, Identity, Parts, RoundRecord, UpdateRecord
 from cloud.store.database import DATABASE_NAME
 from cloud.work import RoundWork, open_stored, open_update, start_work
 from edge_runtime import wire
@@ -70,6 +70,7 @@ class Aggregator:
         self._clock, self._report = surroundings.clock, surroundings.report
         self._database = Database(folder / DATABASE_NAME)
         self._blobs = Blobs(folder / "blobs")
+        self.parts = Parts(folder / "parts")
         self.members = Members(
             self._database, keys, clock=self._clock, entropy=surroundings.entropy, report=self._report
         )
@@ -452,6 +453,7 @@ class Aggregator:
         """What follows a round whose plan named the adapter ``ended``."""
         await self._destroy_keys()
         # The next round may have begun by the time this is done: what is there is asked for before what is needed.
+        await asyncio.to_thread(self.parts.keep_only, new.record.round)
         there = await asyncio.to_thread(self._blobs.files, UPDATES)
         counted = {one.digest for one in self._state.counted.values() if one.round >= new.record.round}
         needed = counted | self._arrivals.landing

@@ -12,6 +12,7 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.web_request import BaseRequest
 
 from cloud import events
+from cloud.http.parts import Part, PartsDesk
 from cloud.http.problems import problem_middleware
 from cloud.http.signed import Gate, body_length, check_no_body, read_body
 from cloud.service import Aggregator
@@ -22,6 +23,7 @@ from edge_runtime.wire.messages import MAX_MESSAGE_BYTES, OPERATOR
 _JSON = "application/json"
 _BINARY = "application/octet-stream"
 _NUMBER = re.compile(r"-?[0-9]{1,9}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def make_app(aggregator: Aggregator, *, clock: Callable[[], float], report: events.Report) -> web.Application:
@@ -39,6 +41,8 @@ def make_app(aggregator: Aggregator, *, clock: Callable[[], float], report: even
             web.get(resources.BLOB, handlers.blob),
             web.get(resources.PATCH, handlers.patch),
             web.put(resources.UPDATE, handlers.update),
+            web.get(resources.UPDATE_PARTS, handlers.progress),
+            web.patch(resources.UPDATE_PARTS, handlers.part),
             web.get(resources.OPERATOR_STATUS, handlers.status),
             web.post(resources.OPERATOR_TOKENS, handlers.make_token),
             web.post(resources.OPERATOR_REVOCATIONS, handlers.revoke),
@@ -53,6 +57,7 @@ class _Resources:
         server = aggregator.config.server
         self._aggregator = aggregator
         self._members = aggregator.members
+        self._parts = PartsDesk(aggregator)
         self._gate = Gate(self._members.key_of, clock)
         self._clock = clock
         self._timeout_s = server.request_timeout_s
@@ -137,9 +142,7 @@ class _Resources:
             raise
 
     async def _take_update(self, request: web.Request, caller: wire.SignedRequest) -> web.Response:
-        device, round_ = request.match_info["device"], _round(request)
-        if device != caller.device:
-            raise wire.NotPermittedError(f"update of {device}: signed by {caller.device}")
+        device, round_ = _own_update(request, caller), _round(request)
         task = request.match_info["task"]
         answer = await self._aggregator.admit(device, task=task, round_=round_, digest=caller.body_digest)
         if isinstance(answer, wire.UpdateReceipt):
@@ -161,6 +164,43 @@ class _Resources:
         if new:
             self._members.arrived(device, round_, seconds)
         return _message(receipt, status=201 if new else 200)
+
+    async def progress(self, request: web.Request) -> web.Response:
+        caller = self._device(request)
+        check_no_body(request, caller)
+        device, digest = _own_update(request, caller), _digest(request)
+        return _message(
+            await self._parts.progress(device, task=request.match_info["task"], round_=_round(request), digest=digest)
+        )
+
+    async def part(self, request: web.Request) -> web.Response:
+        caller = self._device(request)
+        try:
+            return await self._take_part(request, caller)
+        except wire.WireError as error:
+            self._members.refused(caller.device, wire.problem_for(error).name)
+            raise
+
+    async def _take_part(self, request: web.Request, caller: wire.SignedRequest) -> web.Response:
+        part = Part(
+            _own_update(request, caller),
+            request.match_info["task"],
+            _round(request),
+            _digest(request),
+            offset=_whole(request, "offset", least=0),
+            of=_whole(request, "of", least=1),
+            bytes=body_length(request),
+        )
+
+        async def read() -> bytes:
+            limit = min(part.bytes, resources.MAX_PART_BYTES)
+            data = await read_body(request, limit=limit, timeout_s=self._timeout_s, digest=caller.body_digest)
+            self._members.key_of(part.device)  # it may have been revoked while the body came
+            return data
+
+        async with self._slots:
+            progress, new = await self._parts.take(part, read)
+        return _message(progress, status=201 if new else 200)
 
     async def status(self, request: web.Request) -> web.Response:
         check_no_body(request, self._operator(request))
@@ -210,11 +250,31 @@ class _CountedFile(web.FileResponse):
 
 
 def _message(
-    message: wire.Enrolled | wire.UpdateReceipt | wire.TokenAnswer | wire.Revoked | wire.TaskStatus,
+    message: wire.Enrolled
+    | wire.UpdateReceipt
+    | wire.UpdateProgress
+    | wire.TokenAnswer
+    | wire.Revoked
+    | wire.TaskStatus,
     *,
     status: int = 200,
 ) -> web.Response:
     return web.Response(body=wire.encode_message(message), status=status, content_type=_JSON)
+
+
+def _own_update(request: web.Request, caller: wire.SignedRequest) -> str:
+    """The device of an update's path, which must be who signed."""
+    device = request.match_info["device"]
+    if device != caller.device:
+        raise wire.NotPermittedError(f"update of {device}: signed by {caller.device}")
+    return device
+
+
+def _digest(request: web.Request) -> str:
+    text = request.match_info["digest"]
+    if not _DIGEST.fullmatch(text):
+        raise wire.RequestFormatError(f"request: digest: expected 64 hex digits, got {text[:80]!r}")
+    return text
 
 
 def _whole(request: web.Request, name: str, *, least: int) -> int:

@@ -1,7 +1,8 @@
-"""What the aggregator keeps: rows in SQLite, blobs in a folder."""
+"""What the aggregator keeps: rows in SQLite, blobs and unfinished updates in folders."""
 
 from cloud.store.blobs import OBJECTS, UPDATES, Blobs
 from cloud.store.database import Database, Identity
+from cloud.store.parts import Parts
 from cloud.store.records import CapabilityRecord, DeviceRecord, RevocationRecord, RoundRecord, TokenRecord, UpdateRecord
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Database",
     "DeviceRecord",
     "Identity",
+    "Parts",
     "RevocationRecord",
     "RoundRecord",
     "TokenRecord",

@@ -9,6 +9,7 @@ WireError
 │   ├── EnvelopeError           cannot be opened: wrong key, wrong context, or changed bytes
 │   ├── UpdateFormatError       magic, version or length are wrong
 │   ├── UpdateDigestError       the bytes are not those the sender named (device: send them again)
+│   ├── UpdateOffsetError       a part begins elsewhere than what is there ends (device: ask, go on from there)
 │   ├── UpdatePlanError         made for another round or another plan
 │   ├── UpdateLayoutError       other blocks or shapes than the plan's
 │   └── UpdateValueError        NaN, infinity, a value or weight outside the plan's bounds
@@ -70,6 +71,10 @@ class UpdateFormatError(UpdateError):
 
 class UpdateDigestError(UpdateError):
     """The bytes are not those the sender named."""
+
+
+class UpdateOffsetError(UpdateError):
+    """A part of an update begins elsewhere than what is there ends."""
 
 
 class UpdatePlanError(UpdateError):

@@ -82,6 +82,14 @@ class UpdateReceipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight: int  # as counted, after the cap
 
 
+class UpdateProgress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The answer to a question for, or a part of, an update that is sent in parts."""
+
+    digest: Hex32  # SHA-256 of the whole
+    received: int  # bytes that are there, where the next part begins
+    receipt: UpdateReceipt | None = None  # it counts; there is nothing left to send
+
+
 class DeviceStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One device as the operator sees it."""
 

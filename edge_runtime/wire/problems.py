@@ -28,6 +28,7 @@ PROBLEMS: dict[type[e.WireError], Problem] = {
     e.EnvelopeError: Problem("envelope", 422),
     e.UpdateFormatError: Problem("update-format", 422),
     e.UpdateDigestError: Problem("update-digest", 400, retry_s=5.0),
+    e.UpdateOffsetError: Problem("update-offset", 409, retry_s=0.0),
     e.UpdatePlanError: Problem("update-plan", 422),
     e.UpdateLayoutError: Problem("update-layout", 422),
     e.UpdateValueError: Problem("update-value", 422),

@@ -11,6 +11,8 @@ GET     /v1/tasks/{task}/plan?after=N&wait=S                       long poll: th
 GET     /v1/blobs/{digest}                                         bundle files and adapters, with ``Range``
 GET     /v1/tasks/{task}/rounds/{round}/adapter?since=N            a patch to the plan's adapter from that of round N
 PUT     /v1/tasks/{task}/rounds/{round}/updates/{device}           a sealed update
+GET     /v1/…/updates/{device}/parts/{digest}                      how much of one is there that comes in parts
+PATCH   /v1/…/updates/{device}/parts/{digest}?offset=N&of=M        the next part of one
 GET     /v1/operator/status                                        the operator's commands
 POST    /v1/operator/tokens, …/revocations, …/stop                 the same
 GET     /v1/health                                                 alive and serving (not signed)
@@ -27,6 +29,7 @@ PLAN = "/v1/tasks/{task}/plan"
 BLOB = "/v1/blobs/{digest}"
 PATCH = "/v1/tasks/{task}/rounds/{round}/adapter"
 UPDATE = "/v1/tasks/{task}/rounds/{round}/updates/{device}"
+UPDATE_PARTS = UPDATE + "/parts/{digest}"
 OPERATOR_STATUS = "/v1/operator/status"
 OPERATOR_TOKENS = "/v1/operator/tokens"
 OPERATOR_REVOCATIONS = "/v1/operator/revocations"
@@ -34,6 +37,7 @@ OPERATOR_STOP = "/v1/operator/stop"
 HEALTH = "/v1/health"
 
 MAX_WAIT_S = 60  # longest a plan request may be held
+MAX_PART_BYTES = 1 << 20  # a server holds a part in memory while it comes
 
 
 def plan_target(task: str, *, after: int, wait_s: int) -> str:
@@ -54,3 +58,13 @@ def capability_path(task: str, device: str) -> str:
 def update_path(task: str, round_: int, device: str) -> str:
     """Path of one device's update to one round."""
     return UPDATE.format(task=task, round=round_, device=device)
+
+
+def parts_path(task: str, round_: int, device: str, digest: str) -> str:
+    """Path of one device's update to one round that is sent in parts; ``digest`` is that of the whole, hex."""
+    return UPDATE_PARTS.format(task=task, round=round_, device=device, digest=digest)
+
+
+def part_target(path: str, *, offset: int, of: int) -> str:
+    """Target of the part that begins after ``offset`` bytes of an update of ``of`` bytes."""
+    return f"{path}?offset={offset}&of={of}"

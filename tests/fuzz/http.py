@@ -7,6 +7,7 @@ read, a problem of the table by name. Connections that are cut are answered or c
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import random
 from collections.abc import Sequence
@@ -88,12 +89,15 @@ class HttpTarget:
         assert signed is not None, "a new task has a plan"
         count = plan_layouts(self._site.bundle, signed.plan)[0].count
         frame = device.frame(signed, np.ones(count))
+        sealed = device.seal(signed, frame)
+        parts = resources.parts_path(_TASK, _ROUND, _DEVICE, hashlib.sha256(sealed).hexdigest())
         capability = wire.encode_message(wire.Capability("aarch64", 4, 4096, 2048, step_s=1.5))
         enrolment = wire.encode_message(wire.Enrolment("0f" * 16, "pi-5", "2d" * 32))
         rekeying = wire.encode_message(wire.new_key(_DEVICE, device.key))
         return (
             Resource("PUT", resources.capability_path(_TASK, _DEVICE), device, (capability,)),
-            Resource("PUT", resources.update_path(_TASK, _ROUND, _DEVICE), device, (device.seal(signed, frame), frame)),
+            Resource("PUT", resources.update_path(_TASK, _ROUND, _DEVICE), device, (sealed, frame)),
+            Resource("PATCH", resources.part_target(parts, offset=0, of=len(sealed)), device, (sealed[:90], sealed)),
             Resource("PUT", resources.DEVICE_KEY.format(device=_DEVICE), device, (rekeying,)),
             Resource("POST", resources.ENROLMENTS, None, (enrolment,)),
             Resource("POST", resources.OPERATOR_TOKENS, operator, (wire.encode_message(wire.TokenRequest("x", 900)),)),

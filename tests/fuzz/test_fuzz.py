@@ -92,7 +92,7 @@ def test_a_servers_fault_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise ZeroDivisionError("planted")
 
     monkeypatch.setattr("cloud.service.Aggregator.tell", broken)
-    found = asyncio.run(http_faults(tmp_path, range(150)))
+    found = asyncio.run(http_faults(tmp_path, range(400)))
     assert found
     assert all("logged by cloud.http" in text and "planted" in text for text in found)
 

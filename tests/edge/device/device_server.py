@@ -159,13 +159,19 @@ class Aggregator:
         try:
             if self.faults.unavailable_s is not None:
                 raise self.faults.unavailable("busy")
-            return await handler(request)  # type: ignore[operator]
+            return await self._found(request, handler)
         except wire.WireError as error:
             body = wire.encode_problem(error)
             if isinstance(error, wire.NotNowError):
                 document = msgspec.json.decode(body)
                 body = msgspec.json.encode(document | {"retry_after_s": self.faults.unavailable_s})
             return web.Response(status=wire.problem_for(error).status, body=body, content_type=CONTENT_TYPE)
+
+    async def _found(self, request: web.Request, handler: object) -> web.StreamResponse:
+        try:
+            return await handler(request)  # type: ignore[operator]
+        except web.HTTPNotFound as error:
+            raise wire.NotFoundError(f"{request.method} {request.path}: Not Found") from error
 
     def _drop(self, request: web.Request) -> web.Response:
         assert request.transport is not None

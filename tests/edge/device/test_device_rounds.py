@@ -17,7 +17,7 @@ from device_server import Aggregator, Serving
 
 from edge_runtime import wire
 from edge_runtime.bundle import open_bundle, parse_tensors, read_peft_folder
-from edge_runtime.device import events
+from edge_runtime.device import client, events
 from edge_runtime.device.enrolment import enrol
 from edge_runtime.device.errors import NotPublishedError, TrainingError, TrainingInputError
 from edge_runtime.device.home import Home, published_adapter
@@ -126,6 +126,17 @@ async def test_bytes_are_counted(bench: Bench) -> None:
     assert state.bytes_up == sum(len(sealed) for _, _, sealed in bench.aggregator.received)
     assert state.bytes_down > len(bench.aggregator.blobs[bench.aggregator.bundle.weights])
     assert state.counted == 2
+
+
+async def test_a_server_that_knows_no_parts_is_sent_whole_updates(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one from before parts; the tests' server is one."""
+    monkeypatch.setattr(client, "PART_BYTES", 100)
+    await bench.run()
+    assert bench.home.state().counted == 2
+    asked = [path for method, path, *_ in bench.aggregator.requests if method == "GET" and "/parts/" in path]
+    assert len(asked) == 2
 
 
 async def test_once_ends_after_a_round(bench: Bench) -> None:

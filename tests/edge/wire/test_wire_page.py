@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from edge_runtime.device import client
 from edge_runtime.wire import (
     Capability,
     Enrolled,
@@ -112,13 +113,16 @@ def _single(code: str) -> list[str]:
 def test_resources() -> None:
     said = " ".join(row[0] for row in rows(section("## Resources")))
     paths = [value for name, value in vars(resources).items() if name.isupper() and isinstance(value, str)]
-    assert len(paths) == 13
+    assert len(paths) == 14
     for path in paths:
         assert re.search(rf"{re.escape(path)}[?`]", said), path
     assert resources.plan_target("sst2", after=-1, wait_s=60) == "/v1/tasks/sst2/plan?after=-1&wait=60"
     assert resources.patch_target("sst2", 7, since=-1) == "/v1/tasks/sst2/rounds/7/adapter?since=-1"
     assert resources.capability_path("sst2", "pi-4") == "/v1/tasks/sst2/devices/pi-4/capability"
     assert resources.update_path("sst2", 7, "pi-4") == "/v1/tasks/sst2/rounds/7/updates/pi-4"
+    parts = resources.parts_path("sst2", 7, "pi-4", "ad")
+    assert parts == "/v1/tasks/sst2/rounds/7/updates/pi-4/parts/ad"
+    assert resources.part_target(parts, offset=5, of=9) == parts + "?offset=5&of=9"
 
 
 def test_limits() -> None:
@@ -128,3 +132,7 @@ def test_limits() -> None:
     assert (messages.MAX_MESSAGE_BYTES, messages.MAX_STATUS_BYTES) == (64 << 10, 16 << 20)
     assert "at most 64 KiB, a `TaskStatus` at most 16 MiB" in PAGE
     assert f"(at most {resources.MAX_WAIT_S})" in section("## Resources")
+    assert resources.MAX_PART_BYTES == 1 << 20
+    assert "of that update, at most 1 MiB" in section("## Resources")
+    assert client.PART_BYTES == 256 << 10
+    assert "more than 256 KiB in parts" in section("## Resources")
