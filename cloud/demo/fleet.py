@@ -48,9 +48,10 @@ class Fleet:
         url = self._server_url()
         for device in self._devices:
             token = call("cloud-token", "cloud", "token", "--config", folder.server, "--device", device).strip()
-            enroll = ("edge", "enroll", "--server", url, "--token", token, "--name", device)
+            # On standard input: arguments stand in lists of processes.
+            enroll = ("edge", "enroll", "--server", url, "--token", "-", "--name", device)
             data = ("--data", folder.texts(device, "train"), "--eval", folder.texts(device, "heldout"))
-            call(f"{device}-enroll", *enroll, "--home", folder.home(device), *data)
+            call(f"{device}-enroll", *enroll, "--home", folder.home(device), *data, told=token)
 
     def run(self, show: Show) -> Outcome:
         """Let the devices train until the task is finished; returns when every device has the last adapter."""

@@ -46,14 +46,14 @@ class Processes:
     def __exit__(self, *_: object) -> None:
         self.end(*self._running)
 
-    def call(self, name: str, *arguments: str | Path) -> str:
-        """Run a command to its end; return what it printed.
+    def call(self, name: str, *arguments: str | Path, told: str = "") -> str:
+        """Run a command to its end; return what it printed. ``told`` is its standard input.
 
         Raises:
             CommandFailedError: its exit status is not 0.
         """
-        process = self._start(name, arguments)
-        output, _ = process.communicate()
+        process = self._start(name, arguments, stdin=subprocess.PIPE)
+        output, _ = process.communicate(told)
         self._check(name)
         return output
 
@@ -101,11 +101,13 @@ class Processes:
                 _signal(process, signal.SIGKILL)
                 process.wait()
 
-    def _start(self, name: str, arguments: tuple[str | Path, ...]) -> subprocess.Popen[str]:
+    def _start(
+        self, name: str, arguments: tuple[str | Path, ...], *, stdin: int = subprocess.DEVNULL
+    ) -> subprocess.Popen[str]:
         with self._log(name).open("a", encoding="utf-8") as log:
             process = subprocess.Popen(
                 [*COMMAND, *map(str, arguments)],
-                stdin=subprocess.DEVNULL,
+                stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,

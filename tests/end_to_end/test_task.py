@@ -22,8 +22,10 @@ ROUNDS = 3
 COMMAND = [sys.executable, "-m", "edge_runtime.cli"]
 
 
-def emberlora(*arguments: object) -> str:
-    done = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=60)
+def emberlora(*arguments: object, told: str = "") -> str:
+    """What a command printed; ``told`` is its standard input."""
+    command = [*COMMAND, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, input=told)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -67,6 +69,7 @@ class Site:
     def __init__(self, folder: Path, bundle: Path) -> None:
         self.folder = folder
         self.config = folder / "server" / "emberlora.toml"
+        self.tokens: list[str] = []  # used ones
         emberlora("cloud", "init", folder / "server", "--bundle", bundle, "--task", "words")
         text = self.config.read_text()
         changes = {"rounds": ROUNDS, "devices_per_round": 2, "rank": 3, "max_tokens": 16, "port": 0}
@@ -93,7 +96,8 @@ class Site:
     def enroll(self, name: str) -> None:
         token = emberlora("cloud", "token", "--config", self.config, "--device", name).strip()
         common = ("--home", self.folder / name, "--data", self.folder / f"{name}.jsonl", "--eval", self.held_out)
-        emberlora("edge", "enroll", "--server", self.url(), "--token", token, "--name", name, *common)
+        emberlora("edge", "enroll", "--server", self.url(), "--token", "-", "--name", name, *common, told=token)
+        self.tokens.append(token)
 
     @property
     def held_out(self) -> Path:
@@ -107,12 +111,17 @@ class Site:
         return [json.loads(line) for line in (self.folder / f"{name}.log").read_text().splitlines() if line[:1] == "{"]
 
 
+def bert_site(folder: Path, bundle: Path) -> Site:
+    """With the data of two devices in ``folder``."""
+    for seed, name in enumerate(("one", "two")):
+        write_data(folder / f"{name}.jsonl", seed=seed, count=60 + 20 * seed)
+    write_data(folder / "held-out.jsonl", seed=9, count=40)
+    return Site(folder, bundle)
+
+
 @pytest.fixture
 def site(bert_bundle: Path, tmp_path: Path) -> Site:
-    for seed, name in enumerate(("one", "two")):
-        write_data(tmp_path / f"{name}.jsonl", seed=seed, count=60 + 20 * seed)
-    write_data(tmp_path / "held-out.jsonl", seed=9, count=40)
-    return Site(tmp_path, bert_bundle)
+    return bert_site(tmp_path, bert_bundle)
 
 
 @pytest.mark.slow
