@@ -47,7 +47,7 @@ METHODS: dict[str, Method] = {
     "lora-r8": Method(
         "both factors averaged apart, rank 8, float32 (FedIT)",
         {"policy": "fixed", "aggregation": "both"},
-        {"lr_a": 1e-3, "lr_b": 1e-3},
+        {"lr_a": 4e-3, "lr_b": 4e-3},  # 2e-3 and 8e-3 are worse on CLINC150; BANKING77 does not tell them apart
     ),
     "lora-r1": Method(
         "the same at rank 1",
@@ -62,12 +62,12 @@ METHODS: dict[str, Method] = {
     "rolora-r8": Method(
         "factors take turns, rank 8, float32 (RoLoRA)",
         {"policy": "fixed", "aggregation": "alternate"},
-        {"lr_a": 1e-3, "lr_b": 2e-3},
+        {"lr_a": 2e-3, "lr_b": 4e-3},
     ),
     "lora-a2": Method(
         "factors take turns; an eighth of all components, chosen by what they moved (after LoRA-A²)",
         {"policy": "lora-a2", "aggregation": "alternate"},
-        {"lr_a": 1e-3, "lr_b": 5e-3},  # the paper's ratio
+        {"lr_a": 2e-3, "lr_b": 1e-2},  # the paper's ratio
         {"budget_end": 0.125},
     ),
     "annealed-kill-revive": Method(
