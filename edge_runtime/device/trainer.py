@@ -13,6 +13,7 @@ import msgspec
 from edge_runtime.device.child import Tail, child, describe_end
 from edge_runtime.device.errors import TrainingError, TrainingInputError
 from edge_runtime.device.files import write_record
+from edge_runtime.training.held import HELD
 from edge_runtime.training.job import Done, Event, Failed, TrainingJob, decode_event
 
 TRAINING_CHILD = (sys.executable, "-m", "edge_runtime.training.child")
@@ -37,7 +38,7 @@ class ChildTrainer:
     """Trains in a process of its own, so that its memory goes back to the system after every round.
 
     Args:
-        command: The child's command line, to which the job file is added.
+        command: The child's command line, to which the job file and the option ``HELD`` are added.
     """
 
     def __init__(self, command: Sequence[str] = TRAINING_CHILD) -> None:
@@ -47,7 +48,7 @@ class ChildTrainer:
         """See :class:`Trainer`."""
         job_file = Path(job.out) / "job.json"
         write_record(job_file, job)
-        async with child((*self._command, str(job_file))) as process:
+        async with child((*self._command, str(job_file), HELD), stdin=True) as process:
             if process.stdout is None or process.stderr is None:
                 raise TrainingError("training: the child has no output: a fault of the runtime")
             tail = Tail()

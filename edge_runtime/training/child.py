@@ -1,4 +1,7 @@
-"""The training child: ``python -m edge_runtime.training.child JOB.json``. See :mod:`edge_runtime.training.job`."""
+"""The training child: ``python -m edge_runtime.training.child JOB.json [--held]``.
+
+See :mod:`edge_runtime.training.job`, and :mod:`edge_runtime.training.held` for the option.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from edge_runtime.bundle import BundleError
 from edge_runtime.bundle.atomic import write_atomically
 from edge_runtime.data import DataError
 from edge_runtime.engine.errors import EngineError, EngineMissingError
+from edge_runtime.training.held import HELD, end_with_parent
 from edge_runtime.training.job import FRAME_NAME, Event, Failed, TrainingJob
 from edge_runtime.training.round import run_round
 from edge_runtime.wire import WireError
@@ -19,9 +23,14 @@ from edge_runtime.wire import WireError
 def main(argv: list[str]) -> int:
     """Run one job.
 
+    Args:
+        argv: Its file, and the option.
+
     Returns:
         Exit code. 0: the frame is written; 2: the user's data or installation is the cause; 1: anything else.
     """
+    if HELD in argv[1:]:
+        end_with_parent()
     job = msgspec.json.decode(Path(argv[0]).read_bytes(), type=TrainingJob)
     try:
         frame, done = run_round(job, _emit)

@@ -1,10 +1,11 @@
 """What a device process and its training child tell each other.
 
-The child is ``python -m edge_runtime.training.child JOB.json``. It reads a :class:`TrainingJob`, prints one event of
-``Event`` a line as JSON on standard output, and writes ``update.frame`` into the job's ``out`` folder before it prints
-:class:`Done`; where the plan quantises also ``residual.safetensors``, what the frame leaves out, and where it leaves
-parameters to the device ``personal.safetensors``, those. Training runs in a child so that its memory returns to the
-system between rounds, and so that the resident process never loads the engine.
+The child is ``python -m edge_runtime.training.child JOB.json --held``. It reads a :class:`TrainingJob`, prints one
+event of ``Event`` a line as JSON on standard output, and writes ``update.frame`` into the job's ``out`` folder before
+it prints :class:`Done`; where the plan quantises also ``residual.safetensors``, what the frame leaves out, and where
+it leaves parameters to the device ``personal.safetensors``, those. Training runs in a child so that its memory returns
+to the system between rounds, and so that the resident process never loads the engine. The child ends with its parent,
+however that ends (:mod:`edge_runtime.training.held`).
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 from device_bench import Bench
@@ -18,6 +20,7 @@ from device_bench import Bench
 from edge_runtime.device import commands
 from edge_runtime.device.outbox import Outbox
 from edge_runtime.device.records import Settings
+from edge_runtime.training.job import TrainingJob
 
 HERE = Path(__file__).parent
 PATIENCE_S = 120  # for what takes a second or two; an emulated board needs a hundred times as long
@@ -131,3 +134,37 @@ def test_the_resident_modules_load_nothing_heavy() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout == "[]\n"
+
+
+def has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE  # where nobody asks for the exit codes of orphans
+    except psutil.NoSuchProcess:
+        return True
+
+
+async def test_kill_9_ends_the_training_child_too(tmp_path: Path) -> None:
+    """It went on, with the memory of a training, beside the one of the device that was started next."""
+    plan, job_file = tmp_path / "plan", tmp_path / "kept.json"
+    os.mkfifo(plan)  # nobody writes it, so the child waits for ever
+    (tmp_path / "out").mkdir()
+    job = TrainingJob(str(plan), "", "", "", data=(), evaluation=(), out=str(tmp_path / "out"))
+    job_file.write_bytes(msgspec.json.encode(job))
+    code = (
+        "import asyncio, msgspec, pathlib, sys\n"
+        "from edge_runtime.device.trainer import ChildTrainer\n"
+        "from edge_runtime.training.job import TrainingJob\n"
+        "job = msgspec.json.decode(pathlib.Path(sys.argv[1]).read_bytes(), type=TrainingJob)\n"
+        "asyncio.run(ChildTrainer().train(job, print))"
+    )
+    device = await asyncio.create_subprocess_exec(sys.executable, "-c", code, str(job_file))
+    children: list[psutil.Process] = []
+    await until(lambda: children.extend(psutil.Process(device.pid).children()) or children, "a child is started")
+    try:
+        await asyncio.sleep(0.5)  # into its work, as a rule; it must not matter
+        device.kill()
+        await device.wait()
+        await until(lambda: has_ended(children[0]), "the child ends")
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children[0].kill()
