@@ -130,13 +130,13 @@ class Client:
         return cls(identity.server, host, signer=Signer.of(identity), tls=tls_of(identity))
 
     async def __aenter__(self) -> Client:
-        # A connection is never used twice: aiohttp would repeat a request by itself on a stale one, with the same
-        # nonce, which the server must take for a replay. Requests are minutes apart anyway.
+        # A connection is never used twice: it would be stale, as requests are minutes apart.
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(force_close=True, ssl=self._tls or True),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             headers={"User-Agent": "EmberLoRA-device", "Accept-Encoding": "identity"},
+            middlewares=(send_once,),
         )
         return self
 
@@ -397,6 +397,20 @@ class Client:
             while piece := file.read(_PIECE):
                 self.traffic.up += len(piece)
                 yield piece
+
+
+async def send_once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    """Send a request and let a broken connection be told.
+
+    aiohttp would send GET and DELETE again by itself, with the same nonce, which the server must take for a replay: the
+    user would read of a signature and not of the connection.
+    """
+    try:
+        return await send(request)
+    except aiohttp.ClientConnectorError:  # this one it does not repeat, and certificates are told from it
+        raise
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+        raise aiohttp.ClientConnectionError(str(error)) from error
 
 
 async def _whole(data: bytes) -> AsyncIterator[bytes]:
