@@ -6,7 +6,7 @@
 #   make setup PIP_ARGS="--index-url …"   another index, or any pip options
 #   make test ORT_PYTHON=python3.12       for the tests of the onnxruntime-training engine, which need 3.10 to 3.12
 #   make test-pythons VERSIONS="3.10 3.13"
-#   make soak SOAK_ARGS="--count 5000 --seed 100000 --jobs 1" FUZZ_ARGS="--count 100000"
+#   make soak SOAK_ARGS="--count 5000 --seed 100000 --jobs 1" FUZZ_ARGS="--count 100000" CRASH_ARGS="--count 20"
 #   make test-arm64 ARM64_ARGS="--onnxruntime 1.23.2 -- -k parity"
 #
 # A plain index serves Linux a CUDA build of torch: several gigabytes, of no use here. Give PyTorch's CPU index as
@@ -20,6 +20,7 @@ TEST_ARGS =
 BENCH_ARGS = --quick
 SOAK_ARGS =
 FUZZ_ARGS =
+CRASH_ARGS =
 VERSIONS =
 ARM64_ARGS =
 
@@ -66,9 +67,11 @@ $(ORT_STAMP): pyproject.toml constraints.txt tests/ort_training/supported.py
 test: $(STAMP) $(ORT_STAMP)
 	$(PY) -m pytest $(TEST_ARGS)
 
-# 100,000 random scenarios of rounds with faults: two hours of a core; 1,000,000 hostile inputs: a quarter of an hour.
-# What fails is printed as a case to be kept.
+# 100,000 random scenarios of rounds with faults: two hours of a core; 1,000,000 hostile inputs, and 200 scenarios of real
+# processes that are killed: a quarter of an hour each. What fails is printed as a case to be kept; of kills, where its
+# folder lies.
 soak: $(STAMP)
+	$(PY) -m tests.crash.soak $(CRASH_ARGS)
 	$(PY) -m tests.fuzz.soak $(FUZZ_ARGS)
 	$(PY) -m tests.simulation.soak $(SOAK_ARGS)
 
