@@ -15,7 +15,6 @@ import re
 import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
@@ -202,8 +201,8 @@ class Client:
         async with self._timed("GET", patch_target(task, round_, since=since)) as response:
             yield self._pieces(response)
 
-    async def upload(self, pending: Pending, sealed: Path) -> UpdateReceipt:
-        """Send a sealed update from its file.
+    async def upload(self, pending: Pending, sealed: bytes) -> UpdateReceipt:
+        """Send a sealed update.
 
         Raises:
             UpdateError, RoundError, RequestError: the server's refusal.
@@ -341,11 +340,11 @@ class Client:
             self.traffic.down += len(piece)
             yield piece
 
-    async def _sent(self, path: Path) -> AsyncIterator[bytes]:
-        with path.open("rb") as file:
-            while piece := file.read(_PIECE):
-                self.traffic.up += len(piece)
-                yield piece
+    async def _sent(self, data: bytes) -> AsyncIterator[bytes]:
+        for start in range(0, len(data), _PIECE):
+            piece = data[start : start + _PIECE]
+            self.traffic.up += len(piece)
+            yield piece
 
 
 async def _whole(data: bytes) -> AsyncIterator[bytes]:

@@ -16,7 +16,7 @@ import pytest
 from device_bench import Bench
 
 from edge_runtime.device import commands
-from edge_runtime.device.outbox import Outbox
+from edge_runtime.device.outbox import first_round
 from edge_runtime.device.records import Settings
 
 HERE = Path(__file__).parent
@@ -66,10 +66,10 @@ async def test_kill_9_between_journal_and_upload(bench: Bench, data: Path) -> No
     bench.aggregator.rounds = 1
     bench.aggregator.faults.away_for = {"PUT"}
     process = await start(bench)
-    await until(lambda: (bench.home.outbox / "round-0.json").exists(), "the update is journaled")
+    await until(lambda: (bench.home.outbox / "round-0.record").exists(), "the update is journaled")
     process.kill()
     await ended(process)
-    sealed = (bench.home.outbox / "round-0.sealed").read_bytes()
+    sealed = bench.home.vault().read(bench.home.outbox / "round-0.sealed", "update")
     bench.aggregator.faults.away_for = set()
     code, events, _ = await ended(await start(bench))
     assert code == 0
@@ -116,7 +116,7 @@ async def test_the_waiting_process_is_small(bench: Bench, data: Path) -> None:
     used = psutil.Process(process.pid).memory_info().rss / 2**20
     process.terminate()
     await ended(process)
-    assert Outbox(bench.home.outbox).first() is None
+    assert first_round(bench.home.outbox) is None
     assert used < 50, used
 
 

@@ -21,6 +21,7 @@ from edge_runtime.bundle import Bundle, encode_tensors, open_bundle
 from edge_runtime.data import BadRecordError
 from edge_runtime.training.job import (
     FRAME_NAME,
+    JOB_PURPOSES,
     Done,
     Evaluated,
     Event,
@@ -43,6 +44,7 @@ from edge_runtime.wire import (
     decode_update,
     sign_plan,
 )
+from tests.edge.encrypted import VAULT
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 LABELS = ("asyncio", "email", "tkinter", "xml")
@@ -94,6 +96,8 @@ def make_job(tmp_path: Path, bundle: Bundle, plan: Plan, *, lines: int = 40) -> 
         data=(str(write_data(tmp_path / "data.jsonl", lines)),),
         evaluation=(str(write_data(tmp_path / "held-out.jsonl", 12, seed=1)),),
         out=str(tmp_path),
+        round=plan.round,
+        grant=VAULT.grant(*JOB_PURPOSES),
     )
     return job, signed
 
@@ -256,10 +260,8 @@ def test_pieces_of_a_batch_make_the_same_update(bundle: Bundle, tmp_path: Path) 
 
 
 def run_child(job: TrainingJob, tmp_path: Path) -> tuple[int, list[Event]]:
-    path = tmp_path / "job.json"
-    path.write_bytes(msgspec.json.encode(job))
-    command = [sys.executable, "-W", "error", "-m", "edge_runtime.training.child", str(path)]
-    done = subprocess.run(command, capture_output=True, timeout=120)
+    command = [sys.executable, "-W", "error", "-m", "edge_runtime.training.child"]
+    done = subprocess.run(command, input=msgspec.json.encode(job), capture_output=True, timeout=120)
     assert done.stderr == b"", done.stderr.decode()
     return done.returncode, [decode_event(line) for line in done.stdout.splitlines()]
 
@@ -271,7 +273,7 @@ def test_child_writes_the_frame_before_it_says_done(bundle: Bundle, tmp_path: Pa
     assert code == 0
     assert isinstance(events[-1], Done)
     layout = WorkingBundle(bundle).layout(signed.plan.modules, head_alive=True)
-    update = decode_update((tmp_path / FRAME_NAME).read_bytes(), signed_plan=signed, layout=layout)
+    update = decode_update(VAULT.read(tmp_path / FRAME_NAME, "frame", round_=3), signed_plan=signed, layout=layout)
     assert update.metrics == events[-1].metrics or update.metrics.steps == events[-1].metrics.steps
     assert sum(isinstance(event, Stepped) for event in events) == 6
 
