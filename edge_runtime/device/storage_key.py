@@ -108,7 +108,7 @@ def find_key(
         StorageKeyError: it is missing, is none, is another one, or others may read it.
         CorruptFileError: the home's own record is damaged.
     """
-    store = store or SystemKeyStore()
+    store = SystemKeyStore() if store is None else store
     known, form = home.key_place(), home.identity_form()
     place = _place(home, choice, known)
     text = _load(place, choice, store)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge_runtime.at_rest import NO_ROUND, Purpose, StorageKey, Vault, is_encrypted
-from edge_runtime.device.errors import CorruptFileError
 from edge_runtime.device.events import DeviceEvent, Encrypted
 from edge_runtime.device.files import sync_folder, write_bytes
 from edge_runtime.device.home import Home
@@ -40,7 +39,7 @@ def upgrade(home: Home, key: StorageKey, report: Callable[[DeviceEvent], None]) 
         report: Is told when the home has been encrypted.
 
     Raises:
-        CorruptFileError: identity.json is damaged, or the name of a file in the outbox.
+        CorruptFileError: identity.json is damaged.
         OSError: the disk's own; calling again goes on.
     """
     identity = home.clear_identity()
@@ -67,9 +66,8 @@ def _unsent(outbox: Path, vault: Vault) -> int:
     for end, (new_end, purpose) in _UNSENT.items():
         for path in sorted(outbox.glob(f"round-*{end}")):
             number = path.stem.removeprefix("round-")
-            if not number.isdecimal():
-                raise CorruptFileError(f"{path}: damaged: expected a name like round-3{end}")
-            count += _encrypt(path, path.with_suffix(new_end), vault, purpose, int(number))
+            if number.isdecimal():  # another belongs to no update, and the outbox sweeps it
+                count += _encrypt(path, path.with_suffix(new_end), vault, purpose, int(number))
     return count
 
 

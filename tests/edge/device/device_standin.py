@@ -35,11 +35,11 @@ from edge_runtime.wire import LocalMetrics, Update, encode_update, open_plan, ti
 WEIGHT = 5
 
 
-def make_frame(job: TrainingJob, weight: int = WEIGHT) -> Done:
+def make_frame(job: TrainingJob, weight: int = WEIGHT, *, rng: np.random.Generator | None = None) -> Done:
     """Verify what the parent prepared as the real child does, and write a frame of constant change.
 
     Where the plan quantises, it is rounded as the real child does, and what is left is written beside it. Where B is
-    personal, the device's own grows by 0.5, and is written, too.
+    personal, the device's own grows by 0.5, and is written, too. With ``rng`` nothing is constant.
     """
     vault = Vault(job.grant)
     key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(job.plan_key))
@@ -49,10 +49,12 @@ def make_frame(job: TrainingJob, weight: int = WEIGHT) -> Done:
     manifest = bundle.manifest
     layout = tier_layouts(signed.plan, features=manifest.features, places=manifest.places, head={})[job.tier]
     values = np.full(layout.count, 0.25 * (signed.plan.round + 1), dtype=np.float32)
+    if rng is not None:
+        values = rng.normal(size=layout.count).astype(np.float32)
     if layout.quantisation is not None:
         assert job.residual is not None
-        rng = np.random.default_rng(job.rounding_seed)
-        found = quantise(values, layout, read_carried(vault, "residual", Path(job.residual)), rng=rng)
+        rounding = np.random.default_rng(job.rounding_seed)
+        found = quantise(values, layout, read_carried(vault, "residual", Path(job.residual)), rng=rounding)
         data = vault.encrypt(encode_tensors(found.residual), "residual", round_=job.round)
         (Path(job.out) / RESIDUAL_NAME).write_bytes(data)
         values = found.values
@@ -60,6 +62,8 @@ def make_frame(job: TrainingJob, weight: int = WEIGHT) -> Done:
         assert job.personal is not None
         own = read_carried(vault, "personal", Path(job.personal)) or map_tensors(Path(job.adapter))
         own = {name: array + np.float32(0.5) for name, array in own.items() if name.endswith(".lora_b")}
+        if rng is not None:
+            own = {name: rng.normal(size=array.shape).astype(np.float32) for name, array in own.items()}
         data = vault.encrypt(encode_tensors(own), "personal", round_=job.round)
         (Path(job.out) / PERSONAL_NAME).write_bytes(data)
     metrics = LocalMetrics(steps=3, loss_start=2.0, loss_end=1.0, seconds=0.5, tier=job.tier)
