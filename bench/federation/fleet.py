@@ -19,18 +19,20 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from bench.federation.transport import MemoryTransport
 from cloud.service import Aggregator
 from edge_runtime import wire
-from edge_runtime.bundle.atomic import write_atomically
+from edge_runtime.at_rest import StorageKey
 from edge_runtime.device.artifacts import Reply, Request, handle
 from edge_runtime.device.events import DeviceEvent, Skipped, Waiting
 from edge_runtime.device.home import Home
 from edge_runtime.device.host import Host
 from edge_runtime.device.loop import Device, RunOptions, Tools
 from edge_runtime.device.records import Identity, Settings
-from edge_runtime.training.job import FRAME_NAME, Done, Event, TrainingJob
-from edge_runtime.training.round import run_round
+from edge_runtime.training.job import Done, Event, TrainingJob
+from edge_runtime.training.round import run_round, write_frame
 from edge_runtime.training.session import WorkingBundle
 
 Values = npt.NDArray[np.float32]
+
+KEY = StorageKey(bytes(32))  # nothing here is a secret
 
 
 class FleetError(Exception):
@@ -60,7 +62,7 @@ class SharedTrainer:
     async def train(self, job: TrainingJob, on_event: Callable[[Event], None]) -> Done:
         """See :class:`edge_runtime.device.trainer.Trainer`."""
         self.frame, done = await asyncio.to_thread(run_round, job, on_event, lambda *_: self._work)
-        write_atomically(Path(job.out) / FRAME_NAME, [self.frame])
+        write_frame(job, self.frame)
         self.done = done
         return done
 
@@ -171,4 +173,4 @@ class Fleet:
         return np.concatenate(common).astype(np.float32)
 
     def _home(self, name: str) -> Home:
-        return Home(self._folder / name)
+        return Home(self._folder / name, KEY)

@@ -63,17 +63,16 @@ class MemoryTransport:
             self.head_down += len(data) - len(without)
         yield self._whole(data)
 
-    async def upload(self, pending: Pending, sealed: Path) -> UpdateReceipt:
+    async def upload(self, pending: Pending, sealed: bytes) -> UpdateReceipt:
         """Ask whether the update may come, then hand it over."""
         answer = await self._aggregator.admit(
             self._device, task=pending.task, round_=pending.round, digest=pending.digest
         )
         if isinstance(answer, UpdateReceipt):
             return answer
-        data = sealed.read_bytes()
-        self.traffic.up += len(data)
+        self.traffic.up += len(sealed)
         receipt, _ = await self._aggregator.submit(
-            self._device, round_=pending.round, digest=pending.digest, sealed=data
+            self._device, round_=pending.round, digest=pending.digest, sealed=sealed
         )
         return receipt
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from edge_runtime.at_rest import Grant, Vault, WrongStorageKeyError
+
 if TYPE_CHECKING:
     from edge_runtime.bundle import Manifest
 
@@ -41,6 +43,7 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     round: int = -1
     makes: str = ""
     personal: str = ""  # file of what the device keeps for itself
+    grant: Grant | None = None  # its key; None: it keeps nothing
     parts: tuple[str, ...] = ()  # what the plan says of it
 
 
@@ -53,9 +56,13 @@ class FileOf(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``error`` is empty when all is well; ``files`` answers "manifest"; ``notices`` are lines for the user."""
+    """``error`` is empty when all is well; ``files`` answers "manifest"; ``notices`` are lines for the user.
+
+    ``home_error`` says that the artifact is good and a file of the device's own must not be read.
+    """
 
     error: str = ""
+    home_error: str = ""
     files: tuple[FileOf, ...] = ()
     notices: tuple[str, ...] = ()
 
@@ -76,6 +83,8 @@ def handle(request: Request) -> Reply:
             _patch(bundle.manifest, request)
     except (BundleError, PatchError) as error:
         return Reply(error=str(error))
+    except WrongStorageKeyError as error:
+        return Reply(home_error=str(error))
     return Reply()
 
 
@@ -88,7 +97,7 @@ def _adapter(manifest: Manifest, request: Request) -> tuple[str, ...]:
         map_tensors,
         write_peft_folder,
     )
-    from edge_runtime.training.personal import read_personal
+    from edge_runtime.training.personal import PersonalTensors, read_personal
 
     what = f"adapter {Path(request.adapter).stem[:12]}"
     tensors = map_tensors(Path(request.adapter))
@@ -101,7 +110,9 @@ def _adapter(manifest: Manifest, request: Request) -> tuple[str, ...]:
     check_tensors(tensors, adapter_shapes(manifest, ranks), what=what)
     if request.action != "publish":
         return ()
-    own = read_personal(Path(request.personal), request.parts, manifest, ranks)
+    own = PersonalTensors()
+    if request.grant is not None:
+        own = read_personal(Vault(request.grant), Path(request.personal), request.parts, manifest, ranks)
     out = Path(request.out)
     shutil.rmtree(out, ignore_errors=True)
     write_peft_folder(out, manifest, tensors | own.tensors)

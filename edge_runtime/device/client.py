@@ -15,7 +15,6 @@ import re
 import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
@@ -208,8 +207,8 @@ class Client:
         async with self._timed("GET", patch_target(task, round_, since=since)) as response:
             yield self._pieces(response)
 
-    async def upload(self, pending: Pending, sealed: Path) -> UpdateReceipt:
-        """Send a sealed update from its file, a large one in parts: what the server has of it is not sent again.
+    async def upload(self, pending: Pending, sealed: bytes) -> UpdateReceipt:
+        """Send a sealed update, a large one in parts: what the server has of it is not sent again.
 
         Raises:
             UpdateError, RoundError, RequestError: the server's refusal.
@@ -230,7 +229,7 @@ class Client:
             )
         return receipt
 
-    async def _upload_whole(self, pending: Pending, sealed: Path) -> UpdateReceipt:
+    async def _upload_whole(self, pending: Pending, sealed: bytes) -> UpdateReceipt:
         target = update_path(pending.task, pending.round, self._signed_by().device)
         body = _Body(self._sent(sealed), pending.bytes, pending.digest)
         began = self._host.clock()
@@ -239,17 +238,15 @@ class Client:
         self.traffic.pace_up.add(pending.bytes, self._host.clock() - began)
         return receipt
 
-    async def _upload_parts(self, pending: Pending, sealed: Path) -> UpdateReceipt:
+    async def _upload_parts(self, pending: Pending, sealed: bytes) -> UpdateReceipt:
         path = parts_path(pending.task, pending.round, self._signed_by().device, pending.digest)
         async with self._answer("GET", path) as response:
             progress = await self._message(response, UpdateProgress)
         first = progress.received
         try:
-            with sealed.open("rb") as file:
-                while progress.receipt is None:
-                    file.seek(progress.received)
-                    part = file.read(PART_BYTES)
-                    progress = await self._send_part(path, part, offset=progress.received, of=pending.bytes)
+            while progress.receipt is None:
+                part = sealed[progress.received : progress.received + PART_BYTES]
+                progress = await self._send_part(path, part, offset=progress.received, of=pending.bytes)
         except UpdateOffsetError as error:  # an earlier request was still being answered when the offset was asked for
             raise TransportError(f"{self._server}: {error}", progress=True) from error
         except TransportError as error:
@@ -258,7 +255,7 @@ class Client:
         return progress.receipt
 
     async def _send_part(self, path: str, part: bytes, *, offset: int, of: int) -> UpdateProgress:
-        body = _Body(self._counted(part), len(part), hashlib.sha256(part).hexdigest())
+        body = _Body(self._sent(part), len(part), hashlib.sha256(part).hexdigest())
         began = self._host.clock()
         async with self._answer("PATCH", part_target(path, offset=offset, of=of), body=body) as response:
             progress = await self._message(response, UpdateProgress)
@@ -387,16 +384,11 @@ class Client:
             self.traffic.down += len(piece)
             yield piece
 
-    async def _counted(self, data: bytes) -> AsyncIterator[bytes]:
-        async for piece in _whole(data):
+    async def _sent(self, data: bytes) -> AsyncIterator[bytes]:
+        for start in range(0, len(data), _PIECE):
+            piece = data[start : start + _PIECE]
             self.traffic.up += len(piece)
             yield piece
-
-    async def _sent(self, path: Path) -> AsyncIterator[bytes]:
-        with path.open("rb") as file:
-            while piece := file.read(_PIECE):
-                self.traffic.up += len(piece)
-                yield piece
 
 
 async def send_once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:

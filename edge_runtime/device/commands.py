@@ -17,8 +17,11 @@ import click
 import msgspec
 
 from edge_runtime.device.errors import DeviceError, InputError
+from edge_runtime.device.events import DeviceEvent, Encrypted
 from edge_runtime.device.home import Home, default_home
+from edge_runtime.device.opening import opened, storage_options
 from edge_runtime.device.records import DeviceState, Settings
+from edge_runtime.device.storage_key import KeyChoice
 from edge_runtime.wire import DeviceRevokedError, RequestFormatError, UnknownDeviceError, WireError
 
 
@@ -76,6 +79,14 @@ def _one_line() -> Iterator[None]:
         raise Failure(str(error)) from error
 
 
+def _say(event: DeviceEvent) -> None:
+    """On standard error, for commands that have no display."""
+    from edge_runtime.device.display import encrypted_line
+
+    if isinstance(event, Encrypted):
+        click.echo(encrypted_line(event), err=True)
+
+
 @click.command()
 @click.option("--server", required=True, help="Address of the aggregator, https://host:port.")
 @click.option(
@@ -87,6 +98,7 @@ def _one_line() -> Iterator[None]:
 )
 @click.option("--name", required=True, help="This device's name, the one the token was made for.")
 @_home_option
+@storage_options
 @_data_option
 @_eval_option
 @click.option(
@@ -101,6 +113,7 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
     token: str,
     name: str,
     home: Path,
+    keys: KeyChoice,
     data: tuple[Path, ...],
     evaluation: tuple[Path, ...],
     ca: Path | None,
@@ -108,7 +121,8 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
 ) -> None:
     """Make this device known to an aggregator.
 
-    The operator makes a token for a name; the device makes its own key, which never leaves it. A lost answer is
+    The operator makes a token for a name; the device makes its own key, which never leaves it. All it keeps of its
+    data is encrypted under a storage key, which lies beside its folder unless another place is said. A lost answer is
     repaired by running the same command again. First one product is computed in a child process: where ONNX Runtime
     does not work, nothing is enrolled. The server is told the machine's architecture, cores, memory and speed, and
     nothing else of it.
@@ -138,17 +152,18 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
             raise InputError(f"--ca is for https, and the server is {origin}")
         trust = Trust("" if ca is None else read_ca(ca), insecure_http)
         calibration_s = asyncio.run(try_engine())
-        place = Home(home)
-        with place.locked():
+        with opened(home, keys, _say, new=True) as place:
             work = enrol(place, server=origin, token=parsed, device=name, host=Host(), trust=trust)
             identity = asyncio.run(work)
             _remember(place, data, evaluation)
             asyncio.run(tell_first(place, calibration_s, host=Host()))
+    click.echo(f"its folder is encrypted; without the storage key it is lost: {place.key_place()}", err=True)
     click.echo(f"{identity.device} is enrolled in task {identity.task}; next: emberlora edge run")
 
 
 @click.command()
 @_home_option
+@storage_options
 @_data_option
 @_eval_option
 @click.option("--threads", type=click.IntRange(min=1), help="Threads for training.  [default: all cores]")
@@ -184,6 +199,7 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
 def run(  # noqa: PLR0913  # click passes each option as an argument
     *,
     home: Path,
+    keys: KeyChoice,
     data: tuple[Path, ...],
     evaluation: tuple[Path, ...],
     threads: int | None,
@@ -216,28 +232,25 @@ def run(  # noqa: PLR0913  # click passes each option as an argument
     from edge_runtime.device.running import check_settings, run_device, until_signal
     from edge_runtime.device.trainer import ChildTrainer
 
-    place = Home(home)
     display = JsonDisplay() if as_json else TerminalDisplay()
-    with _one_line(), contextlib.closing(display):
-        place.identity()  # a home that is none is told so, not made
-        with place.locked():
-            settings = _remember(place, data, evaluation)
-            if not place.state().finished:
-                check_settings(settings)
-            options = RunOptions(
-                settings,
-                threads=threads,
-                skip_bad=skip_bad_lines,
-                memory_budget_mb=memory_mb,
-                packed_weights=packed_weights,
-                micro_tokens=micro_tokens,
-                remember_mb=remember_mb,
-                tier=tier,
-                once=once,
-            )
-            tools = Tools(trainer=ChildTrainer(), inspector=ChildInspector(), host=Host(), report=display.show)
-            work = run_device(place, tools, options)
-            code = until_signal(work, lambda name: display.show(Stopped(name)))
+    with _one_line(), contextlib.closing(display), opened(home, keys, display.show) as place:
+        settings = _remember(place, data, evaluation)
+        if not place.state().finished:
+            check_settings(settings)
+        options = RunOptions(
+            settings,
+            threads=threads,
+            skip_bad=skip_bad_lines,
+            memory_budget_mb=memory_mb,
+            packed_weights=packed_weights,
+            micro_tokens=micro_tokens,
+            remember_mb=remember_mb,
+            tier=tier,
+            once=once,
+        )
+        tools = Tools(trainer=ChildTrainer(), inspector=ChildInspector(), host=Host(), report=display.show)
+        work = run_device(place, tools, options)
+        code = until_signal(work, lambda name: display.show(Stopped(name)))
     if code:
         click.echo("stopped; 'emberlora edge run' goes on where it was", err=True)
         sys.exit(code)
@@ -258,6 +271,7 @@ class StatusReport(msgspec.Struct, frozen=True):
     bytes_up: int
     bytes_down: int
     bundle: str
+    storage_key: str | None  # where the key is that the home is encrypted under
     published: str | None  # peft folder, with the personal parameters
     personal: str | None  # file with the parameters that never leave this device
     data: tuple[str, ...]
@@ -268,19 +282,19 @@ class StatusReport(msgspec.Struct, frozen=True):
 @_home_option
 @_json_option
 def status(*, home: Path, as_json: bool) -> None:
-    """Show what this device is doing and has done. Asks nobody; works while 'run' is running.
+    """Show what this device is doing and has done. Asks nobody; works while 'run' is running, and without its key.
 
     \b
     Example:
       emberlora edge status
       emberlora edge status --json | jq .done_round
     """
-    from edge_runtime.device.outbox import Outbox
+    from edge_runtime.device.outbox import first_round
 
     with _one_line():
         place = Home(home)
-        identity, state, settings = place.identity(), place.state(), place.settings()
-        pending = Outbox(place.outbox).first()
+        identity, state, settings = place.membership(), place.state(), place.settings()
+        key_place = place.key_place()
         report = StatusReport(
             device=identity.device,
             server=identity.server,
@@ -290,10 +304,11 @@ def status(*, home: Path, as_json: bool) -> None:
             seen_round=state.seen_round,
             done_round=state.done_round,
             updates_counted=state.counted,
-            pending_round=None if pending is None else pending.round,
+            pending_round=first_round(place.outbox),
             bytes_up=state.bytes_up,
             bytes_down=state.bytes_down,
             bundle=state.bundle,
+            storage_key=None if key_place is None else str(key_place),
             published=str(place.published_folder) if place.published() else None,
             personal=str(place.personal) if place.personal.exists() else None,
             data=settings.data,
@@ -317,6 +332,7 @@ def _status_text(report: StatusReport, state: DeviceState) -> str:
         "adapter": report.published or "",
         "personal": report.personal or "",
         "home": report.home,
+        "storage key": report.storage_key or "none: 'emberlora edge run' makes one and encrypts the home",
     }
     if report.pending_round is not None:
         rows["updates"] += f", one for round {report.pending_round + 1} not yet acknowledged"
@@ -325,7 +341,8 @@ def _status_text(report: StatusReport, state: DeviceState) -> str:
 
 @click.command()
 @_home_option
-def leave(*, home: Path) -> None:
+@storage_options
+def leave(*, home: Path, keys: KeyChoice) -> None:
     """Leave the task; the aggregator forgets this device's key.
 
     Identity, position, unsent updates and personal parameters are removed here; downloads and a published adapter
@@ -338,17 +355,15 @@ def leave(*, home: Path) -> None:
     from edge_runtime.device.enrolment import leave as leave_task
     from edge_runtime.device.host import Host
 
-    with _one_line():
-        place = Home(home)
-        place.identity()
-        with place.locked():
-            identity = asyncio.run(leave_task(place, host=Host()))
+    with _one_line(), opened(home, keys, _say) as place:
+        identity = asyncio.run(leave_task(place, host=Host()))
     click.echo(f"{identity.device} has left task {identity.task}")
 
 
 @click.command()
 @_home_option
-def rotate_key(*, home: Path) -> None:
+@storage_options
+def rotate_key(*, home: Path, keys: KeyChoice) -> None:
     """Replace this device's key by a new one; the old one is refused from then on.
 
     May be interrupted and repeated: 'run' and 'leave' finish what was begun.
@@ -360,20 +375,18 @@ def rotate_key(*, home: Path) -> None:
     from edge_runtime.device.host import Host
     from edge_runtime.device.rekeying import rotate
 
-    with _one_line():
-        place = Home(home)
-        place.identity()
-        with place.locked():
-            identity = asyncio.run(rotate(place, host=Host()))
+    with _one_line(), opened(home, keys, _say) as place:
+        identity = asyncio.run(rotate(place, host=Host()))
     click.echo(f"{identity.device} has a new key in task {identity.task}")
 
 
 @click.command()
 @_home_option
+@storage_options
 @click.option("--ca", type=_FILE, help="Trust the server's certificate if it comes from this one (PEM).")
 @click.option("--system-ca", is_flag=True, help="Trust the system's CAs instead.")
 @click.option("--insecure-http", is_flag=True, help="Allow plain http to another machine. Updates stay sealed.")
-def trust(*, home: Path, ca: Path | None, system_ca: bool, insecure_http: bool) -> None:
+def trust(*, home: Path, keys: KeyChoice, ca: Path | None, system_ca: bool, insecure_http: bool) -> None:
     """Change what this device's server must show: a certificate from this CA or one of the system's, or none.
 
     Asks nobody; the next 'run' uses it.
@@ -387,9 +400,7 @@ def trust(*, home: Path, ca: Path | None, system_ca: bool, insecure_http: bool) 
     with _one_line():
         if sum((ca is not None, system_ca, insecure_http)) != 1:
             raise InputError("give one of --ca FILE, --system-ca and --insecure-http")
-        place = Home(home)
-        place.identity()
-        with place.locked():
+        with opened(home, keys, _say) as place:
             text = "" if ca is None else read_ca(ca)
             identity = msgspec.structs.replace(place.identity(), ca=text, insecure_http=insecure_http)
             place.save_identity(identity)

@@ -75,6 +75,8 @@ class TerminalDisplay:
         self._terminal.close()
 
     def _line(self, event: events.DeviceEvent) -> str:
+        if isinstance(event, events.Encrypted):
+            return encrypted_line(event)
         if isinstance(event, events.Started):
             return f"{event.device} takes part in task {event.task} at {event.server}"
         if isinstance(event, events.Planned):
@@ -131,6 +133,14 @@ class TerminalDisplay:
     def _name(self, round_: int) -> str:
         """Rounds are numbered from 0 on the wire and counted from 1 for people."""
         return f"round {round_ + 1}" + (f" of {self._rounds}" if self._rounds else "")
+
+
+def encrypted_line(event: events.Encrypted) -> str:
+    """What the user of an older version must know once."""
+    return (
+        f"this home was in the clear and is encrypted now ({event.files} files); its storage key: {event.key}; without "
+        "it the home is lost. If others may have read this disk: emberlora edge rotate-key"
+    )
 
 
 def size(count: float) -> str:

@@ -6,6 +6,7 @@ DeviceError
 │   │   ├── NotEnrolledError    this home has no identity yet, or gave it up
 │   │   ├── EnrolledError       this home already has an identity
 │   │   ├── NotPublishedError   this home has received no final adapter yet
+│   │   ├── StorageKeyError     the key of this home's files is not there, or another one is
 │   │   └── TrainingInputError  a data file is missing or has bad lines
 │   ├── HomeLockedError     another process runs on this home
 │   ├── CorruptFileError    a file of the home cannot be read as what it should be
@@ -46,6 +47,10 @@ class EnrolledError(InputError):
 
 class NotPublishedError(InputError):
     """This home has received no final adapter yet."""
+
+
+class StorageKeyError(InputError):
+    """The key that this home is encrypted under is not there, is none, or is another one."""
 
 
 class TrainingInputError(InputError):

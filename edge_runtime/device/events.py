@@ -39,6 +39,13 @@ class Fetched(DeviceEvent, frozen=True, tag="fetched"):
     bytes: int  # downloaded for it; 0 when everything was here
 
 
+class Encrypted(DeviceEvent, frozen=True, tag="encrypted"):
+    """A home of an older version, which was in the clear, has been encrypted in place."""
+
+    files: int
+    key: str  # where its storage key is
+
+
 class Noticed(DeviceEvent, frozen=True, tag="notice"):
     """A line for the user, for example about truncated examples."""
 

@@ -2,6 +2,7 @@
 
 A file is either the old one or the new one, whatever happens: bytes go to ``NAME.partial``, are synced, and take the
 name in one step; then the folder is synced. Everything is readable by its owner only.
+What is encrypted besides comes here encrypted already.
 """
 
 from __future__ import annotations
@@ -65,10 +66,19 @@ def read_record(path: Path, kind: type[T]) -> T | None:
         return None
     if len(data) > MAX_RECORD_BYTES:
         raise CorruptFileError(f"{path}: damaged: longer than {MAX_RECORD_BYTES} bytes")
+    return decode_record(data, kind, what=path)
+
+
+def decode_record(data: bytes, kind: type[T], *, what: Path) -> T:
+    """The struct that these bytes of the file ``what`` are.
+
+    Raises:
+        CorruptFileError: they are none.
+    """
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CorruptFileError(f"{path}: damaged: not a record of kind {kind.__name__}: {error}") from error
+        raise CorruptFileError(f"{what}: damaged: not a record of kind {kind.__name__}: {error}") from error
 
 
 def file_digest(path: Path) -> str:

@@ -1,20 +1,25 @@
 """A device's folder. One process at a time works on it; every file in it is written atomically.
 
-identity.json               name, private key, server, its CA, task, plan key     (0600)
+What was learned or seen of the device's texts, and its private keys, is encrypted (*) under a storage key, which lies
+elsewhere: see :mod:`edge_runtime.at_rest` and :mod:`edge_runtime.device.storage_key`.
+
+identity.json               name, server, its CA, task, plan key, and (*) private keys
+storage.json                where the storage key is, and which one it is
 settings.json               data and evaluation files
 capability.json             what the device measured of itself
 state.json                  last round seen and done, bytes, newest and published adapter
 plans/round-N.plan          the signed plan in force
 bundles/<digest>/           the verified bundle
 adapters/<digest>.safetensors
-outbox/round-N.sealed|json  an update that is not acknowledged yet
-outbox/round-N.residual     what will be left unsent once it is
-outbox/round-N.personal     what the device will keep for itself once it is
-residual.safetensors        what the acknowledged updates left unsent, where plans quantise
-remembered.hidden           what the blocks below all that is trained make of the data; a cache       (0600)
-personal.safetensors        trained parameters that never leave this device, where plans leave it any
-work/                       what the training child writes; emptied after every round
-published/                  the final adapter as a peft folder
+outbox/round-N.sealed       * an update that is not acknowledged yet
+outbox/round-N.record       * what it is
+outbox/round-N.residual     * what will be left unsent once it is
+outbox/round-N.personal     * what the device will keep for itself once it is
+residual.encrypted          * what the acknowledged updates left unsent, where plans quantise
+personal.encrypted          * trained parameters that never leave this device, where plans leave it any
+remembered.hidden           * what the blocks below all that is trained make of the data; a cache
+work/                       * what the training child writes; emptied after every round
+published/                  the final adapter as a peft folder, for any program of the user's: in the clear
 lock
 """
 
@@ -28,18 +33,54 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
-from edge_runtime.device.errors import HomeLockedError, NotEnrolledError, NotPublishedError
-from edge_runtime.device.files import make_folder, read_record, sync_folder, write_bytes, write_record
-from edge_runtime.device.records import DeviceState, Identity, Measured, Published, Settings
+import msgspec
+
+from edge_runtime.at_rest import AtRestError, Purpose, StorageKey, Vault, WrongStorageKeyError
+from edge_runtime.device.errors import (
+    CorruptFileError,
+    HomeLockedError,
+    NotEnrolledError,
+    NotPublishedError,
+    StorageKeyError,
+)
+from edge_runtime.device.files import decode_record, make_folder, read_record, sync_folder, write_bytes, write_record
+from edge_runtime.device.records import (
+    DeviceState,
+    Identity,
+    KeyPlace,
+    Measured,
+    Membership,
+    PrivateKeys,
+    Published,
+    Settings,
+    StoredIdentity,
+)
 from edge_runtime.training.job import CARRIED_NAMES, PERSONAL_NAME, REMEMBERED_NAME, RESIDUAL_NAME
+
+IDENTITY_NAME = "identity.json"
+STORAGE_NAME = "storage.json"
+_PURPOSES: tuple[Purpose, ...] = ("identity", "record", "update", "frame", "residual", "personal", "remembered")
+
+
+class _Form(msgspec.Struct, frozen=True):
+    """What tells the two kinds of identity.json apart."""
+
+    private_key: str = ""
 
 
 class Home:
-    """Paths and records of one device; reading raises ``CorruptFileError`` for a damaged file."""
+    """Paths and records of one device; reading raises ``CorruptFileError`` for a damaged file.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: Where it is.
+        key: What it is encrypted under; None: only what is in the clear can be read.
+    """
+
+    def __init__(self, folder: Path, key: StorageKey | None = None) -> None:
         self.folder = folder
+        self._key = key
 
     @property
     def work(self) -> Path:
@@ -88,23 +129,74 @@ class Home:
 
         Raises:
             NotEnrolledError: it was never enrolled, or has left.
+            StorageKeyError: the storage key is another one, or was not given.
         """
         identity = self.stored_identity()
         if identity is None or not identity.enrolled:
-            raise NotEnrolledError(
-                f"{self.folder}: this device is not enrolled: get a token from the operator and run "
-                "'emberlora edge enroll'"
-            )
+            raise self._not_enrolled()
         return identity
+
+    def membership(self) -> Membership:
+        """Which device this is, without its keys.
+
+        Raises:
+            NotEnrolledError: it was never enrolled, or has left.
+        """
+        membership = self.stored_membership()
+        if membership is None or not membership.enrolled:
+            raise self._not_enrolled()
+        return membership
+
+    def stored_membership(self) -> Membership | None:
+        """What identity.json says in the clear, even when the server has not accepted it yet."""
+        return read_record(self.folder / IDENTITY_NAME, Membership)
 
     def stored_identity(self) -> Identity | None:
         """What identity.json holds, even when the server has not accepted it yet."""
-        return read_record(self.folder / "identity.json", Identity)
+        path = self.folder / IDENTITY_NAME
+        stored = read_record(path, StoredIdentity)
+        if stored is None:
+            return None
+        vault = self._vault(stored.device, stored.task)
+        with opening():
+            data = vault.open(stored.keys, "identity", what=str(path), bound=stored.bound())
+        return stored.with_keys(decode_record(data, PrivateKeys, what=path))
+
+    def identity_form(self) -> Literal["none", "clear", "encrypted"]:
+        """How identity.json keeps the private keys: not at all, as older versions did, or encrypted."""
+        found = read_record(self.folder / IDENTITY_NAME, _Form)
+        return "none" if found is None else "clear" if found.private_key else "encrypted"
+
+    def clear_identity(self) -> Identity | None:
+        """The identity as older versions kept it; None where it is not in the clear."""
+        return read_record(self.folder / IDENTITY_NAME, Identity) if self.identity_form() == "clear" else None
 
     def save_identity(self, identity: Identity) -> None:
-        """Keep who this device is, readable by its owner only."""
+        """Keep who this device is, its private keys encrypted."""
         make_folder(self.folder)
-        write_record(self.folder / "identity.json", identity)
+        stored = StoredIdentity.around(identity)
+        keys = msgspec.json.encode(PrivateKeys(identity.private_key, identity.pending_key))
+        sealed = self._vault(identity.device, identity.task).encrypt(keys, "identity", bound=stored.bound())
+        write_record(self.folder / IDENTITY_NAME, msgspec.structs.replace(stored, keys=sealed))
+
+    def vault(self) -> Vault:
+        """What encrypts and opens this device's files.
+
+        Raises:
+            NotEnrolledError: whose files they are is not known.
+            StorageKeyError: the storage key was not given.
+        """
+        membership = self.membership()
+        return self._vault(membership.device, membership.task)
+
+    def key_place(self) -> KeyPlace | None:
+        """Where the storage key is; None in a home that has encrypted nothing yet."""
+        return read_record(self.folder / STORAGE_NAME, KeyPlace)
+
+    def save_key_place(self, place: KeyPlace) -> None:
+        """Keep where the storage key is."""
+        make_folder(self.folder)
+        write_record(self.folder / STORAGE_NAME, place)
 
     def settings(self) -> Settings:
         """What the user told this device to use."""
@@ -166,11 +258,21 @@ class Home:
 
     def forget(self) -> None:
         """Remove what makes this home one device: identity, position, what is unsent or personal. Downloads stay."""
-        for name in ("identity.json", "state.json", "capability.json", REMEMBERED_NAME, *CARRIED_NAMES):
+        for name in (IDENTITY_NAME, "state.json", "capability.json", REMEMBERED_NAME, *CARRIED_NAMES):
             (self.folder / name).unlink(missing_ok=True)
         for folder in (self.outbox, self.work, self.folder / "plans"):
             shutil.rmtree(folder, ignore_errors=True)
         sync_folder(self.folder)
+
+    def _vault(self, device: str, task: str) -> Vault:
+        if self._key is None:
+            raise StorageKeyError(f"{self.folder}: its storage key was not given: a fault of the caller")
+        return Vault.of(self._key, _PURPOSES, device=device, task=task)
+
+    def _not_enrolled(self) -> NotEnrolledError:
+        return NotEnrolledError(
+            f"{self.folder}: this device is not enrolled: get a token from the operator and run 'emberlora edge enroll'"
+        )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -190,6 +292,22 @@ class Home:
                     "stop it, or pass another --home"
                 ) from error
             yield
+
+
+@contextlib.contextmanager
+def opening() -> Iterator[None]:
+    """Errors of encrypted files as this package's own.
+
+    Raises:
+        StorageKeyError: the file was encrypted under another storage key.
+        CorruptFileError: it is not what it should be.
+    """
+    try:
+        yield
+    except WrongStorageKeyError as error:
+        raise StorageKeyError(f"{error}; nothing was changed") from error
+    except AtRestError as error:
+        raise CorruptFileError(str(error)) from error
 
 
 def default_home(environ: Mapping[str, str], platform: str) -> Path:

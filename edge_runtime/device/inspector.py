@@ -12,7 +12,7 @@ import msgspec
 
 from edge_runtime.device.artifacts import Reply, Request
 from edge_runtime.device.child import run_child
-from edge_runtime.device.errors import ArtifactError, ArtifactFormatError
+from edge_runtime.device.errors import ArtifactError, ArtifactFormatError, StorageKeyError
 
 
 class Inspector(Protocol):
@@ -44,8 +44,11 @@ async def demand(inspector: Inspector, request: Request) -> Reply:
     Raises:
         ArtifactFormatError: the artifact is bad.
         ArtifactError: it could not be checked.
+        StorageKeyError: a file of this home was encrypted under another storage key.
     """
     reply = await inspector.ask(request)
+    if reply.home_error:
+        raise StorageKeyError(f"{reply.home_error}; nothing was changed")
     if reply.error:
         raise ArtifactFormatError(reply.error)
     return reply

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from edge_runtime.at_rest import AtRestError
 from edge_runtime.device import events
 from edge_runtime.device.artifacts import Request
 from edge_runtime.device.capability import SelfReport
@@ -32,6 +33,7 @@ from edge_runtime.device.trainer import Trainer
 from edge_runtime.device.transport import Transport
 from edge_runtime.training.job import (
     FRAME_NAME,
+    JOB_PURPOSES,
     Done,
     Evaluated,
     Event,
@@ -105,7 +107,8 @@ class Device:
         self._client.traffic.up, self._client.traffic.down = self._state.bytes_up, self._state.bytes_down
         self._tools = tools
         self._options = options
-        self._outbox = Outbox(home.outbox)
+        self._vault = home.vault()
+        self._outbox = Outbox(home.outbox, self._vault)
         self._store = Store(home, client, tools.inspector, options.floors)
         self._carried = 0  # the tier of the round that is trained
         self._self_report = SelfReport(home, client, self._identity.task, tools.host.clock)
@@ -215,12 +218,14 @@ class Device:
         work, self._carried = self._home.fresh_work(), self._tier(plan)
         job = TrainingJob(
             plan=str(self._home.plan_path(plan.round)),
+            round=plan.round,
             plan_key=self._identity.plan_key,
             bundle=str(bundle),
             adapter=str(adapter),
             data=self._options.settings.data,
             evaluation=self._options.settings.evaluation,
             out=str(work),
+            grant=self._vault.grant(*JOB_PURPOSES),
             skip_bad=self._options.skip_bad,
             threads=self._options.threads,
             memory_budget_mb=self._options.memory_budget_mb,
@@ -254,9 +259,11 @@ class Device:
             self._skip(plan.round, "few-examples", detail)
             return
         try:
-            data = (work / FRAME_NAME).read_bytes()
+            data = self._vault.read(work / FRAME_NAME, "frame", round_=plan.round)
         except FileNotFoundError as error:
             raise TrainingError("training: the child ended well, but left no update") from error
+        except AtRestError as error:
+            raise TrainingError(f"training: the child ended well, but its update cannot be opened: {error}") from error
         context = EnvelopeContext.of(signed, self._identity.device)
         try:
             sealed = seal(data, round_key=plan.round_key, context=context)
@@ -288,7 +295,11 @@ class Device:
         folder = self._home.published_folder
         staging = folder.with_name(folder.name + ".partial")
         request = Request("publish", str(bundle), plan.bundle, str(adapter), plan.ranks, str(staging))
-        own = {"personal": str(self._home.personal), "parts": plan.personal_parts}
+        own = {
+            "personal": str(self._home.personal),
+            "parts": plan.personal_parts,
+            "grant": self._vault.grant("personal"),
+        }
         reply = await demand(self._tools.inspector, msgspec.structs.replace(request, **own))
         for text in reply.notices:
             self._tools.report(events.Noticed(text))

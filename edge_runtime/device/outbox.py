@@ -1,7 +1,10 @@
 """The journal of unsent updates.
 
 Sealing is randomised, so a repeated upload must send the very bytes of the first one: they are durable before the
-first of them leaves. ``round-N.json`` is written after ``round-N.sealed``; without it there is nothing to send.
+first of them leaves. ``round-N.record`` is written after ``round-N.sealed``; without it there is nothing to send.
+
+Everything here is encrypted under the home's storage key. For the sealed bytes that is a second time, since the key
+of their round is not the device's: whoever has that one, and a stolen journal, reads nothing.
 
 An update may come with what its training carries over to later rounds: ``round-N.residual`` is what a quantised one
 leaves out, ``round-N.personal`` what the device keeps for itself. These replace the home's once the update is
@@ -18,26 +21,42 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import msgspec
+
+from edge_runtime.at_rest import Vault
 from edge_runtime.device.errors import CorruptFileError
-from edge_runtime.device.files import file_digest, make_folder, read_record, sync_folder, write_bytes, write_record
+from edge_runtime.device.files import decode_record, make_folder, sync_folder, write_bytes
+from edge_runtime.device.home import opening
 from edge_runtime.device.records import Pending
 from edge_runtime.training.job import CARRIED_NAMES
 
 
 class Outbox:
-    """At most a few updates, usually none."""
+    """At most a few updates, usually none.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: Where they are.
+        vault: What encrypts them.
+    """
+
+    def __init__(self, folder: Path, vault: Vault) -> None:
         self._folder = folder
+        self._vault = vault
 
     def first(self) -> Pending | None:
         """The oldest unsent update.
 
         Raises:
             CorruptFileError: its record is damaged.
+            StorageKeyError: it was encrypted under another storage key.
         """
-        rounds = sorted(self._rounds())
-        return read_record(self._folder / f"round-{rounds[0]}.json", Pending) if rounds else None
+        round_ = first_round(self._folder)
+        if round_ is None:
+            return None
+        path = self._folder / f"round-{round_}.record"
+        with opening():
+            data = self._vault.read(path, "record", round_=round_)
+        return decode_record(data, Pending, what=path)
 
     def add(self, pending: Pending, sealed: bytes, *, carried: Path | None = None) -> None:
         """Make an update durable; when this returns it survives any crash.
@@ -53,20 +72,27 @@ class Outbox:
             if carried is not None and (carried / name).exists():
                 (carried / name).chmod(0o600)
                 (carried / name).replace(self._carried(pending.round, name))
-        write_bytes(self._folder / f"round-{pending.round}.sealed", sealed)
-        write_record(self._folder / f"round-{pending.round}.json", pending)
+        round_, record = pending.round, msgspec.json.encode(pending)
+        write_bytes(self._folder / f"round-{round_}.sealed", self._vault.encrypt(sealed, "update", round_=round_))
+        write_bytes(self._folder / f"round-{round_}.record", self._vault.encrypt(record, "record", round_=round_))
 
-    def sealed(self, pending: Pending) -> Path:
+    def sealed(self, pending: Pending) -> bytes:
         """The bytes to send, checked.
 
         Raises:
             CorruptFileError: they are gone or changed.
+            StorageKeyError: they were encrypted under another storage key.
         """
         path = self._folder / f"round-{pending.round}.sealed"
-        found = file_digest(path) if path.exists() else "no file"
+        try:
+            with opening():
+                data = self._vault.read(path, "update", round_=pending.round)
+        except FileNotFoundError as error:
+            raise CorruptFileError(f"{path}: damaged: no file") from error
+        found = hashlib.sha256(data).hexdigest()
         if found != pending.digest:
             raise CorruptFileError(f"{path}: damaged: expected SHA-256 {pending.digest}, got {found}")
-        return path
+        return data
 
     def keep_carried(self, round_: int, folder: Path) -> None:
         """Let what an acknowledged update carries over replace what ``folder`` has of it; doing so twice is fine."""
@@ -78,7 +104,7 @@ class Outbox:
 
     def remove(self, round_: int) -> None:
         """Forget an update; doing so twice is fine."""
-        (self._folder / f"round-{round_}.json").unlink(missing_ok=True)
+        (self._folder / f"round-{round_}.record").unlink(missing_ok=True)
         (self._folder / f"round-{round_}.sealed").unlink(missing_ok=True)
         for name in CARRIED_NAMES:
             self._carried(round_, name).unlink(missing_ok=True)
@@ -89,7 +115,7 @@ class Outbox:
         """Drop what belongs to no update: a crash came while one was added or removed."""
         if not self._folder.exists():
             return
-        kept = {f"round-{round_}" for round_ in self._rounds()}
+        kept = {f"round-{round_}" for round_ in _rounds(self._folder)}
         for path in self._folder.iterdir():
             if path.stem not in kept:  # of round-1.sealed.partial that is round-1.sealed
                 path.unlink()
@@ -98,11 +124,17 @@ class Outbox:
     def _carried(self, round_: int, name: str) -> Path:
         return self._folder / f"round-{round_}.{Path(name).stem}"
 
-    def _rounds(self) -> list[int]:
-        if not self._folder.exists():
-            return []
-        names = (path.name.removeprefix("round-").removesuffix(".json") for path in self._folder.glob("round-*.json"))
-        return [int(name) for name in names if name.isdecimal()]
+
+def first_round(folder: Path) -> int | None:
+    """The round of the oldest unsent update in an outbox, which its name tells without any key; None: there is none."""
+    return min(_rounds(folder), default=None)
+
+
+def _rounds(folder: Path) -> list[int]:
+    if not folder.exists():
+        return []
+    names = (path.name.removeprefix("round-").removesuffix(".record") for path in folder.glob("round-*.record"))
+    return [int(name) for name in names if name.isdecimal()]
 
 
 def pending_for(task: str, round_: int, plan: str, *, sealed: bytes, weight: int) -> Pending:

@@ -1,8 +1,11 @@
-"""The small files of a device's home: who it is, what it was told to use, where it is, what is still to be sent."""
+"""The small files of a device's home: who it is, what it was told to use, where it is, what is still to be sent.
+
+What says "encrypted" is so under the home's storage key; see :mod:`edge_runtime.at_rest`.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -13,12 +16,29 @@ _Key = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 _KeyOrNone = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{64})?\Z")]
 
 
+class Membership(msgspec.Struct, frozen=True):
+    """What of identity.json everyone may know, and a device without its storage key can still say."""
+
+    server: str
+    device: str
+    task: str = ""
+    plan_key: _KeyOrNone = ""
+
+    @property
+    def enrolled(self) -> bool:
+        """Whether the server has accepted this device."""
+        return bool(self.plan_key)
+
+
 class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """identity.json, mode 0600. ``task`` and ``plan_key`` are empty until the server has answered the enrolment."""
+    """Who a device is. ``task`` and ``plan_key`` are empty until the server has answered the enrolment.
+
+    Homes of older versions have it as identity.json; a :class:`StoredIdentity` is what is there now.
+    """
 
     server: str  # origin, "https://host:port"
     device: str
-    private_key: _Key  # Ed25519, hex; never leaves this file but to sign
+    private_key: _Key  # Ed25519, hex; never leaves the device
     task: str = ""
     plan_key: _KeyOrNone = ""  # Ed25519 public key that signs the plans, pinned by the token's fingerprint
     ca: str = ""  # PEM certificates that the server's own must come from; empty: the system's
@@ -40,6 +60,55 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def plan_public_key(self) -> Ed25519PublicKey:
         """The key plans must be signed with."""
         return Ed25519PublicKey.from_public_bytes(bytes.fromhex(self.plan_key))
+
+
+class PrivateKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What of an identity is encrypted."""
+
+    private_key: _Key
+    pending_key: _KeyOrNone = ""
+
+    def __repr__(self) -> str:
+        return "PrivateKeys(…)"
+
+
+class StoredIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """identity.json: an identity whose private keys are encrypted, and bound to all the rest of it."""
+
+    server: str
+    device: str
+    task: str
+    plan_key: _KeyOrNone
+    ca: str
+    insecure_http: bool
+    keys: bytes = b""  # encrypted PrivateKeys; base64 in JSON
+
+    @classmethod
+    def around(cls, identity: Identity) -> StoredIdentity:
+        """All of an identity but its keys."""
+        names = (name for name in cls.__struct_fields__ if name != "keys")
+        return cls(**{name: getattr(identity, name) for name in names})
+
+    def bound(self) -> bytes:
+        """What the keys are bound to: a changed server, CA or plan key is noticed when they are opened."""
+        return msgspec.json.encode(msgspec.structs.replace(self, keys=b""))
+
+    def with_keys(self, keys: PrivateKeys) -> Identity:
+        """The identity that these are the keys of."""
+        rest = {name: getattr(self, name) for name in self.__struct_fields__ if name != "keys"}
+        return Identity(**rest, private_key=keys.private_key, pending_key=keys.pending_key)
+
+
+class KeyPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """storage.json: where the key is that this home is encrypted under, and which one it is."""
+
+    kind: Literal["file", "keyring", "credential"]
+    where: str  # a path; the name of an entry of the system's key store; the name of a credential
+    key_id: str = ""  # hex
+
+    def __str__(self) -> str:
+        kind = {"file": "file", "keyring": "the system's key store, entry", "credential": "credential"}[self.kind]
+        return f"{kind} {self.where}"
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,7 +142,7 @@ class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Pending(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """outbox/round-N.json: a sealed update that the server has not acknowledged yet."""
+    """outbox/round-N.record, encrypted: a sealed update that the server has not acknowledged yet."""
 
     task: str
     round: int

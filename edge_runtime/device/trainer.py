@@ -1,19 +1,17 @@
-"""Training, as the resident device sees it: a job goes in, events come out, a frame lies in the job's folder."""
+"""Training, as the resident device sees it: a job goes in, events come out, an encrypted frame lies in its folder."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
 from edge_runtime.device.child import Tail, child, describe_end
 from edge_runtime.device.errors import TrainingError, TrainingInputError
-from edge_runtime.device.files import write_record
-from edge_runtime.training.held import HELD
 from edge_runtime.training.job import Done, Event, Failed, TrainingJob, decode_event
 
 TRAINING_CHILD = (sys.executable, "-m", "edge_runtime.training.child")
@@ -38,7 +36,7 @@ class ChildTrainer:
     """Trains in a process of its own, so that its memory goes back to the system after every round.
 
     Args:
-        command: The child's command line, to which the job file and the option ``HELD`` are added.
+        command: The child's command line; the job, which holds keys, comes on its standard input, which stays open.
     """
 
     def __init__(self, command: Sequence[str] = TRAINING_CHILD) -> None:
@@ -46,14 +44,13 @@ class ChildTrainer:
 
     async def train(self, job: TrainingJob, on_event: Callable[[Event], None]) -> Done:
         """See :class:`Trainer`."""
-        job_file = Path(job.out) / "job.json"
-        write_record(job_file, job)
-        async with child((*self._command, str(job_file), HELD), stdin=True) as process:
-            if process.stdout is None or process.stderr is None:
-                raise TrainingError("training: the child has no output: a fault of the runtime")
+        async with child(self._command, stdin=True) as process:
+            if process.stdin is None or process.stdout is None or process.stderr is None:
+                raise TrainingError("training: the child has no pipes: a fault of the runtime")
             tail = Tail()
             reading = asyncio.ensure_future(tail.follow(process.stderr))
             try:
+                await _give(process.stdin, msgspec.json.encode(job) + b"\n")
                 last = await _read_events(process.stdout, on_event)
                 code = await process.wait()
                 await reading
@@ -64,6 +61,13 @@ class ChildTrainer:
         if last is None or code != 0:
             raise TrainingError(f"training: {describe_end(code, tail.last_line())}")
         return last
+
+
+async def _give(stream: asyncio.StreamWriter, data: bytes) -> None:
+    """Write all of it; a child that has ended by then is told from its output."""
+    with contextlib.suppress(ConnectionError):
+        stream.write(data)
+        await stream.drain()
 
 
 async def _read_events(stream: asyncio.StreamReader, on_event: Callable[[Event], None]) -> Done | Failed | None:

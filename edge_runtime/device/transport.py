@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 from edge_runtime.device.records import Pending
@@ -83,8 +82,8 @@ class Transport(Protocol):
     def patch(self, task: str, round_: int, *, since: int) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """Open the patch from the adapter of round ``since`` (-1: the bundle's) to that of ``round_``."""
 
-    async def upload(self, pending: Pending, sealed: Path) -> UpdateReceipt:
-        """Send a sealed update from its file."""
+    async def upload(self, pending: Pending, sealed: bytes) -> UpdateReceipt:
+        """Send a sealed update."""
 
     async def tell(self, task: str, capability: Capability) -> None:
         """Say what this device measured of itself."""

@@ -5,13 +5,14 @@ time an example is seen: in every epoch, and in later rounds for as long as noth
 alive block has risen, what was remembered further down spares the blocks below that.
 
 Examples are known by a digest of their tokens, and a memory by what its hidden states follow from, its ground. So what
-belongs to other data, another adapter or another model is never found. The training loop makes a memory part of a
-course, the engine says on which ground it stands, and only training steps read it. A closed memory holds nothing open,
-finds nothing and takes nothing.
+belongs to other data, another adapter or another model is never found. All of it is encrypted. The training loop makes
+a memory part of a course, the engine says on which ground it stands, and only training steps read it. A closed memory
+holds nothing open, finds nothing and takes nothing.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,8 +23,9 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from edge_runtime.at_rest import Entropy
 from edge_runtime.bundle import Array
-from edge_runtime.engine.hidden_file import HEADER_BYTES, Ground, HiddenFile, record_bytes
+from edge_runtime.engine.hidden_file import HEADER_BYTES, SECRET_BYTES, Ground, HiddenFile, Secret, record_bytes
 
 _DEFAULT_BYTES = 2 << 30  # 10,000 examples of 128 tokens at width 768; more would wear flash for little
 _FREE_SHARE = 10  # a tenth of what is free: nobody misses it
@@ -68,14 +70,25 @@ class RememberedHidden:
         trouble: Why remembering ended early, None if it did not.
     """
 
-    def __init__(self, folder: Path, *, max_bytes: int, path: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_bytes: int,
+        path: Path | None = None,
+        secret: bytes | None = None,
+        entropy: Entropy = os.urandom,
+    ) -> None:
         """Nothing is written before there is something to remember.
 
         Args:
             folder: On the disk that is to be used.
             max_bytes: Examples that do not fit into it any more are computed every time; 0 remembers nothing.
             path: A file that outlives this memory, for the next one; None: one without a name, gone when it is closed.
+            secret: 32 bytes that files are encrypted under; None: new ones, so that nobody after it reads them.
+            entropy: For that, and for nonces.
         """
+        self._secret = Secret(secret or entropy(SECRET_BYTES), entropy)
         self.used_bytes = 0
         self.spared: Counter[int] = Counter()
         self.trouble: str | None = None
@@ -120,7 +133,7 @@ class RememberedHidden:
             if self._max_bytes == 0:
                 self._path.unlink(missing_ok=True)
                 return
-            found = HiddenFile.open(self._path)
+            found = HiddenFile.open(self._path, self._secret)
         except OSError as error:
             self._give_up(error)
             return
@@ -236,7 +249,7 @@ class RememberedHidden:
         try:
             if self._file is None:
                 path = None if self._risen else self._path
-                self._file = HiddenFile.create(self._ground, folder=self._folder, path=path)
+                self._file = HiddenFile.create(self._ground, self._secret, folder=self._folder, path=path)
             self._file.append(key, rows)
         except OSError as error:
             self._give_up(error)

@@ -1,4 +1,5 @@
-"""Tensors that a device carries over from an acknowledged round to later ones, read from its home with distrust."""
+"""Tensors that a device carries over from an acknowledged round to later ones, encrypted in its home, and read with
+distrust all the same."""
 
 from __future__ import annotations
 
@@ -7,18 +8,26 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_runtime.bundle import Array, TensorFileError, map_tensors
+from edge_runtime.at_rest import AtRestError, Purpose, Vault, WrongStorageKeyError
+from edge_runtime.bundle import Array, TensorFileError, parse_tensors
 
 
-def read_carried(path: Path) -> dict[str, Array]:
+def read_carried(vault: Vault, purpose: Purpose, path: Path) -> dict[str, Array]:
     """What an acknowledged round left, by tensor name; empty where there is no such file.
 
     Raises:
-        TensorFileError: the file is damaged: no tensors, or not of finite float32.
+        TensorFileError: the file is damaged, another's, or holds no tensors or not of finite float32.
+        WrongStorageKeyError: it was encrypted under another storage key, so it is whole and must not be given up.
     """
-    if not path.exists():
+    try:
+        data = vault.read(path, purpose)
+    except FileNotFoundError:
         return {}
-    tensors = map_tensors(path)
+    except WrongStorageKeyError:
+        raise
+    except AtRestError as error:
+        raise TensorFileError(str(error)) from error
+    tensors = parse_tensors(data, what=path.name)
     for name, array in tensors.items():
         if array.dtype != np.float32 or not np.isfinite(array).all():
             raise TensorFileError(f"{path.name}: {name[:200]}: expected finite float32")

@@ -1,36 +1,43 @@
 """What a device process and its training child tell each other.
 
-The child is ``python -m edge_runtime.training.child JOB.json --held``. It reads a :class:`TrainingJob`, prints one
-event of ``Event`` a line as JSON on standard output, and writes ``update.frame`` into the job's ``out`` folder before
-it prints :class:`Done`; where the plan quantises also ``residual.safetensors``, what the frame leaves out, and where
-it leaves parameters to the device ``personal.safetensors``, those. Training runs in a child so that its memory returns
-to the system between rounds, and so that the resident process never loads the engine. The child ends with its parent,
-however that ends (:mod:`edge_runtime.training.held`).
+The child is ``python -m edge_runtime.training.child``. It reads a :class:`TrainingJob` as a line of JSON from standard
+input, prints one event of ``Event`` a line as JSON on standard output, and writes ``update.encrypted`` into the job's
+``out`` folder before it prints :class:`Done`; where the plan quantises also ``residual.encrypted``, what the frame
+leaves out, and where it leaves parameters to the device ``personal.encrypted``, those. Training runs in a child so that
+its memory returns to the system between rounds, and so that the resident process never loads the engine. The child ends
+with its parent, however that ends (:mod:`edge_runtime.training.held`).
+
+Whatever follows from the device's texts is encrypted before it is written. The child is given the keys of these files
+in the job, which therefore is on no disk, in no list of processes and in no environment.
 """
 
 from __future__ import annotations
 
 import msgspec
 
+from edge_runtime.at_rest import Grant, Purpose
 from edge_runtime.wire.update import LocalMetrics
 
-FRAME_NAME = "update.frame"
+FRAME_NAME = "update.encrypted"
 REMEMBERED_NAME = "remembered.hidden"
-RESIDUAL_NAME = "residual.safetensors"
-PERSONAL_NAME = "personal.safetensors"
+RESIDUAL_NAME = "residual.encrypted"
+PERSONAL_NAME = "personal.encrypted"
 CARRIED_NAMES = (RESIDUAL_NAME, PERSONAL_NAME)  # what a device carries over to later rounds
+JOB_PURPOSES: tuple[Purpose, ...] = ("frame", "residual", "personal", "remembered")  # what a training needs keys for
 
 
 class TrainingJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Files of one round, all verified by the parent before."""
 
     plan: str  # signed plan
+    round: int  # the plan's
     plan_key: str  # Ed25519 public key that signed it, hex
     bundle: str  # folder
     adapter: str  # file
     data: tuple[str, ...]
     evaluation: tuple[str, ...]
     out: str  # folder for the frame
+    grant: Grant  # keys of what is written and read
     skip_bad: bool = False
     threads: int | None = None  # None: all cores
     memory_budget_mb: int | None = None

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edge_runtime.at_rest import Vault
 from edge_runtime.bundle import Array, Manifest, TensorFileError, adapter_shapes
 from edge_runtime.training.carried import fitting, read_carried, some
 
@@ -32,21 +33,25 @@ class PersonalTensors:
 
 
 def read_personal(
-    file: Path | None, parts: Collection[str], manifest: Manifest, ranks: Mapping[str, int]
+    vault: Vault, file: Path | None, parts: Collection[str], manifest: Manifest, ranks: Mapping[str, int]
 ) -> PersonalTensors:
     """A device's own tensors for an adapter of these ranks.
 
     Args:
+        vault: The device's, for what is personal.
         file: Where they are kept; None, or no such file: it has none yet.
         parts: What a plan says is personal, "head" and "B".
         manifest: The bundle's.
         ranks: Of every module.
+
+    Raises:
+        WrongStorageKeyError: they were encrypted under another storage key.
     """
     names = _names(parts, manifest)
     if not names or file is None:
         return PersonalTensors(names)
     try:
-        stored = read_carried(file)
+        stored = read_carried(vault, "personal", file)
     except TensorFileError as error:  # a device that never trained again would lose the shared part as well
         return PersonalTensors(names, notices=(f"what this device kept for itself is lost and starts again: {error}",))
     tensors, others = fitting(stored, adapter_shapes(manifest, ranks))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from edge_runtime.at_rest import Purpose, Vault
 from edge_runtime.bundle import (
     Array,
     Bundle,
@@ -29,6 +30,7 @@ from edge_runtime.engine.remembered import RememberedHidden, memory_limit
 from edge_runtime.training.carried import fitting, read_carried, some
 from edge_runtime.training.class_means import measure
 from edge_runtime.training.job import (
+    FRAME_NAME,
     PERSONAL_NAME,
     RESIDUAL_NAME,
     Done,
@@ -67,7 +69,7 @@ def run_round(
     """Evaluate the plan's adapter, train the alive parameters or measure class means, and make the frame.
 
     Where the plan quantises, what the frame leaves out is written into the job's folder, and so is what the device
-    keeps for itself. Its own parameters stand in the adapter that is evaluated and trained.
+    keeps for itself, both encrypted. Its own parameters stand in the adapter that is evaluated and trained.
 
     Args:
         job: Files, all verified by the parent; the plan's signature is checked again because it costs nothing.
@@ -80,6 +82,7 @@ def run_round(
     Raises:
         PlanError, BundleError, DataError, EngineError: as their names say; nothing was written.
         UpdateValueError: training left the plan's bounds.
+        WrongStorageKeyError: what was carried over is not of this home.
     """
     began = time.perf_counter()
     signed = open_plan(Path(job.plan).read_bytes(), Ed25519PublicKey.from_public_bytes(bytes.fromhex(job.plan_key)))
@@ -104,6 +107,15 @@ def run_round(
     spared, skipped = (dict(made.trained.spared), made.trained.skipped) if made.trained else ({}, 0)
     done = Done(update.weight, metrics, spared, skipped)
     return encode_update(update, signed_plan=signed, layout=made.layout), done
+
+
+def write_frame(job: TrainingJob, frame: bytes) -> None:
+    """Keep a job's frame in its folder, encrypted."""
+    _write(Vault(job.grant), Path(job.out) / FRAME_NAME, frame, "frame", job.round)
+
+
+def _write(vault: Vault, path: Path, data: bytes, purpose: Purpose, round_: int) -> None:
+    write_atomically(path, [vault.encrypt(data, purpose, round_=round_)])
 
 
 @dataclass(frozen=True)
@@ -145,7 +157,7 @@ def _train(work: WorkingBundle, adapter: dict[str, Array], dataset: Dataset, err
 
 def _personal(work: WorkingBundle, plan: Plan, job: TrainingJob, emit: Callable[[Event], None]) -> PersonalTensors:
     file = Path(job.personal) if job.personal else None
-    found = read_personal(file, plan.personal_parts, work.bundle.manifest, plan.ranks)
+    found = read_personal(Vault(job.grant), file, plan.personal_parts, work.bundle.manifest, plan.ranks)
     for text in found.notices:
         emit(Notice(text))
     return found
@@ -160,7 +172,8 @@ def _keep_personal(parameters: AdapterParameters, errand: _Errand) -> None:
     broken = sorted(name for name, array in kept.items() if not np.isfinite(array).all())
     if broken:
         raise DivergedError(f"training: {broken[0]} is no longer finite: lower the learning rates")
-    write_atomically(Path(errand.job.out) / PERSONAL_NAME, [encode_tensors(kept)])
+    job = errand.job
+    _write(Vault(job.grant), Path(job.out) / PERSONAL_NAME, encode_tensors(kept), "personal", job.round)
 
 
 def _measure(work: WorkingBundle, adapter: dict[str, Array], dataset: Dataset, errand: _Errand) -> _Made:
@@ -177,9 +190,9 @@ def _measure(work: WorkingBundle, adapter: dict[str, Array], dataset: Dataset, e
 
 def _round_off(change: Flat, work: WorkingBundle, plan: Plan, job: TrainingJob, emit: Callable[[Event], None]) -> Flat:
     """What of a change, and of what is left of earlier ones, is sent; writes what is left then."""
-    shapes = adapter_shapes(work.bundle.manifest, plan.ranks)
+    shapes, vault = adapter_shapes(work.bundle.manifest, plan.ranks), Vault(job.grant)
     try:
-        stored = read_carried(Path(job.residual)) if job.residual else {}
+        stored = read_carried(vault, "residual", Path(job.residual)) if job.residual else {}
     except TensorFileError as error:  # a device that never trained again would lose more than these roundings
         emit(Notice(f"what earlier updates left out is lost: {error}"))
         stored = {}
@@ -191,19 +204,21 @@ def _round_off(change: Flat, work: WorkingBundle, plan: Plan, job: TrainingJob, 
         residual.setdefault(name, np.zeros(shapes[name], np.float32))
     rng = np.random.default_rng([job.rounding_seed, plan.round])
     found = quantise(change, layout, residual, rng=rng)
-    write_atomically(Path(job.out) / RESIDUAL_NAME, [encode_tensors(found.residual)])
+    _write(vault, Path(job.out) / RESIDUAL_NAME, encode_tensors(found.residual), "residual", job.round)
     return found.values
 
 
 def _course(work: WorkingBundle, dataset: Dataset, plan: Plan, job: TrainingJob) -> Course:
     folder = Path(job.out)
     path = Path(job.remembered) if job.remembered else None
+    secret = Vault(job.grant).key_of("remembered") if path else None
+    remembered = RememberedHidden(folder, max_bytes=memory_limit(folder, job.remember_mb), path=path, secret=secret)
     return Course(
         dataset,
         plan.training,
         np.random.default_rng([plan.seed, plan.round]),
         micro_tokens=work.micro_tokens(job.micro_tokens),
-        remembered=RememberedHidden(folder, max_bytes=memory_limit(folder, job.remember_mb), path=path),
+        remembered=remembered,
     )
 
 

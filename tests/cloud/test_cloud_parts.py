@@ -34,11 +34,6 @@ async def one(site: Site, session: aiohttp.ClientSession) -> Device:
     return await site.device(session, "one")
 
 
-@pytest.fixture
-def sealed_file(tmp_path: Path) -> Path:
-    return tmp_path / "sealed"
-
-
 async def update(device: Device) -> tuple[wire.SignedPlan, bytes]:
     signed = await device.plan()
     return signed, device.seal(signed, device.frame(signed, values_for(device.site, signed, 1)))
@@ -87,29 +82,25 @@ async def test_parts_make_an_update(site: Site, one: Device, session: aiohttp.Cl
 
 
 async def test_a_device_goes_on_where_a_restarted_server_was(
-    site: Site, one: Device, sealed_file: Path, monkeypatch: pytest.MonkeyPatch
+    site: Site, one: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No byte that was acknowledged is sent again."""
     monkeypatch.setattr(client_module, "PART_BYTES", 64)
     signed, sealed = await update(one)
-    sealed_file.write_bytes(sealed)
     pending = pending_for("tiny", 0, signed.digest, sealed=sealed, weight=10)
     await send(one, sealed, 0, 150)
     await site.restart()
     async with client_of(one) as client:
-        receipt = await client.upload(pending, sealed_file)
+        receipt = await client.upload(pending, sealed)
         assert client.traffic.up == len(sealed) - 150
     assert receipt.digest == pending.digest
     assert (await site.operator.status()).received == 1
 
 
-async def test_a_cut_costs_one_part(
-    site: Site, one: Device, sealed_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_cut_costs_one_part(site: Site, one: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """And says that there was progress, so that the device does not wait longer and longer."""
     monkeypatch.setattr(client_module, "PART_BYTES", 64)
     signed, sealed = await update(one)
-    sealed_file.write_bytes(sealed)
     pending = pending_for("tiny", 0, signed.digest, sealed=sealed, weight=10)
     real, calls = Parts.append, 0
 
@@ -123,9 +114,9 @@ async def test_a_cut_costs_one_part(
     monkeypatch.setattr(Parts, "append", failing)
     async with client_of(one) as client:
         with pytest.raises(TransportError, match="disk is full") as caught:
-            await client.upload(pending, sealed_file)
+            await client.upload(pending, sealed)
         assert caught.value.progress
-        await client.upload(pending, sealed_file)
+        await client.upload(pending, sealed)
         assert client.traffic.up == len(sealed) + 64
     assert (await site.operator.status()).received == 1
 
@@ -173,16 +164,15 @@ async def test_bytes_that_do_not_open_are_refused_and_gone(site: Site, one: Devi
 
 
 async def test_an_update_that_was_whole_when_the_server_was_killed_needs_no_more_bytes(
-    site: Site, one: Device, sealed_file: Path, monkeypatch: pytest.MonkeyPatch
+    site: Site, one: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client_module, "PART_BYTES", 64)
     signed, sealed = await update(one)
     pending = pending_for("tiny", 0, signed.digest, sealed=sealed, weight=10)
     site.server.aggregator.parts.append(0, "one", pending.digest, sealed)
     await site.restart()
-    sealed_file.write_bytes(sealed)
     async with client_of(one) as client:
-        assert (await client.upload(pending, sealed_file)).digest == pending.digest
+        assert (await client.upload(pending, sealed)).digest == pending.digest
         assert client.traffic.up == 0
     assert files(site) == []
 
@@ -236,12 +226,11 @@ async def test_a_revoked_device_is_refused(site: Site, one: Device) -> None:
 
 
 async def test_a_server_that_gives_no_receipt_is_not_obeyed(
-    site: Site, one: Device, sealed_file: Path, monkeypatch: pytest.MonkeyPatch
+    site: Site, one: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would be asked for ever."""
     monkeypatch.setattr(client_module, "PART_BYTES", 64)
     signed, sealed = await update(one)
-    sealed_file.write_bytes(sealed)
     pending = pending_for("tiny", 0, signed.digest, sealed=sealed, weight=10)
 
     async def forgetful(self: object, part: object, read: object) -> tuple[wire.UpdateProgress, bool]:
@@ -251,7 +240,7 @@ async def test_a_server_that_gives_no_receipt_is_not_obeyed(
     monkeypatch.setattr("cloud.http.parts.PartsDesk.take", forgetful)
     async with client_of(one) as client:
         with pytest.raises(RefusedError, match="expected a receipt"):
-            await client.upload(pending, sealed_file)
+            await client.upload(pending, sealed)
 
 
 def test_a_part_that_does_not_fit_on_the_disk_leaves_what_was_there(

@@ -24,6 +24,7 @@ from edge_runtime.device.enrolment import Trust, enrol
 from edge_runtime.device.home import Home
 from edge_runtime.device.host import Host
 from tests.certificates import Authority
+from tests.edge.encrypted import KEY
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ async def test_a_device_enrols_over_tls(tmp_path: Path, authority: Authority) ->
     site = Site.make(tmp_path)
     site.clock.now = time.time()
     site.config = with_tls(site.config, *authority.issue(tmp_path / "tls", "127.0.0.1"))
-    server, home = await site.start(), Home(tmp_path / "home")
+    server, home = await site.start(), Home(tmp_path / "home", KEY)
     try:
         token = wire.Token.parse((await site.operator.make_token("one", 60)).token)
         trust = Trust(authority.pem)

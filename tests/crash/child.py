@@ -1,4 +1,4 @@
-"""In place of the training child: ``python -m tests.crash.child NUMBER FOLDER JOB.json --held``.
+"""In place of the training child: ``python -m tests.crash.child NUMBER FOLDER``, the job on standard input.
 
 It checks the job as the real one does and speaks as it does, but what it contributes is one-hot: a value at the index
 of its device, 0 elsewhere, with the weight of its device. No two trainings have the same value, so the sum shows which
@@ -18,9 +18,9 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from edge_runtime.bundle import open_bundle
-from edge_runtime.bundle.atomic import write_atomically
-from edge_runtime.training.held import HELD, end_with_parent
-from edge_runtime.training.job import FRAME_NAME, Done, Event, Stepped, TrainingJob
+from edge_runtime.training.held import end_with_parent, read_job
+from edge_runtime.training.job import Done, Event, Stepped, TrainingJob
+from edge_runtime.training.round import write_frame
 from edge_runtime.wire import LocalMetrics, Update, encode_update, open_plan, tier_layouts
 from tests.crash.record import fresh_number, note
 
@@ -54,7 +54,7 @@ def main(index: int, folder: Path, job: TrainingJob) -> None:
     frame = encode_update(update, signed_plan=signed, layout=layout)
     digest = hashlib.sha256(frame).hexdigest()
     note(folder, "trained", device, round=plan.round, value=value_of(number), frame=digest)
-    write_atomically(Path(job.out) / FRAME_NAME, [frame])
+    write_frame(job, frame)
     say(Done(update.weight, update.metrics))
 
 
@@ -64,6 +64,6 @@ def say(event: Event) -> None:
 
 
 if __name__ == "__main__":
-    assert sys.argv[4:] == [HELD], "as the device starts it"
+    given = msgspec.json.decode(read_job(), type=TrainingJob)
     end_with_parent()
-    main(int(sys.argv[1]), Path(sys.argv[2]), msgspec.json.decode(Path(sys.argv[3]).read_bytes(), type=TrainingJob))
+    main(int(sys.argv[1]), Path(sys.argv[2]), given)

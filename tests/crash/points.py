@@ -42,7 +42,7 @@ POINTS = (
     Point("adapter made, state not written", "device", "edge_runtime.device.fetch:Store.adapter", "after", 3),
     # Its update
     Point("in training", "device", "edge_runtime.device.loop:Device._relay", "before", 4),
-    Point("sealed, not recorded", "device", "edge_runtime.device.outbox:write_record", "before", 2),
+    Point("sealed, not recorded", "device", "edge_runtime.device.outbox:write_bytes", "after", 1),
     Point("recorded, not sent", "device", "edge_runtime.device.outbox:Outbox.add", "after", 2),
     Point("sent, answer not read", "one", "edge_runtime.device.client:Client._sent", "after", 2),
     Point("acknowledged, state not written", "device", "edge_runtime.device.client:Client.upload", "after", 2),

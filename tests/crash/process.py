@@ -116,7 +116,7 @@ def _write_down(folder: Path, name: str) -> None:
         note(folder, "sealed", name, frame=hashlib.sha256(data).hexdigest(), digest=hashlib.sha256(sealed).hexdigest())
         return sealed
 
-    async def uploading(self: client.Client, pending: Any, sealed: Path) -> Any:
+    async def uploading(self: client.Client, pending: Any, sealed: bytes) -> Any:
         note(folder, "sent", name, round=pending.round, digest=pending.digest)
         receipt = await upload(self, pending, sealed)
         fields = {"round": receipt.round, "digest": receipt.digest, "weight": receipt.weight}

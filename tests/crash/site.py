@@ -19,11 +19,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 
 from edge_runtime.device.enrolment import enrol
 from edge_runtime.device.home import Home
 from edge_runtime.device.host import Host
+from edge_runtime.device.storage_key import KeyChoice, find_key
 from edge_runtime.wire import Token
 from tests.cloud.cloud_fleet import ROOT, Clock, Site, make_bundle
 from tests.crash.child import WEIGHTS
@@ -56,7 +58,7 @@ async def _make_task(folder: Path) -> None:
     (folder / "data.jsonl").write_text('{"text": "not read"}\n')
     for name in WEIGHTS:
         token = Token.parse((await site.operator.make_token(name, 60)).token)
-        await enrol(Home(folder / name), server=server.url, token=token, device=name, host=Host())
+        await enrol(_home(folder / name), server=server.url, token=token, device=name, host=Host())
     await site.close()
     *_, last = WEIGHTS  # has the bundle; the others download it
     shutil.copytree(folder / "bundle", Home(folder / last).bundle_path(site.bundle.digest))
@@ -77,9 +79,13 @@ def free_port(rng: random.Random) -> int:
 def point_homes_at(folder: Path, port: int) -> None:
     """Let the devices of a copied task look for the server there."""
     for name in WEIGHTS:
-        path = folder / name / "identity.json"
-        identity = json.loads(path.read_text()) | {"server": f"http://127.0.0.1:{port}"}
-        path.write_text(json.dumps(identity))
+        home = _home(folder / name)
+        home.save_identity(msgspec.structs.replace(home.identity(), server=f"http://127.0.0.1:{port}"))
+
+
+def _home(folder: Path) -> Home:
+    """A device's home with its storage key, which copies of the task share."""
+    return Home(folder, find_key(Home(folder), KeyChoice()))
 
 
 class ServerProcess:

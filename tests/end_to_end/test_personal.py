@@ -15,18 +15,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.federation.fleet import Fleet, SharedInspector, SharedTrainer
+from bench.federation.fleet import KEY, Fleet, SharedInspector, SharedTrainer
 from bench.federation.transport import MemoryTransport
 from cloud.config import parse_config
 from cloud.keys import KEYS_FOLDER, load_keys, make_keys
 from cloud.service import Aggregator, Surroundings
 from edge_runtime import wire
-from edge_runtime.bundle import Array, map_tensors, open_bundle, read_peft_folder
+from edge_runtime.bundle import Array, open_bundle, read_peft_folder
 from edge_runtime.device.home import Home
 from edge_runtime.device.host import Host
 from edge_runtime.device.loop import Device, RunOptions, Tools
 from edge_runtime.device.records import Pending, Settings
 from edge_runtime.engine.runtime import start_runtime
+from edge_runtime.training.carried import read_carried
 from edge_runtime.training.local import evaluate
 from edge_runtime.training.session import WorkingBundle
 from edge_runtime.wire.envelope import EnvelopeContext
@@ -81,7 +82,7 @@ class Site:
     kept: list[dict[str, Array]]  # of every device after every round
 
     def home(self, name: str) -> Home:
-        return Home(self.folder / "devices" / name)
+        return Home(self.folder / "devices" / name, KEY)
 
     async def live(self, name: str, *, once: bool) -> None:
         """A device's process: one round, or to the end."""
@@ -98,6 +99,11 @@ class Site:
         self.work.engine.use(self.work.none_alive(adapter))
         score = evaluate(self.work.engine, data)
         return score.correct / score.rows
+
+
+def kept_by(home: Home) -> dict[str, Array]:
+    """The device's own tensors, by name."""
+    return read_carried(home.vault(), "personal", home.personal)
 
 
 def write_data(path: Path, turn: int, count: int, *, seed: int) -> Path:
@@ -140,8 +146,7 @@ async def run_task(folder: Path, bundle: Path, task: dict[str, object]) -> Site:
         for _ in range(ROUNDS):
             for name in DEVICES:
                 await site.live(name, once=True)
-                file = site.home(name).personal
-                site.kept.append({key: np.array(a) for key, a in map_tensors(file).items()} if file.exists() else {})
+                site.kept.append(kept_by(site.home(name)))
             await aggregator.tick()
         for name in DEVICES:
             await site.live(name, once=False)
@@ -184,7 +189,7 @@ async def test_what_is_kept_never_travels(bert_bundle: Path, tmp_path: Path, tas
     names = {name for name in initial if any(part in name for part in own.split())}
 
     # What the homes keep: all of it, trained, and on every device another.
-    one, two = (map_tensors(site.home(name).personal) for name in DEVICES)
+    one, two = (kept_by(site.home(name)) for name in DEVICES)
     assert set(one) == set(two) == names
     for name in names:
         assert np.abs(one[name] - initial[name]).max() > 0

@@ -41,6 +41,7 @@ HOMES = {
     "plotly": ("cloud.demo", "cloud.plans_page", "cloud.pilot.page"),
     "rich": ("cloud",),
     "safetensors": ("export",),
+    "keyring": ("edge_runtime.device",),
 }
 
 

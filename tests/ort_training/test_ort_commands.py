@@ -23,8 +23,9 @@ from edge_runtime.bundle import (
     map_tensors,
     open_bundle,
 )
-from edge_runtime.training.job import FRAME_NAME, Failed, decode_event
+from edge_runtime.training.job import FRAME_NAME, Failed, TrainingJob, decode_event
 from edge_runtime.wire import ModulePlan, Tier, decode_update, tier_layouts
+from tests.edge.encrypted import VAULT
 from tests.edge.training.test_round import make_job, make_plan, write_data
 
 TEXTS = [" ".join(f"word{(start + step) % 20}" for step in range(12)) for start in range(12)]
@@ -115,18 +116,17 @@ def run_round(python: Path | str, folder: Path, bundle: Bundle, tier: int) -> di
     start = {name: rng.normal(scale=0.1, size=array.shape) for name, array in bundle.initial_adapter().items()}
     adapter = cut_ranks(manifest, {name: array.astype(np.float32) for name, array in start.items()}, plan.ranks)
     Path(job.adapter).write_bytes(encode_tensors(adapter))
-    (folder / "job.json").write_bytes(msgspec.json.encode(job))
-    done = child(python, folder)
+    done = child(python, job)
     assert (done.returncode, done.stderr) == (0, b"")
     layouts = tier_layouts(plan, features=manifest.features, places=manifest.places, head=manifest.head_shapes)
     layout = layouts[tier]
-    update = decode_update((folder / FRAME_NAME).read_bytes(), signed_plan=signed, layout=layout)
+    update = decode_update(VAULT.read(folder / FRAME_NAME, "frame"), signed_plan=signed, layout=layout)
     return {name: np.asarray(array) for name, array in layout.split(update.values).items()}
 
 
-def child(python: Path | str, folder: Path) -> subprocess.CompletedProcess[bytes]:
-    command = [str(python), "-W", "error", "-m", "edge_runtime.training.child", str(folder / "job.json")]
-    return subprocess.run(command, capture_output=True, timeout=120)
+def child(python: Path | str, job: TrainingJob) -> subprocess.CompletedProcess[bytes]:
+    command = [str(python), "-W", "error", "-m", "edge_runtime.training.child"]
+    return subprocess.run(command, input=msgspec.json.encode(job), capture_output=True, timeout=120)
 
 
 @pytest.mark.parametrize("tier", [0, 1])
@@ -159,8 +159,7 @@ def test_a_device_with_stock_onnxruntime_refuses_in_one_line(
     assert "needs onnxruntime-training-cpu 1.19.2 in place of onnxruntime" in line
     assert not out.exists()
     job, _ = make_job(tmp_path, open_bundle(ort_bert), make_plan(open_bundle(ort_bert), "B"))
-    (tmp_path / "job.json").write_bytes(msgspec.json.encode(job))
-    done = child(sys.executable, tmp_path)
+    done = child(sys.executable, job)
     assert done.returncode == 2  # so that `edge run` stops with the line instead of trying for ever
     failed = decode_event(done.stdout.splitlines()[-1])
     assert isinstance(failed, Failed)

@@ -18,19 +18,22 @@ from safetensors.numpy import load_file
 
 from cloud.service import Aggregator
 from edge_runtime import wire
+from edge_runtime.at_rest import StorageKey
 from edge_runtime.device.artifacts import Reply, Request, handle
 from edge_runtime.device.errors import TransportError
 from edge_runtime.device.home import Home
 from edge_runtime.device.host import Host
 from edge_runtime.device.loop import Device, RunOptions, Tools
 from edge_runtime.device.records import Identity, Settings
-from edge_runtime.training.job import FRAME_NAME, Done, Event, Stepped, TrainingJob
+from edge_runtime.training.job import Done, Event, Stepped, TrainingJob
+from edge_runtime.training.round import write_frame
 from edge_runtime.wire import LocalMetrics, SignedPlan, Update, encode_update, open_plan, tier_layouts
 from tests.simulation.ledger import WEIGHTS, Ledger, Seen
 from tests.simulation.link import Link, Network, Weather, check_caller
 from tests.simulation.loop import Process, SimulatedLoop
 from tests.simulation.server import START, ServerDownError
 
+KEY = StorageKey(bytes(range(32)))
 _WAIT_S = 20  # a held poll
 _BACKOFF_CAP_S = 8.0
 
@@ -86,7 +89,7 @@ class Actor:
         self.forge: str = ""
         self.full = self.was_full = False
         self.process: Process | None = None
-        self.home = Home(folder / f"{self.name}.0")
+        self.home = Home(folder / f"{self.name}.0", KEY)
         self.weather = Weather()
         self._parent, self._network, self._loop, self._rng = folder, network, loop, rng
         self._token: wire.Token | None = None
@@ -209,7 +212,7 @@ class Actor:
         number = int(self.home.folder.suffix[1:]) + 1
         kept = self._parent / f"{self.name}.{number}"
         shutil.copytree(self.home.folder, kept, symlinks=True)
-        self.home = Home(kept)
+        self.home = Home(kept, KEY)
 
     # Training
 
@@ -231,7 +234,7 @@ class Actor:
         if forge == "plan":
             signed = SignedPlan(signed.data, signed.plan, hashlib.sha256(b"another").hexdigest())
         frame = encode_update(update, signed_plan=signed, layout=layout)
-        (Path(job.out) / FRAME_NAME).write_bytes(frame[:-8] if forge == "short" else frame)
+        write_frame(job, frame[:-8] if forge == "short" else frame)
         self.weather.spoil = forge == "sealed"
         return Done(WEIGHTS[self.number], update.metrics)
 

@@ -12,7 +12,6 @@ import contextvars
 import hashlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cloud.service import Aggregator
@@ -209,10 +208,10 @@ class Link:
         yield data[:half]
         yield _spoilt(data[half:]) if spoilt and half else data[half:]
 
-    async def upload(self, pending: Pending, sealed: Path) -> UpdateReceipt:
+    async def upload(self, pending: Pending, sealed: bytes) -> UpdateReceipt:
         """Send an update once the scenario lets it go."""
         await self._owner.uploading.passed()
-        data, digest = sealed.read_bytes(), pending.digest
+        data, digest = sealed, pending.digest
         self._network.ledger.sends(self._owner.number, pending.round, digest)
         if self._weather.spoil:
             data = _spoilt(data)

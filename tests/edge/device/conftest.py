@@ -15,8 +15,11 @@ from device_bundle import TinyBundle, make_bundle
 from device_server import Aggregator, Serving
 
 from edge_runtime.device.enrolment import enrol
+from edge_runtime.device.files import write_bytes
 from edge_runtime.device.home import Home
 from edge_runtime.device.host import Host
+from edge_runtime.device.storage_key import default_file
+from tests.edge.encrypted import KEY
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +35,7 @@ async def aggregator(tiny_bundle: TinyBundle) -> AsyncIterator[Aggregator]:
 
 @pytest.fixture
 async def bench(aggregator: Aggregator, tmp_path: Path) -> Bench:
-    home = Home(tmp_path / "home")
+    home = Home(tmp_path / "home", KEY)
+    write_bytes(default_file(home.folder), KEY.text().encode())  # where commands look for it
     await enrol(home, server=aggregator.url, token=aggregator.token("pi-1"), device="pi-1", host=Host())
     return Bench(home, aggregator)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from device_server import Aggregator
 from device_standin import WEIGHT, make_frame
 
@@ -36,6 +37,7 @@ class FakeTrainer:
     calls: list[int] = field(default_factory=list)
     steps: int = 1
     before: Callable[[TrainingJob], object] | None = None
+    rng: np.random.Generator | None = None  # with one, nothing is constant
 
     async def train(self, job: TrainingJob, on_event: Callable[[Event], None]) -> Done:
         self.calls.append(int(Path(job.plan).stem.removeprefix("round-")))
@@ -43,7 +45,7 @@ class FakeTrainer:
             self.before(job)
         for step in range(1, self.steps + 1):
             on_event(Stepped(step, self.steps, 2.0))
-        return make_frame(job, self.weight)
+        return make_frame(job, self.weight, rng=self.rng)
 
 
 @dataclass

@@ -23,7 +23,6 @@ async def test_a_broken_connection_is_told_and_no_request_is_repeated(tmp_path: 
         requests.append(await reader.readuntil(b"\r\n"))
         writer.transport.abort()
 
-    (tmp_path / "sealed").write_bytes(b"sealed")
     server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     async with server, Client(url, Host(), signer=Signer("pi-1", Ed25519PrivateKey.generate())) as client:
@@ -31,7 +30,7 @@ async def test_a_broken_connection_is_told_and_no_request_is_repeated(tmp_path: 
         calls = {
             "plan": lambda: client.plan("tiny", after=-1, wait_s=0),
             "leave": client.leave,
-            "upload": lambda: client.upload(pending, tmp_path / "sealed"),
+            "upload": lambda: client.upload(pending, b"sealed"),
         }
         with pytest.raises(TransportError, match="cannot be reached"):
             await calls[how]()

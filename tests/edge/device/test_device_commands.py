@@ -23,6 +23,7 @@ from edge_runtime.device.commands import enroll, leave, run, status
 from edge_runtime.device.display import TerminalDisplay
 from edge_runtime.device.events import MeasuredPart, ModulesStilled, Noticed, Planned, TrainedRound, Uploaded
 from edge_runtime.device.home import Home, default_home
+from edge_runtime.device.storage_key import default_file
 from edge_runtime.device.trial import try_engine
 from edge_runtime.training.job import TrainingJob
 
@@ -96,7 +97,9 @@ def data(tmp_path: Path) -> Path:
 def enrolled(user: User, server: Aggregator, data: Path) -> User:
     token = str(server.token("pi-1"))
     result = user.types(enroll, "--server", server.url, "--token", token, "--name", "pi-1", "--data", data)
-    assert (result.exit_code, result.output) == (0, "pi-1 is enrolled in task docs; next: emberlora edge run\n")
+    assert (result.exit_code, result.stdout) == (0, "pi-1 is enrolled in task docs; next: emberlora edge run\n")
+    key = default_file(user.home)
+    assert result.stderr == f"its folder is encrypted; without the storage key it is lost: file {key}\n"
     return user
 
 

@@ -125,13 +125,12 @@ async def test_answers_that_are_no_aggregators(tmp_path: Path, answer: dict[str,
 async def test_a_refusal_arrives_though_the_body_was_not_read(bench: Bench, tmp_path: Path) -> None:
     """The server answers from the headers of a large upload; the device must see why, not a broken pipe."""
     sealed = bytes(16 << 20)
-    (tmp_path / "sealed").write_bytes(sealed)
     error = RoundClosedError("round 0: closed")
     answer = web.Response(status=409, body=encode_problem(error), content_type=CONTENT_TYPE)
     signer = Signer.of(bench.home.identity())
     async with await serve_one(answer) as server, Client(server.url, Host(), signer=signer) as client:
         with pytest.raises(RoundClosedError, match="round 0: closed"):
-            await client.upload(pending_for("docs", 0, "a" * 64, sealed=sealed, weight=1), tmp_path / "sealed")
+            await client.upload(pending_for("docs", 0, "a" * 64, sealed=sealed, weight=1), sealed)
 
 
 async def test_a_page_with_status_200_is_no_message(aggregator: Aggregator) -> None:

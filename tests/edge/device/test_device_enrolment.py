@@ -17,11 +17,12 @@ from edge_runtime.device.errors import EnrolledError, InputError, NotEnrolledErr
 from edge_runtime.device.home import Home
 from edge_runtime.device.host import Host
 from edge_runtime.device.trust import check_server
+from tests.edge.encrypted import KEY
 
 
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
-    return Home(tmp_path / "home")
+    return Home(tmp_path / "home", KEY)
 
 
 async def test_enrolment_pins_the_servers_key(aggregator: Aggregator, home: Home) -> None:
@@ -55,7 +56,7 @@ async def test_a_used_token_is_refused_for_another_device(aggregator: Aggregator
     token = aggregator.token("pi-1")
     await enrol(home, server=aggregator.url, token=token, device="pi-1", host=Host())
     with pytest.raises(wire.TokenError):
-        await enrol(Home(tmp_path / "thief"), server=aggregator.url, token=token, device="pi-1", host=Host())
+        await enrol(Home(tmp_path / "thief", KEY), server=aggregator.url, token=token, device="pi-1", host=Host())
 
 
 async def test_an_enrolled_home_is_not_enrolled_again(bench: Bench) -> None:
@@ -134,7 +135,7 @@ def test_plain_http_elsewhere_when_the_user_says_so() -> None:
 async def test_secrets_are_in_no_repr_and_no_log(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     token = bench.aggregator.token("pi-9")
-    home = Home(bench.home.folder.with_name("other"))
+    home = Home(bench.home.folder.with_name("other"), KEY)
     identity = await enrol(home, server=bench.aggregator.url, token=token, device="pi-9", host=Host())
     await bench.run()
     said = repr(identity) + str(identity) + repr(token) + caplog.text + repr(bench.seen)

@@ -15,12 +15,13 @@ from device_bench import Bench
 from device_bundle import MODULES
 from device_server import Aggregator
 
-from edge_runtime.bundle import Array, encode_tensors, map_tensors, parse_tensors, read_peft_folder
+from edge_runtime.bundle import Array, encode_tensors, parse_tensors, read_peft_folder
 from edge_runtime.device import events
 from edge_runtime.device.commands import status
 from edge_runtime.device.display import TerminalDisplay
 from edge_runtime.device.home import Home
 from edge_runtime.device.outbox import Outbox
+from tests.edge.encrypted import tensors_in
 
 NAMES = [f"{module}.lora_b" for module in MODULES]
 
@@ -44,7 +45,7 @@ def published(bench: Bench) -> dict[str, Array]:
 
 def check_kept(bench: Bench, rounds: int) -> None:
     """The stand-in adds 0.5 a training."""
-    kept, before = map_tensors(bench.home.personal), published(bench)
+    kept, before = tensors_in(bench.home.personal, "personal", bench.home.vault()), published(bench)
     assert sorted(kept) == sorted(NAMES)
     for name in NAMES:
         np.testing.assert_allclose(kept[name], before[name] + 0.5 * rounds, atol=1e-6)
@@ -57,7 +58,7 @@ async def test_rounds_add_up_and_the_users_adapter_has_them(own: Bench) -> None:
     assert {event.personal for event in own.of(events.Planned)} == {("B",)}
     mine = read_peft_folder(own.home.published_folder, own.aggregator.bundle.manifest)
     theirs = parse_tensors(own.aggregator.blobs[own.aggregator.adapter], what="adapter")
-    kept = map_tensors(own.home.personal)
+    kept = tensors_in(own.home.personal, "personal", own.home.vault())
     for name, array in mine.items():
         np.testing.assert_array_equal(array, kept[name] if name in NAMES else theirs[name])
     for name in NAMES:  # the shared file knows nothing of it
@@ -150,9 +151,9 @@ async def test_a_file_that_does_not_fit_is_told_and_the_published_part_stands(ow
     await own.run(limit_s=10)
     state = own.home.state()
     own.home.save_state(msgspec.structs.replace(state, finished=False, done_round=3, published=""))
-    tensors = {name: array.copy() for name, array in map_tensors(own.home.personal).items()}
+    tensors = tensors_in(own.home.personal, "personal", own.home.vault())
     bad = encode_tensors({**tensors, NAMES[0]: np.ones((10, 1), np.float32)}) if damage == "shape" else b"rot" * 100
-    own.home.personal.write_bytes(bad)
+    own.home.personal.write_bytes(bad if damage == "rot" else own.home.vault().encrypt(bad, "personal"))
     own.seen.clear()
     await own.run()
     told = [event.text for event in own.of(events.Noticed)]

@@ -18,9 +18,10 @@ import pytest
 from device_bench import Bench
 
 from edge_runtime.device import commands
-from edge_runtime.device.outbox import Outbox
+from edge_runtime.device.outbox import first_round
 from edge_runtime.device.records import Settings
 from edge_runtime.training.job import TrainingJob
+from tests.edge.encrypted import VAULT
 
 HERE = Path(__file__).parent
 PATIENCE_S = 120  # for what takes a second or two; an emulated board needs a hundred times as long
@@ -69,10 +70,10 @@ async def test_kill_9_between_journal_and_upload(bench: Bench, data: Path) -> No
     bench.aggregator.rounds = 1
     bench.aggregator.faults.away_for = {"PUT"}
     process = await start(bench)
-    await until(lambda: (bench.home.outbox / "round-0.json").exists(), "the update is journaled")
+    await until(lambda: (bench.home.outbox / "round-0.record").exists(), "the update is journaled")
     process.kill()
     await ended(process)
-    sealed = (bench.home.outbox / "round-0.sealed").read_bytes()
+    sealed = bench.home.vault().read(bench.home.outbox / "round-0.sealed", "update")
     bench.aggregator.faults.away_for = set()
     code, events, _ = await ended(await start(bench))
     assert code == 0
@@ -119,7 +120,7 @@ async def test_the_waiting_process_is_small(bench: Bench, data: Path) -> None:
     used = psutil.Process(process.pid).memory_info().rss / 2**20
     process.terminate()
     await ended(process)
-    assert Outbox(bench.home.outbox).first() is None
+    assert first_round(bench.home.outbox) is None
     assert used < 50, used
 
 
@@ -148,7 +149,9 @@ async def test_kill_9_ends_the_training_child_too(tmp_path: Path) -> None:
     plan, job_file = tmp_path / "plan", tmp_path / "kept.json"
     os.mkfifo(plan)  # nobody writes it, so the child waits for ever
     (tmp_path / "out").mkdir()
-    job = TrainingJob(str(plan), "", "", "", data=(), evaluation=(), out=str(tmp_path / "out"))
+    job = TrainingJob(
+        str(plan), 0, "", "", "", data=(), evaluation=(), out=str(tmp_path / "out"), grant=VAULT.grant("frame")
+    )
     job_file.write_bytes(msgspec.json.encode(job))
     code = (
         "import asyncio, msgspec, pathlib, sys\n"

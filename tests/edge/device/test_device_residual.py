@@ -14,10 +14,11 @@ from device_bundle import MODULES
 from device_server import Aggregator
 
 from edge_runtime import wire
-from edge_runtime.bundle import map_tensors
 from edge_runtime.device import events
+from edge_runtime.device.files import write_bytes
 from edge_runtime.device.home import Home
 from edge_runtime.device.outbox import Outbox, pending_for
+from tests.edge.encrypted import VAULT, tensors_in
 
 NAMES = [f"{module}.lora_b" for module in MODULES]
 INT4 = wire.Quantisation(4, (1.4, 1.4))  # a code is 0.2; the stand-in changes everything by 0.25 · (round + 1)
@@ -46,7 +47,7 @@ def sent(bench: Bench) -> dict[str, np.ndarray]:
 def check_books(bench: Bench, *rounds: int) -> None:
     """Sent and owed are what the rounds that counted had learned."""
     learned = sum(0.25 * (round_ + 1) for round_ in rounds)
-    owed, parts = map_tensors(bench.home.residual), sent(bench)
+    owed, parts = tensors_in(bench.home.residual, "residual", bench.home.vault()), sent(bench)
     assert set(owed) == set(parts) == set(NAMES)
     for name in NAMES:
         np.testing.assert_allclose(parts[name] + owed[name], learned, atol=1e-6)
@@ -150,8 +151,14 @@ async def test_a_crash_between_the_writes_of_the_journal_trains_again(
     coarse: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The residual is in the outbox, its update is not: it belongs to nothing and is replaced."""
+
+    def all_but_the_record(path: Path, data: bytes) -> None:
+        if path.suffix == ".record":
+            die()
+        write_bytes(path, data)
+
     with monkeypatch.context() as patch:
-        patch.setattr("edge_runtime.device.outbox.write_record", die)
+        patch.setattr("edge_runtime.device.outbox.write_bytes", all_but_the_record)
         with pytest.raises(KilledError):
             await coarse.run()
     assert (coarse.home.outbox / "round-0.residual").exists()
@@ -162,12 +169,12 @@ async def test_a_crash_between_the_writes_of_the_journal_trains_again(
 
 
 async def test_an_old_residual_of_the_same_round_is_not_taken_for_a_new_one(tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path / "outbox")
+    outbox = Outbox(tmp_path / "outbox", VAULT)
     (tmp_path / "outbox").mkdir()
     (tmp_path / "outbox" / "round-3.residual").write_bytes(b"old")
     outbox.add(pending_for("docs", 3, "a" * 64, sealed=b"x", weight=1), b"x", carried=tmp_path / "none")
     outbox.keep_carried(3, tmp_path)
-    assert not (tmp_path / "residual.safetensors").exists()
+    assert not (tmp_path / "residual.encrypted").exists()
 
 
 async def test_a_float_round_in_between_touches_no_residual(coarse: Bench) -> None:

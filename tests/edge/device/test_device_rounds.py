@@ -24,6 +24,7 @@ from edge_runtime.device.home import Home, published_adapter
 from edge_runtime.device.host import Host
 from edge_runtime.device.outbox import Outbox, pending_for
 from edge_runtime.device.records import Measured
+from tests.edge.encrypted import KEY, VAULT
 
 
 async def test_a_task_runs_from_first_plan_to_published_adapter(bench: Bench, tiny_bundle: TinyBundle) -> None:
@@ -152,7 +153,7 @@ async def test_a_restart_between_training_and_upload_sends_the_same_bytes(bench:
     bench.stop_at(events.Waiting)
     with pytest.raises(asyncio.CancelledError):
         await bench.run()
-    assert Outbox(bench.home.outbox).first() is not None
+    assert Outbox(bench.home.outbox, bench.home.vault()).first() is not None
     bench.on_event = None
     await bench.run()
     first, second, *_ = bench.aggregator.received
@@ -164,20 +165,20 @@ async def test_a_restart_between_training_and_upload_sends_the_same_bytes(bench:
 async def test_a_crash_between_acknowledgement_and_tidying_up_sends_nothing_twice(bench: Bench) -> None:
     await bench.run(once=True)
     sealed = bench.aggregator.received[0][2]
-    Outbox(bench.home.outbox).add(pending_for("docs", 0, "0" * 64, sealed=sealed, weight=5), sealed)
+    Outbox(bench.home.outbox, bench.home.vault()).add(pending_for("docs", 0, "0" * 64, sealed=sealed, weight=5), sealed)
     await bench.run()
     assert [round_ for round_, _, _ in bench.aggregator.received] == [0, 1]
-    assert Outbox(bench.home.outbox).first() is None
+    assert Outbox(bench.home.outbox, bench.home.vault()).first() is None
 
 
 def test_what_a_crash_left_beside_the_journal_is_swept(tmp_path: Path) -> None:
     """An update with its record stays whole; what has none, or is half written, goes."""
-    outbox = Outbox(tmp_path)
+    outbox = Outbox(tmp_path, VAULT)
     outbox.sweep()
     outbox.add(pending_for("docs", 1, "0" * 64, sealed=b"sealed", weight=5), b"sealed")
-    whole = {"round-1.json", "round-1.sealed", "round-1.personal"}
+    whole = {"round-1.record", "round-1.sealed", "round-1.personal"}
     left = (
-        "round-1.json.partial",
+        "round-1.record.partial",
         "round-1.sealed.partial",
         "round-2.sealed",
         "round-2.sealed.partial",
@@ -257,7 +258,7 @@ async def test_a_server_away_for_a_while_is_waited_for(bench: Bench) -> None:
 
 async def test_an_aggregator_that_restarts_finds_the_device_again(tiny_bundle: TinyBundle, tmp_path: Path) -> None:
     aggregator = Aggregator(tiny_bundle)
-    home = Home(tmp_path / "home")
+    home = Home(tmp_path / "home", KEY)
     async with Serving(aggregator):
         await enrol(home, server=aggregator.url, token=aggregator.token("pi-1"), device="pi-1", host=Host())
         bench = Bench(home, aggregator)
@@ -346,7 +347,7 @@ async def test_two_devices_share_rounds(tiny_bundle: TinyBundle, tmp_path_factor
     async with Serving(Aggregator(tiny_bundle, rounds=3, wanted=2)) as aggregator:
         benches = []
         for name in ("pi-1", "pi-2"):
-            home = Home(tmp_path_factory.mktemp(name))
+            home = Home(tmp_path_factory.mktemp(name), KEY)
             await enrol(home, server=aggregator.url, token=aggregator.token(name), device=name, host=Host())
             benches.append(Bench(home, aggregator))
         await asyncio.gather(*(bench.run() for bench in benches))

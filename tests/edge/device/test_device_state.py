@@ -6,6 +6,7 @@ import random
 import stat
 from pathlib import Path
 
+import msgspec
 import pytest
 from device_bench import Bench
 
@@ -17,6 +18,7 @@ from edge_runtime.device.outbox import Outbox, pending_for
 from edge_runtime.device.records import DeviceState, Settings
 from edge_runtime.device.state import Discard, Poll, Publish, Stop, Train, Upload, decide, done_with
 from edge_runtime.wire import SignedPlan
+from tests.edge.encrypted import KEY, VAULT
 
 PENDING = pending_for("docs", 3, "a" * 64, sealed=b"sealed", weight=1)
 
@@ -78,7 +80,7 @@ def test_how_long_it_has_been_is_told() -> None:
 @pytest.mark.parametrize("name", ["identity.json", "state.json", "settings.json"])
 def test_damaged_files_are_one_clear_line(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    home = Home(tmp_path)
+    home = Home(tmp_path, KEY)
     read = {"identity.json": home.stored_identity, "state.json": home.state, "settings.json": home.settings}[name]
     with pytest.raises(CorruptFileError, match=f"{name}: damaged: ") as raised:
         read()
@@ -86,9 +88,9 @@ def test_damaged_files_are_one_clear_line(tmp_path: Path, name: str, content: by
 
 
 async def test_a_damaged_identity_does_not_tell_its_key(bench: Bench) -> None:
-    path = bench.home.folder / "identity.json"
-    key = bench.home.identity().private_key
-    path.write_bytes(path.read_bytes().replace(key.encode(), key.upper().encode() + b"0"))
+    identity = bench.home.identity()
+    key = identity.private_key
+    bench.home.save_identity(msgspec.structs.replace(identity, private_key=key.upper() + "0"))
     with pytest.raises(CorruptFileError) as raised:
         bench.home.identity()
     assert key not in str(raised.value).lower()
@@ -123,15 +125,15 @@ def test_a_partial_file_of_others_does_not_lend_its_mode(tmp_path: Path) -> None
 
 def test_an_update_without_its_record_is_not_there(tmp_path: Path) -> None:
     """The crash came between the two writes of the journal."""
-    outbox = Outbox(tmp_path)
+    outbox = Outbox(tmp_path, VAULT)
     outbox.add(PENDING, b"sealed")
     assert outbox.first() == PENDING
-    (tmp_path / "round-3.json").unlink()
+    (tmp_path / "round-3.record").unlink()
     assert outbox.first() is None
 
 
 def test_the_oldest_update_goes_first_by_number(tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path)
+    outbox = Outbox(tmp_path, VAULT)
     for round_ in (10, 9):
         outbox.add(pending_for("docs", round_, "a" * 64, sealed=b"x", weight=1), b"x")
     first = outbox.first()
@@ -139,4 +141,4 @@ def test_the_oldest_update_goes_first_by_number(tmp_path: Path) -> None:
     assert first.round == 9
     outbox.remove(9)
     outbox.remove(9)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["round-10.json", "round-10.sealed"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["round-10.record", "round-10.sealed"]

@@ -16,11 +16,14 @@ from edge_runtime.device import events
 from edge_runtime.device.commands import enroll, trust
 from edge_runtime.device.enrolment import Trust, enrol, leave
 from edge_runtime.device.errors import InputError, TransportError, UntrustedServerError
+from edge_runtime.device.files import write_bytes
 from edge_runtime.device.home import Home
 from edge_runtime.device.host import Host
 from edge_runtime.device.records import Identity
+from edge_runtime.device.storage_key import default_file
 from edge_runtime.device.trust import read_ca, tls_of
 from tests.certificates import Authority
+from tests.edge.encrypted import KEY
 
 OTHER_CA = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
 
@@ -32,7 +35,8 @@ def authority() -> Authority:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
-    return Home(tmp_path / "home")
+    write_bytes(default_file(tmp_path / "home"), KEY.text().encode())  # where commands look for it
+    return Home(tmp_path / "home", KEY)
 
 
 async def join(home: Home, aggregator: Aggregator, ca: str) -> Identity:
@@ -55,7 +59,7 @@ async def test_a_task_over_tls(home: Home, tiny_bundle: TinyBundle, authority: A
         bench = Bench(home, aggregator)
         await bench.run()
         assert bench.of(events.Finished)
-        assert Home(home.folder).identity().ca == authority.pem
+        assert Home(home.folder, KEY).identity().ca == authority.pem
         await leave(home, host=Host())
 
 

@@ -42,4 +42,4 @@ def key_of(example: int) -> bytes:
 
 def bytes_of(*tokens: int) -> int:
     """A file with examples of so many tokens."""
-    return 44 + sum(28 + count * (2 * WIDTH + 4) for count in tokens)
+    return 92 + sum(52 + count * (2 * WIDTH + 4) for count in tokens)

@@ -120,7 +120,7 @@ def test_only_the_rows_of_the_head_are_remembered_when_nothing_else_is_alive(
     for batch in batches(dataset, 0):
         engine.gradients(batch)
     assert memory.examples == len(LENGTHS)
-    assert memory.used_bytes == 44 + len(LENGTHS) * (28 + 2 * 32 + 4)
+    assert memory.used_bytes == 92 + len(LENGTHS) * (52 + 2 * 32 + 4)
 
 
 def test_a_batch_remembered_in_part(
@@ -132,7 +132,7 @@ def test_a_batch_remembered_in_part(
     plain = BlockEngine(bundle)
     plain.use(parameters)
     with RememberedHidden(
-        tmp_path, max_bytes=44 + sum(28 + tokens * (2 * 32 + 4) for tokens in sorted(LENGTHS)[:7])
+        tmp_path, max_bytes=92 + sum(52 + tokens * (2 * 32 + 4) for tokens in sorted(LENGTHS)[:7])
     ) as memory:
         engine.use(parameters, memory)
         engine.gradients(batch)
@@ -229,7 +229,7 @@ def test_a_later_round_reads_what_an_earlier_one_wrote(
 
     def pass_over(lowest: int, *, seed: int = 0) -> int:
         engine, parameters = BlockEngine(bundle), random_parameters(bundle, alive_from(bundle, lowest), seed=seed)
-        with RememberedHidden(tmp_path, max_bytes=1 << 24, path=tmp_path / "remembered") as memory:
+        with RememberedHidden(tmp_path, max_bytes=1 << 24, path=tmp_path / "remembered", secret=bytes(32)) as memory:
             engine.use(parameters, memory)
             runs.clear()
             found = [engine.gradients(batch) for batch in batches(dataset, 0)]

@@ -12,6 +12,8 @@ import pytest
 from edge_runtime.engine.remembered import RememberedHidden
 from tests.edge.engine.remembering import Computer, bytes_of, eight_examples
 
+SECRET = bytes(range(32))
+
 
 @pytest.fixture
 def computer() -> Computer:
@@ -24,7 +26,7 @@ def digest(level: int) -> bytes:
 
 def lasting(folder: Path, *, level: int = 2, change: bytes = b"", max_bytes: int = 1 << 20) -> RememberedHidden:
     """A memory in a file with a name; ``change`` is of what all levels follow from."""
-    memory = RememberedHidden(folder, max_bytes=max_bytes, path=folder / "remembered")
+    memory = RememberedHidden(folder, max_bytes=max_bytes, path=folder / "remembered", secret=SECRET)
     memory.stand_on(level, lambda at: (change + digest(at))[:32])
     return memory
 

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_runtime.bundle import Array, Bundle, encode_tensors, map_tensors, open_bundle
+from edge_runtime.bundle import Array, Bundle, open_bundle
 from edge_runtime.engine.adamw import AdamW
 from edge_runtime.engine.errors import DivergedError
 from edge_runtime.engine.parameters import AdapterParameters
@@ -17,6 +17,7 @@ from edge_runtime.training.local import Course, train
 from edge_runtime.training.round import run_round
 from edge_runtime.training.session import WorkingBundle
 from edge_runtime.wire import ModulePlan, Personal, Plan, Quantisation, SignedPlan, decode_update
+from tests.edge.encrypted import tensors_in, write_tensors_to
 from tests.edge.training.test_round import make_job, make_plan, run_child
 
 
@@ -65,7 +66,7 @@ def test_it_is_trained_with_the_rest_and_kept_apart(
     plan = personal_plan(bundle, *parts)
     job, signed = make_job(tmp_path, bundle, plan)
     sent, _, _ = run(bundle, job, signed)
-    kept = map_tensors(tmp_path / PERSONAL_NAME)
+    kept = tensors_in(tmp_path / PERSONAL_NAME, "personal")
     names = personal_names(bundle, parts)
     assert set(kept) == names
     everything = reference(bundle, job, plan, bundle.initial_adapter())
@@ -88,7 +89,7 @@ def test_no_bytes_of_it_are_in_the_frame(bundle: Bundle, tmp_path: Path, bits: i
         plan = msgspec.structs.replace(plan, quantisation=Quantisation(8, (0.1,) * blocks))
     job, signed = make_job(tmp_path, bundle, plan)
     sent, _, frame = run(bundle, job, signed)
-    before, kept = bundle.initial_adapter(), map_tensors(tmp_path / PERSONAL_NAME)
+    before, kept = bundle.initial_adapter(), tensors_in(tmp_path / PERSONAL_NAME, "personal")
     secret = [array for name, after in kept.items() for array in (after, after - before[name], before[name])]
     assert len(frame) == WorkingBundle(bundle).plan_layout(plan).frame_bytes
     if not bits:
@@ -112,12 +113,12 @@ def test_what_was_kept_is_put_over_the_published_adapter(bundle: Bundle, tmp_pat
     own = {name: rng.normal(scale=0.1, size=initial[name].shape).astype(np.float32) for name in sorted(names)}
     stray = f"{bundle.manifest.module_names[0]}.lora_a"
     file = tmp_path / "mine.safetensors"
-    file.write_bytes(encode_tensors({**own, stray: np.ones_like(initial[stray])}))
+    write_tensors_to(file, "personal", {**own, stray: np.ones_like(initial[stray])})
     _, plain, _ = run(bundle, job, signed)
     job = msgspec.structs.replace(job, personal=str(file))
     sent, events, _ = run(bundle, job, signed)
     wanted = reference(bundle, job, plan, {**initial, **own})
-    kept = map_tensors(tmp_path / PERSONAL_NAME)
+    kept = tensors_in(tmp_path / PERSONAL_NAME, "personal")
     assert set(kept) == names
     for name in names:
         np.testing.assert_array_equal(kept[name], wanted.tensors[name])
@@ -135,9 +136,9 @@ def test_a_dead_module_keeps_what_it_had(bundle: Bundle, tmp_path: Path) -> None
     name = f"{dead}.lora_b"
     mine = np.full(bundle.initial_adapter()[name].shape, 0.25, np.float32)
     file = tmp_path / "mine.safetensors"
-    file.write_bytes(encode_tensors({name: mine}))
+    write_tensors_to(file, "personal", {name: mine})
     sent, _, _ = run(bundle, msgspec.structs.replace(job, personal=str(file)), signed)
-    kept = map_tensors(tmp_path / PERSONAL_NAME)
+    kept = tensors_in(tmp_path / PERSONAL_NAME, "personal")
     np.testing.assert_array_equal(kept[name], mine)
     assert f"{dead}.lora_a" not in sent
     assert all(array.any() for array in kept.values())
@@ -150,13 +151,13 @@ def test_a_changed_rank_starts_again_with_a_notice(bundle: Bundle, tmp_path: Pat
     initial = bundle.initial_adapter()
     file = tmp_path / "mine.safetensors"
     mine = {first: np.ones((len(initial[first]), 3), np.float32), second: np.full_like(initial[second], 0.1)}
-    file.write_bytes(encode_tensors(mine))
+    write_tensors_to(file, "personal", mine)
     job = msgspec.structs.replace(job, personal=str(file))
     _, events, _ = run(bundle, job, signed)
     told = [event.text for event in events if isinstance(event, Notice)]
     assert told[0] == f"what this device kept for itself starts again where shapes changed: {first}"
     wanted = reference(bundle, job, plan, {**initial, second: mine[second]})
-    np.testing.assert_array_equal(map_tensors(tmp_path / PERSONAL_NAME)[first], wanted.tensors[first])
+    np.testing.assert_array_equal(tensors_in(tmp_path / PERSONAL_NAME, "personal")[first], wanted.tensors[first])
 
 
 def test_a_damaged_file_is_told_and_training_goes_on(bundle: Bundle, tmp_path: Path) -> None:
@@ -165,7 +166,8 @@ def test_a_damaged_file_is_told_and_training_goes_on(bundle: Bundle, tmp_path: P
     file.write_bytes(b"rot" * 100)
     _, events, _ = run(bundle, msgspec.structs.replace(job, personal=str(file)), signed)
     told = [event.text for event in events if isinstance(event, Notice)]
-    assert told[0].startswith("what this device kept for itself is lost and starts again: mine.safetensors: header")
+    assert told[0].startswith("what this device kept for itself is lost and starts again: ")
+    assert "mine.safetensors: not an encrypted file" in told[0]
     assert file.read_bytes() == b"rot" * 100
 
 
@@ -196,4 +198,4 @@ def test_the_child_writes_frame_and_personal_part(bundle: Bundle, tmp_path: Path
     job, _ = make_job(tmp_path, bundle, personal_plan(bundle, "head", steps=2))
     code, events = run_child(job, tmp_path)
     assert (code, type(events[-1])) == (0, Done)
-    assert set(map_tensors(tmp_path / PERSONAL_NAME)) == personal_names(bundle, ("head",))
+    assert set(tensors_in(tmp_path / PERSONAL_NAME, "personal")) == personal_names(bundle, ("head",))

@@ -14,6 +14,7 @@ from edge_runtime.training.carried import fitting, read_carried
 from edge_runtime.training.quantise import quantise, stochastic_codes
 from edge_runtime.wire import Layout, Quantisation
 from edge_runtime.wire.codes import Bits, largest_code
+from tests.edge.encrypted import VAULT, write_tensors_to
 
 BITS = st.sampled_from([4, 8])
 
@@ -128,7 +129,7 @@ def test_residuals_of_other_ranks_are_dropped_by_name() -> None:
 
 
 def test_no_file_is_no_residual(tmp_path: Path) -> None:
-    assert read_carried(tmp_path / "none") == {}
+    assert read_carried(VAULT, "residual", tmp_path / "none") == {}
 
 
 @pytest.mark.parametrize(
@@ -141,9 +142,9 @@ def test_no_file_is_no_residual(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_residual_is_named(tmp_path: Path, data: bytes, message: str) -> None:
-    (tmp_path / "residual.safetensors").write_bytes(data)
+    write_tensors_to(tmp_path / "residual", "residual", data)
     with pytest.raises(TensorFileError, match=message):
-        read_carried(tmp_path / "residual.safetensors")
+        read_carried(VAULT, "residual", tmp_path / "residual")
 
 
 def test_what_is_left_of_components_that_are_not_trained_stays() -> None:

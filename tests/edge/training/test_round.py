@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from subprocess import PIPE
 from typing import IO
 
 import msgspec
@@ -21,6 +22,7 @@ from edge_runtime.bundle import Bundle, encode_tensors, open_bundle
 from edge_runtime.data import BadRecordError
 from edge_runtime.training.job import (
     FRAME_NAME,
+    JOB_PURPOSES,
     Done,
     Evaluated,
     Event,
@@ -43,6 +45,7 @@ from edge_runtime.wire import (
     decode_update,
     sign_plan,
 )
+from tests.edge.encrypted import VAULT
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 LABELS = ("asyncio", "email", "tkinter", "xml")
@@ -94,6 +97,8 @@ def make_job(tmp_path: Path, bundle: Bundle, plan: Plan, *, lines: int = 40) -> 
         data=(str(write_data(tmp_path / "data.jsonl", lines)),),
         evaluation=(str(write_data(tmp_path / "held-out.jsonl", 12, seed=1)),),
         out=str(tmp_path),
+        round=plan.round,
+        grant=VAULT.grant(*JOB_PURPOSES),
     )
     return job, signed
 
@@ -256,12 +261,15 @@ def test_pieces_of_a_batch_make_the_same_update(bundle: Bundle, tmp_path: Path) 
 
 
 def run_child(job: TrainingJob, tmp_path: Path) -> tuple[int, list[Event]]:
-    path = tmp_path / "job.json"
-    path.write_bytes(msgspec.json.encode(job))
-    command = [sys.executable, "-W", "error", "-m", "edge_runtime.training.child", str(path)]
-    done = subprocess.run(command, capture_output=True, timeout=120)
-    assert done.stderr == b"", done.stderr.decode()
-    return done.returncode, [decode_event(line) for line in done.stdout.splitlines()]
+    command = [sys.executable, "-W", "error", "-m", "edge_runtime.training.child"]
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE) as child:
+        assert child.stdin is not None and child.stdout is not None and child.stderr is not None  # noqa: PT018 - for mypy
+        child.stdin.write(msgspec.json.encode(job) + b"\n")
+        child.stdin.flush()  # and held open, as a device does
+        said, errors = child.stdout.read(), child.stderr.read()
+        code = child.wait()
+    assert errors == b"", errors.decode()
+    return code, [decode_event(line) for line in said.splitlines()]
 
 
 def test_child_writes_the_frame_before_it_says_done(bundle: Bundle, tmp_path: Path) -> None:
@@ -271,7 +279,7 @@ def test_child_writes_the_frame_before_it_says_done(bundle: Bundle, tmp_path: Pa
     assert code == 0
     assert isinstance(events[-1], Done)
     layout = WorkingBundle(bundle).layout(signed.plan.modules, head_alive=True)
-    update = decode_update((tmp_path / FRAME_NAME).read_bytes(), signed_plan=signed, layout=layout)
+    update = decode_update(VAULT.read(tmp_path / FRAME_NAME, "frame", round_=3), signed_plan=signed, layout=layout)
     assert update.metrics == events[-1].metrics or update.metrics.steps == events[-1].metrics.steps
     assert sum(isinstance(event, Stepped) for event in events) == 6
 

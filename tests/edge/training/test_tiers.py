@@ -8,12 +8,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_runtime.bundle import Array, Bundle, encode_tensors, map_tensors, open_bundle
+from edge_runtime.bundle import Array, Bundle, encode_tensors, open_bundle
 from edge_runtime.engine.block import BlockVariants
 from edge_runtime.training.job import RESIDUAL_NAME, Done
 from edge_runtime.training.round import run_round, working_bundle
 from edge_runtime.training.session import WorkingBundle
 from edge_runtime.wire import Plan, Quantisation, Tier, decode_update
+from tests.edge.encrypted import tensors_in, write_tensors_to
 from tests.edge.training.test_round import make_job, make_plan
 
 TIERS = (Tier(0, max_rank=3), Tier(1, max_rank=3), Tier(1, max_rank=2))
@@ -101,9 +102,9 @@ def test_what_a_tier_leaves_out_of_codes_is_kept(bundle: Bundle, tmp_path: Path)
     adapter = random_adapter(bundle)
     owed = {name: np.full(a.shape, range_, np.float32) for name, a in adapter.items() if name.endswith(".lora_b")}
     old = tmp_path / "old.safetensors"
-    old.write_bytes(encode_tensors(owed))
+    write_tensors_to(old, "residual", owed)
     sent, _, _ = train(bundle, tmp_path / "3", plan, 3, residual=old)
-    left = map_tensors(tmp_path / "3" / RESIDUAL_NAME)
+    left = tensors_in(tmp_path / "3" / RESIDUAL_NAME, "residual")
     places = bundle.manifest.places
     for name, before in owed.items():
         carried = 2 if places[name.rpartition(".")[0]] >= 1 else 0
