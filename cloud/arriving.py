@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from cloud import events
+from cloud.aggregate import Imprint
 from cloud.store import UPDATES, Blobs, UpdateRecord
 from cloud.work import RoundWork
 from edge_runtime.wire import Update, UpdateReceipt
@@ -28,6 +30,25 @@ class Arrival:
     work: RoundWork
     record: UpdateRecord
     update: Update
+    imprint: Imprint | None  # None where nobody is judged
+
+    def count(self) -> None:
+        """Add it to its round's sum."""
+        self.work.add(self.record.receipt.device, self.update, self.imprint)
+
+    def counted(self, received: int, wanted: int) -> events.UpdateCounted:
+        """What is told of it: so many of those that are wanted are there with it."""
+        record = self.record
+        return events.UpdateCounted(
+            round_=record.receipt.round,
+            device=record.receipt.device,
+            received=received,
+            wanted=wanted,
+            weight=record.receipt.weight,
+            bytes=record.bytes,
+            loss_start=record.metrics.loss_start,
+            loss_end=record.metrics.loss_end,
+        )
 
 
 class Arrivals:

@@ -11,11 +11,12 @@ import hashlib
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
 from cloud.errors import AuditEntryError
+from edge_runtime.wire import Outlier
 from edge_runtime.wire.names import Hex32, Name
 
 _CONTEXT = b"emberlora audit 1\0"
@@ -107,8 +108,28 @@ class UpdateRefused(_Entry, frozen=True, tag="update-refused"):
     problem: str
 
 
+class _Outlying(_Entry, frozen=True):
+    """What is far from the others, by which rule; both figures in thousandths, so that they are whole numbers."""
+
+    round: Count
+    device: Name
+    rule: Literal["norm", "direction"]
+    measured_milli: int
+    bound_milli: int
+    devices: Count
+    tier: Count
+
+
+class OutlierSetAside(_Outlying, frozen=True, tag="outlier-set-aside"):
+    """A counted contribution was taken out of its round's sum by the operator's rule; see :class:`wire.Outlier`."""
+
+
+class OutlierKept(_Outlying, frozen=True, tag="outlier-kept"):
+    """The rule would have set a contribution aside, but too few would have been left; it is in the sum."""
+
+
 class RoundApplied(_Entry, frozen=True, tag="round-applied"):
-    """The mean of a round was applied and made ``adapter``."""
+    """The mean of a round was applied and made ``adapter``; devices and weight are those that are in it."""
 
     round: Count
     devices: Count
@@ -140,12 +161,28 @@ Entry = (
     | PlanSigned
     | UpdateCounted
     | UpdateRefused
+    | OutlierSetAside
+    | OutlierKept
     | RoundApplied
     | RoundDiscarded
     | StopAsked
 )
 KINDS = tuple(str(kind.__struct_config__.tag) for kind in Entry.__args__)
 _DECODER: msgspec.json.Decoder[Entry] = msgspec.json.Decoder(Entry)
+
+
+def outlying(round_: int, outlier: Outlier) -> OutlierSetAside | OutlierKept:
+    """The entry for an outlier."""
+    kind = OutlierKept if outlier.kept else OutlierSetAside
+    return kind(
+        round=round_,
+        device=outlier.device,
+        rule=outlier.rule,
+        measured_milli=round(outlier.measured * 1000),
+        bound_milli=round(outlier.bound * 1000),
+        devices=outlier.devices,
+        tier=outlier.tier,
+    )
 
 
 def encode_entry(entry: Entry) -> str:
@@ -276,6 +313,11 @@ def applied_fact(round_: int, adapter: str) -> str:
     return f"round {round_}: applied, adapter {adapter}"
 
 
+def outlier_fact(round_: int, device: str, *, kept: bool) -> str:
+    """The same of an outlier."""
+    return f"update of {device} for round {round_}: {'an outlier, kept' if kept else 'set aside'}"
+
+
 def discarded_fact(round_: int) -> str:
     """The same of a discarded round."""
     return f"round {round_}: discarded"
@@ -293,6 +335,8 @@ def fact_of(entry: Entry) -> str | None:
         return plan_fact(entry.round, entry.plan)
     if isinstance(entry, RoundApplied):
         return applied_fact(entry.round, entry.adapter)
+    if isinstance(entry, _Outlying):
+        return outlier_fact(entry.round, entry.device, kept=isinstance(entry, OutlierKept))
     if isinstance(entry, RoundDiscarded):
         return discarded_fact(entry.round)
     return None

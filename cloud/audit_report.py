@@ -132,11 +132,13 @@ async def trace(config: Config, digest: str) -> tuple[Verdict, tuple[TracedRound
     async with open_kept(config) as (database, kept):
         audited = await database.call(database.audited)
         updates = await database.call(database.updates)
+        aside = await database.call(database.set_aside)
     verdict = judge(audited.links, audited.facts, None)
     if not verdict.whole:
         return verdict, ()
     plans = [wire.open_plan(record.plan, kept.key) for record in kept.records]
     adapter = adapter_of_file(config.data_path, digest) or digest
+    updates = [update for update in updates if (update.receipt.round, update.receipt.device) not in aside]
     rounds = find_rounds(kept.records, plans, updates, adapter)
     if rounds is None:
         raise DataMissingError(f"adapter {digest[:12]}: no plan of this task names it, and it is not published here")
@@ -167,7 +169,13 @@ def _cells(shown: ShownEntry) -> Iterator[str]:
     yield time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(shown.time))
     yield str(shown.entry.__struct_config__.tag)
     fields = msgspec.structs.asdict(shown.entry).items()
-    yield ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in fields)
+    yield ", ".join(_field(name, value) for name, value in fields)
+
+
+def _field(name: str, value: object) -> str:
+    if isinstance(value, int) and name.endswith("_milli"):
+        name, value = name.removesuffix("_milli"), f"{value / 1000:g}"
+    return f"{name.replace('_', ' ')} {_short(value)}"
 
 
 def _short(value: object) -> str:

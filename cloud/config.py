@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 
 from cloud.errors import ConfigError
+from cloud.outliers import Outliers, outliers_problems
 from cloud.planner import (
     AGGREGATIONS,
     POLICIES,
@@ -52,6 +53,7 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     round_deadline_s: float = 600.0  # slower devices are not waited for longer than this
     min_examples: int = 1  # a device with fewer stays out of the round
     weight_cap: int = 65_536  # no device weighs more than this, whatever it says it holds
+    max_update_norm: float | None = None  # None: what is right depends on model, rates and steps; outliers are relative
     seed: int = 0
 
     @property
@@ -101,6 +103,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     training: TrainingConfig = TrainingConfig()
     annealing: Annealing = Annealing()  # read by the policies that anneal
     tiers: Tiers = Tiers()
+    outliers: Outliers = Outliers()
     server: ServerConfig = ServerConfig()
     folder: str = "."
 
@@ -187,6 +190,7 @@ def config_problems(config: Config) -> list[str]:
         *(annealing_problems(config.annealing, config.task.rounds) if config.task.policy != "fixed" else []),
         *_bytes_problems(config),
         *(_tiers_problems(config) if config.tiers.enabled else []),
+        *(_outliers_problems(config) if config.outliers.enabled else []),
         *_server_problems(config.server),
     ]
 
@@ -215,6 +219,8 @@ def _task_problems(task: TaskConfig) -> list[str]:
         "must be from 1 to 2**27, so that the sum stays exact": not 1
         <= task.weight_cap * task.devices_per_round
         <= 2**27,
+        f"task.max_update_norm: expected more than 0, got {task.max_update_norm}": task.max_update_norm is not None
+        and not 0 < task.max_update_norm < math.inf,
     }
     return [message for message, broken in rules.items() if broken] + _head_problems(task) + _personal_problems(task)
 
@@ -238,6 +244,17 @@ def _tiers_problems(config: Config) -> list[str]:
         "does not move": task.min_devices < 2,
     }
     return [*tiers_problems(config.tiers), *(message for message, broken in rules.items() if broken)]
+
+
+def _outliers_problems(config: Config) -> list[str]:
+    task, needed = config.task, config.outliers.min_devices
+    rules = {
+        f"outliers.min_devices ({needed}) must not exceed task.devices_per_round ({task.devices_per_round}): nobody "
+        "would ever be judged": needed > task.devices_per_round,
+        f"outliers.enabled needs task.min_devices below task.devices_per_round ({task.devices_per_round}), got "
+        f"{task.min_devices}: nobody could be set aside": task.min_devices >= task.devices_per_round,
+    }
+    return [*outliers_problems(config.outliers), *(message for message, broken in rules.items() if broken)]
 
 
 def _head_problems(task: TaskConfig) -> list[str]:
@@ -357,6 +374,7 @@ min_devices = 2                # … or at its deadline when at least so many ar
 round_deadline_s = 600
 min_examples = 1               # a device with fewer examples stays out
 weight_cap = 65536             # no device weighs more than this
+# max_update_norm = 1.0        # bound on the L2 norm of a change: devices scale theirs down to it; left out: none
 seed = 0
 
 [training]
@@ -399,6 +417,12 @@ blocks = [0.5, 0.167]          # share of the blocks, the last ones, that tier 1
 max_rank = []                  # most components a module, [4, 2] for example; empty: all the plan trains
 memory_mib = [1024, 512]       # a tier is meant for devices with less memory for training …
 step_s = [2.0, 8.0]            # … and for those whose training step takes longer; see `emberlora edge bench`
+
+[outliers]                     # updates that are set aside when a round closes; `cloud audit show` names them
+enabled = false                # look at your fleet first: a device with much or rare data is far from others, too
+norm_factor = 5.0              # set aside what is larger than so many times the median of the round …
+min_cosine = -0.15             # … or points away from the mean direction of all others; -1: whatever points where
+min_devices = 8                # of fewer in a round nobody is judged
 
 [server]
 host = "127.0.0.1"

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cloud import events
-from edge_runtime.wire import DeviceStatus, RoundStatus, TaskStatus
+from edge_runtime.wire import DeviceStatus, Outlier, RoundStatus, TaskStatus
 
 
 def json_reporter(write: Callable[[str], None]) -> events.Report:
@@ -43,7 +43,7 @@ def describe(event: events.Event) -> str:
         what = "class means" if s.state == "measure" else f"loss {figure(s.loss_start)} → {figure(s.loss_end)}"
         return (
             f"round {s.round + 1} of {event.rounds} applied: {s.devices} devices · {what} · "
-            f"metric at its start {figure(s.metric)} · {size(s.bytes_up)} up · {s.seconds:.1f} s{_idle(s)}"
+            f"metric at its start {figure(s.metric)} · {size(s.bytes_up)} up · {s.seconds:.1f} s{_idle(s)}{_judged(s)}"
         )
     if isinstance(event, events.ServerStarted):
         return (
@@ -86,6 +86,23 @@ def _idle(status: RoundStatus) -> str:
     return f" · carried by fewer than two devices, so not moved: {parts} components of {named}"
 
 
+def _judged(status: RoundStatus) -> str:
+    """What the rule for outliers did, if there is one."""
+    if status.judged == 0:
+        return " · outliers not looked for: too few devices"
+    return "".join(f" · {outlier_line(outlier)}" for outlier in status.outliers)
+
+
+def outlier_line(outlier: Outlier) -> str:
+    """An outlier, and why it is one."""
+    done = "would be set aside, and is kept because too few were left" if outlier.kept else "set aside"
+    if outlier.rule == "norm":
+        why = f"norm {outlier.measured:g} times the median of {outlier.devices}, more than {outlier.bound:g}"
+    else:
+        why = f"cosine {outlier.measured:g} with the mean of {outlier.devices - 1} others, below {outlier.bound:g}"
+    return f"{outlier.device} {done}: {why}"
+
+
 def figure(value: float | None) -> str:
     """A loss or metric, or a dash."""
     return "–" if value is None else f"{value:.4f}"
@@ -108,6 +125,9 @@ def status_view(status: TaskStatus, *, now: float) -> Table:
         view.add_row(_device_table(status.devices, now=now))
     if status.history:
         view.add_row(_round_table(status.history, metric=status.metric))
+    found = [f"round {r.round + 1}: {outlier_line(outlier)}" for r in status.history for outlier in r.outliers]
+    if found:
+        view.add_row(Text("\n".join(("Outliers", *found)), overflow="fold"))
     if status.audit_head:  # a server from before the log has none
         view.add_row(Text(f"audit log up to {status.audit_head}", overflow="fold"))
     return view
@@ -137,7 +157,7 @@ def _device_table(devices: tuple[DeviceStatus, ...], *, now: float) -> Table:
             seen = "left" if device.revoked is None else "revoked"
         table.add_row(
             device.name,
-            str(device.updates),
+            str(device.updates) + (f" ({device.set_aside} set aside)" if device.set_aside else ""),
             "–" if device.tier is None else str(device.tier),
             size(device.bytes_up),
             size(device.bytes_down),

@@ -120,6 +120,7 @@ class RoundMaker:
         again = None
         if updates is not None:  # by device: sums of floating-point numbers depend on their order
             updates = sorted(updates, key=lambda update: update.receipt.device)
+            updates = [update for update in updates if update.receipt.device not in work.aside]
             again = open_stored(work, self._blobs.sealed(updates))
         moved = next_adapter(self._bundle.manifest, before, work, again)
         return _Start(moved, before, published, work.total.idle())

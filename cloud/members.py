@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cloud import events
 from cloud.errors import DataError, DataFullError
 from cloud.keys import Keys
-from cloud.store import CapabilityRecord, Database, DeviceRecord, RevocationRecord, TokenRecord
+from cloud.store import CapabilityRecord, Contributions, Database, DeviceRecord, RevocationRecord, TokenRecord
 from edge_runtime import wire
 from edge_runtime.wire.messages import OPERATOR
 
@@ -209,7 +209,8 @@ class Members:
         already, self._revoked[name] = name in self._revoked, kept
         if not already:
             self._report(events.DeviceRevoked(name))
-        updates, _ = (await self._database.call(self._database.contributions)).get(name, (0, 0))
+        given = await self._database.call(self._database.contributions)
+        updates = given.get(name, Contributions()).updates
         last = await self._database.call(self._database.last_round)
         open_round = last.round if last is not None and last.state == "open" else None
         if open_round is not None and await self._database.call(self._database.receipt_of, open_round, name) is None:
@@ -278,19 +279,20 @@ async def read_statuses(database: Database) -> tuple[wire.DeviceStatus, ...]:
 
 def _status(
     record: DeviceRecord,
-    given: Mapping[str, tuple[int, int]],
+    given: Mapping[str, Contributions],
     last: wire.LocalMetrics | None,
     told: CapabilityRecord | None,
 ) -> wire.DeviceStatus:
-    updates, bytes_up = given.get(record.name, (0, 0))
+    own = given.get(record.name, Contributions())
     metrics = last or wire.LocalMetrics()
     return wire.DeviceStatus(
         name=record.name,
         enrolled=record.enrolled,
         last_seen=record.last_seen,
         left=record.left_at is not None,
-        updates=updates,
-        bytes_up=bytes_up,
+        updates=own.updates,
+        set_aside=own.set_aside,
+        bytes_up=own.bytes,
         bytes_down=record.bytes_down,
         peak_private_mb=metrics.peak_private_mb,
         peak_total_mb=metrics.peak_total_mb,

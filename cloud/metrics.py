@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from cloud.outliers import Verdict
 from cloud.store import UpdateRecord
 from edge_runtime.bundle import Task
 from edge_runtime.wire import LocalMetrics, RoundStatus
@@ -12,13 +13,24 @@ METRIC_NAMES: dict[Task, str] = {"classify": "accuracy", "lm": "loss"}
 
 
 def summarise(
-    updates: Sequence[UpdateRecord], *, task: Task, round_: int, seconds: float, adapter: str, state: str = "train"
+    updates: Sequence[UpdateRecord],
+    *,
+    task: Task,
+    round_: int,
+    seconds: float,
+    state: str = "train",
+    verdict: Verdict | None = None,
 ) -> RoundStatus:
-    """One round, whose plan has this state, in figures.
+    """One round, whose plan has this state, in figures. Its adapter is not known before the next plan is made.
+
+    What is set aside is in the bytes alone: a device that is not believed is not asked how well the adapter does.
 
     Losses are means over devices by weight. The metric is made over all evaluated examples together: accuracy, or the
     mean loss by evaluated example; None when no device evaluated.
     """
+    bytes_up = sum(update.bytes for update in updates)
+    if verdict is not None:
+        updates = [update for update in updates if update.receipt.device not in verdict.aside]
     correct = sum(update.metrics.eval_correct for update in updates)
     examples = sum(update.metrics.eval_examples for update in updates)
     accuracy = correct / examples if examples else None
@@ -31,10 +43,12 @@ def summarise(
         loss_end=_mean(updates, lambda m: m.loss_end, lambda update: update.receipt.weight),
         metric=accuracy if task == "classify" else loss,
         eval_examples=examples,
-        bytes_up=sum(update.bytes for update in updates),
+        bytes_up=bytes_up,
         seconds=seconds,
-        adapter=adapter,
+        adapter="",
         state=state,
+        outliers=verdict.outliers if verdict else (),
+        judged=verdict.judged if verdict else None,
     )
 
 

@@ -142,7 +142,12 @@ def update_rules(config: Config, round_: int) -> wire.UpdateRules:
     """Bounds that keep the sums of a round exact."""
     if measures(config, round_):
         return measuring_rules(config)
-    return wire.UpdateRules(weight_cap=config.task.weight_cap, max_devices=config.task.devices_per_round)
+    task = config.task
+    return wire.UpdateRules(
+        weight_cap=task.weight_cap,
+        max_devices=task.devices_per_round,
+        max_norm=UNSET if task.max_update_norm is None else task.max_update_norm,
+    )
 
 
 def first_adapter(config: Config, bundle: Bundle) -> dict[str, Array]:

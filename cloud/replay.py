@@ -76,6 +76,7 @@ def _replayed(
             training=training,
             personal=planning.personal_of(config, plan.round),
             tiers=tiers,
+            update=msgspec.structs.replace(plan.update, max_norm=planning.update_rules(config, plan.round).max_norm),
         )
         again = with_quantisation(config, bundle, again, past)
         sides = [(module.alive, module.trained_rank, features[module.name]) for module in plan.modules]
@@ -96,6 +97,8 @@ def _differences(signed: wire.Plan, replayed: wire.Plan) -> Iterator[str]:
         yield f"personal: signed {_parts(signed)}, replayed {_parts(replayed)}"
     if signed.training.mu != replayed.training.mu:
         yield f"mu: signed {signed.training.mu:g}, replayed {replayed.training.mu:g}"
+    if signed.update != replayed.update:
+        yield f"norm: signed {_bound(signed)}, replayed {_bound(replayed)}"
     if signed.tiers != replayed.tiers:
         yield f"tiers: signed {_tiers(signed)}, replayed {_tiers(replayed)}"
     for ours, wanted in zip(signed.modules, replayed.modules, strict=True):
@@ -142,6 +145,10 @@ def _module(module: wire.ModulePlan) -> str:
 
 def _parts(plan: wire.Plan) -> str:
     return ", ".join(plan.personal_parts) or "nothing"
+
+
+def _bound(plan: wire.Plan) -> str:
+    return "any" if plan.update.max_norm is msgspec.UNSET else f"at most {plan.update.max_norm:g}"
 
 
 def _alive(alive: bool) -> str:

@@ -41,7 +41,7 @@ from cloud.rounds import (
 )
 from cloud.store import OBJECTS, UPDATES, Blobs, Database, Identity, Parts, RoundRecord, UpdateRecord
 from cloud.store.database import DATABASE_NAME
-from cloud.work import RoundWork, open_stored, open_update, start_work
+from cloud.work import RoundWork, open_stored, open_update, start_work, without_outliers
 from edge_runtime import wire
 from edge_runtime.bundle import MANIFEST_NAME, Array, Bundle
 from edge_runtime.wire.patch import OWN
@@ -168,9 +168,9 @@ class Aggregator:
             await asyncio.to_thread(self._publish, published.tensors, self._signed.plan.adapter)
 
     def _sum_again(self, work: RoundWork, updates: list[UpdateRecord]) -> None:
-        """Open the stored updates of a round once more; the sum is the same, whatever the order."""
-        for update in open_stored(work, self._blobs.sealed(updates)):
-            work.total.add(update)
+        """Open the stored updates of a round once more; sum and verdict are the same, whatever the order."""
+        for device, update in open_stored(work, self._blobs.sealed(updates)):
+            work.add(device, update, work.imprint(update))
 
     # Devices
 
@@ -283,12 +283,14 @@ class Aggregator:
             return known, False
         work = self._open_work()
         update = await asyncio.to_thread(open_update, work, device, sealed)
+        imprint = None if work.sketcher is None else await asyncio.to_thread(work.imprint, update)
         receipt = wire.UpdateReceipt(
             device=device, round=round_, digest=digest, weight=work.total.capped(update.weight)
         )
         record = UpdateRecord(receipt, len(sealed), self._clock(), update.metrics)
         # Shielded: a device that hangs up now must not leave a row without its share of the sum.
-        return await asyncio.shield(asyncio.create_task(self._arrivals.add(Arrival(work, record, update), sealed)))
+        arrival = Arrival(work, record, update, imprint)
+        return await asyncio.shield(asyncio.create_task(self._arrivals.add(arrival, sealed)))
 
     async def _commit(self, arrivals: Sequence[Arrival]) -> Sequence[Counted | Exception]:
         """Count updates, in the order in which they came, with one wait for the disk."""
@@ -305,7 +307,7 @@ class Aggregator:
             self._kick.set()
         for received, arrival in enumerate(new, start=before + 1):
             self.members.saw(arrival.record.receipt.device)
-            self._report(_counted_event(arrival.record, received, state.rules.devices_per_round))
+            self._report(arrival.counted(received, state.rules.devices_per_round))
         return [
             (receipt, outcome) if isinstance(outcome, bool) else outcome
             for receipt, outcome in zip(receipts, found, strict=True)
@@ -386,17 +388,22 @@ class Aggregator:
                 said = str(error)
 
     async def _apply(self) -> None:
-        """Apply the closed round's mean. When this fails the round stays closed, and the next tick tries again."""
-        work = self._open_work()
+        """Apply the mean of the closed round, without outliers. When this fails the round stays closed, and the next
+        tick tries again."""
         updates = await self._database.call(self._database.updates_of, self._state.round)
+        rule, least = self.config.outliers, self._state.rules.min_devices
+        came = self._open_work()
+        work, verdict = await asyncio.to_thread(
+            without_outliers, came, updates, self._blobs.sealed, rule=rule, least=least
+        )
         now = self._clock()
         summary = summarise(
             updates,
             task=self._bundle.manifest.task,
             round_=self._state.round,
             seconds=now - work.opened,
-            adapter="",  # known once the next plan has settled its ranks
             state=work.signed.plan.state,
+            verdict=verdict,
         )
         summary = msgspec.structs.replace(summary, idle=work.total.idle())
         state = advance(self._state, RoundApplied(now))
@@ -433,7 +440,8 @@ class Aggregator:
             self._work = None
         else:
             key = X25519PrivateKey.from_private_bytes(record.round_key)
-            self._work = start_work(self._bundle, signed, key=key, opened=record.opened)
+            judged = self.config.outliers.enabled
+            self._work = start_work(self._bundle, signed, key=key, opened=record.opened, judged=judged)
         self._state, self._record, self._signed = state, record, signed
         self._patches = PatchBook(functools.partial(self._maker.patch, record))
         self._changed.set()
@@ -479,17 +487,4 @@ class Aggregator:
 
 def _add_all(arrivals: Sequence[Arrival]) -> None:
     for arrival in arrivals:
-        arrival.work.total.add(arrival.update)
-
-
-def _counted_event(record: UpdateRecord, received: int, wanted: int) -> events.UpdateCounted:
-    return events.UpdateCounted(
-        round_=record.receipt.round,
-        device=record.receipt.device,
-        received=received,
-        wanted=wanted,
-        weight=record.receipt.weight,
-        bytes=record.bytes,
-        loss_start=record.metrics.loss_start,
-        loss_end=record.metrics.loss_end,
-    )
+        arrival.count()

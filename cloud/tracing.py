@@ -37,7 +37,7 @@ def trace(
     Args:
         records: Every round of the task, in order.
         plans: Theirs.
-        updates: The counted updates of all rounds.
+        updates: The counted updates of all rounds, without those that were set aside.
         adapter: Digest, hex. Where several plans name it, the last counts, so that nothing which went in is left out.
     """
     named = [number for number, signed in enumerate(plans) if signed.plan.adapter == adapter]

@@ -68,6 +68,22 @@ class UpdateSum:
         self._total += other._total
         self.weight += other.weight
 
+    def minus(self, other: UpdateSum) -> UpdateSum:
+        """The sum without what another sum of the same layout holds; exactly the sum of the rest if all of that is in
+        this one. Neither of the two changes.
+
+        Raises:
+            ValueError: another shape, or more devices or weight than there are here.
+        """
+        if other._total.shape != self._total.shape:
+            raise ValueError(f"sum: expected shape {self._total.shape}, got {other._total.shape}")
+        if other.devices > self.devices or other.weight > self.weight:
+            raise ValueError(f"sum: holds {self.devices} devices of weight {self.weight}: cannot take away more")
+        rest = UpdateSum(len(self._total), self._rules)
+        np.subtract(self._total, other._total, out=rest._total)
+        rest.devices, rest.weight = self.devices - other.devices, self.weight - other.weight
+        return rest
+
     @property
     def total(self) -> npt.NDArray[np.int64]:
         """The sum as it is kept, shape (count,): the weighted sum times ``2**fraction_bits``; not to be written to."""

@@ -6,7 +6,7 @@ stronger one, and of each block its first rows of A or columns of B (docs/wire.m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -80,6 +80,23 @@ class RoundSum:
         if tier not in self._sums:
             self._sums[tier] = UpdateSum(self._layouts[tier].count, self._rules)
         self._sums[tier].add(update.values, update.weight)
+
+    def without(self, updates: Iterable[Update]) -> RoundSum:
+        """The sum of the others: exactly what it would be if these updates had never been added. This one stays.
+
+        Raises:
+            ValueError: more updates than were added.
+        """
+        gone = RoundSum(self._layouts, self._rules)
+        for update in updates:
+            gone.add(update)
+        strangers = [tier for tier in gone._sums if tier not in self._sums]
+        if strangers:
+            raise ValueError(f"sum: holds no update of tier {strangers[0]}: cannot take one away")
+        rest = RoundSum(self._layouts, self._rules)
+        for tier, part in self._sums.items():
+            rest._sums[tier] = part.minus(gone._sums[tier]) if tier in gone._sums else part
+        return rest
 
     def sums(self) -> Double:
         """The weighted sum of the whole plan's layout, shape (layout.count,), float64."""

@@ -128,7 +128,7 @@ def plan_bytes(traffic: Traffic, modules: Sequence[wire.ModulePlan]) -> int:
             products="int8",
             local_kill=_LONGEST,
         ),
-        update=wire.UpdateRules(weight_cap=small, max_devices=small),
+        update=wire.UpdateRules(weight_cap=small, max_devices=small, max_norm=_LONGEST),
         seed=whole,
         deadline=_LONGEST,
         round_key="0" * 64,

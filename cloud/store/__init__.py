@@ -3,13 +3,22 @@
 from cloud.store.blobs import OBJECTS, UPDATES, Blobs
 from cloud.store.database import Database, Identity
 from cloud.store.parts import Parts
-from cloud.store.records import CapabilityRecord, DeviceRecord, RevocationRecord, RoundRecord, TokenRecord, UpdateRecord
+from cloud.store.records import (
+    CapabilityRecord,
+    Contributions,
+    DeviceRecord,
+    RevocationRecord,
+    RoundRecord,
+    TokenRecord,
+    UpdateRecord,
+)
 
 __all__ = [
     "OBJECTS",
     "UPDATES",
     "Blobs",
     "CapabilityRecord",
+    "Contributions",
     "Database",
     "DeviceRecord",
     "Identity",

@@ -11,6 +11,7 @@ import asyncio
 import functools
 import hashlib
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -28,6 +29,7 @@ from cloud.store import log
 from cloud.store import schema as t
 from cloud.store.records import (
     CapabilityRecord,
+    Contributions,
     DeviceRecord,
     RevocationRecord,
     RoundRecord,
@@ -160,7 +162,7 @@ class Database:
             values |= {"state": "applied", "summary": msgspec.json.encode(summary).decode()}
         with self._engine.begin() as connection:
             connection.execute(t.rounds.update().where(t.rounds.c.round == round_).values(values))
-            log.append(connection, new.opened, _ending(connection, round_, summary))
+            log.append_all(connection, [(new.opened, entry) for entry in _ending(connection, round_, summary)])
             _insert_round(connection, new, adapter)
 
     def destroy_keys(self) -> None:
@@ -220,8 +222,18 @@ class Database:
         newest = sa.select(t.updates.c.device, sa.func.max(t.updates.c.round)).group_by(t.updates.c.device)
         return self._updates(sa.select(t.updates).where(sa.tuple_(t.updates.c.device, t.updates.c.round).in_(newest)))
 
-    def contributions(self) -> dict[str, tuple[int, int]]:
-        """By device: how many of its updates are in applied rounds, and the bytes of all it sent."""
+    def set_aside(self) -> frozenset[tuple[int, str]]:
+        """Round and device of every counted update that is in no adapter, because it was far from the others."""
+        return frozenset(
+            (summary.round, outlier.device)
+            for summary in self.history()
+            for outlier in summary.outliers
+            if not outlier.kept
+        )
+
+    def contributions(self) -> dict[str, Contributions]:
+        """What every device gave that gave anything, by its name."""
+        aside = Counter(device for _, device in self.set_aside())
         applied = sa.func.sum(sa.case((t.rounds.c.state == "applied", 1), else_=0))
         query = (
             sa.select(t.updates.c.device, applied, sa.func.sum(t.updates.c.bytes))
@@ -229,7 +241,10 @@ class Database:
             .group_by(t.updates.c.device)
         )
         with self._engine.begin() as connection:
-            return {device: (count, size) for device, count, size in connection.execute(query)}
+            return {
+                device: Contributions(count - aside[device], aside[device], size)
+                for device, count, size in connection.execute(query)
+            }
 
     def _updates(self, query: sa.Select[Any]) -> list[UpdateRecord]:
         with self._engine.begin() as connection:
@@ -402,11 +417,12 @@ def _insert_round(connection: sa.Connection, new: RoundRecord, adapter: str) -> 
     log.append(connection, new.opened, audit.PlanSigned(new.round, digest, adapter, new.state == "finished"))
 
 
-def _ending(connection: sa.Connection, round_: int, summary: RoundStatus | None) -> audit.Entry:
+def _ending(connection: sa.Connection, round_: int, summary: RoundStatus | None) -> list[audit.Entry]:
     if summary is not None:
-        return audit.RoundApplied(round_, summary.devices, summary.weight, summary.adapter)
+        outlying = [audit.outlying(round_, outlier) for outlier in summary.outliers]
+        return [*outlying, audit.RoundApplied(round_, summary.devices, summary.weight, summary.adapter)]
     counted = sa.select(sa.func.count()).select_from(t.updates).where(t.updates.c.round == round_)
-    return audit.RoundDiscarded(round_, connection.scalar(counted) or 0)
+    return [audit.RoundDiscarded(round_, connection.scalar(counted) or 0)]
 
 
 def _update_row(update: UpdateRecord) -> dict[str, Any]:

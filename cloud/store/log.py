@@ -6,14 +6,15 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
+import msgspec
 import sqlalchemy as sa
 
 from cloud import audit
 from cloud.store import schema as t
+from edge_runtime.wire import RoundStatus
 
 _UPDATE = (t.updates.c.round, t.updates.c.device, t.updates.c.digest, t.updates.c.weight)
-_ADAPTER = sa.func.json_extract(t.rounds.c.summary, "$.adapter").label("adapter")
-_ROUND = (t.rounds.c.round, t.rounds.c.plan, t.rounds.c.state, _ADAPTER)
+_ROUND = (t.rounds.c.round, t.rounds.c.plan, t.rounds.c.state, t.rounds.c.summary)
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,16 @@ def _facts(connection: sa.Connection) -> Iterator[str]:
     for row in connection.execute(sa.select(*_ROUND)):
         yield audit.plan_fact(row.round, hashlib.sha256(row.plan).hexdigest())
         if row.state == "applied":
-            yield audit.applied_fact(row.round, row.adapter)
+            yield from _applied_facts(row.round, row.summary)
         elif row.state == "discarded":
             yield audit.discarded_fact(row.round)
+
+
+def _applied_facts(round_: int, text: str) -> Iterator[str]:
+    try:
+        summary = msgspec.json.decode(text, type=RoundStatus)
+    except msgspec.DecodeError:
+        return  # somebody has written there: the store does not say what the log does
+    yield audit.applied_fact(round_, summary.adapter)
+    for outlier in summary.outliers:
+        yield audit.outlier_fact(round_, outlier.device, kept=outlier.kept)

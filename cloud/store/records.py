@@ -69,3 +69,13 @@ class UpdateRecord:
     bytes: int
     received: float
     metrics: LocalMetrics
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """How many updates of a device are in applied rounds and how many of its were set aside; the bytes of all it
+    sent."""
+
+    updates: int = 0
+    set_aside: int = 0
+    bytes: int = 0

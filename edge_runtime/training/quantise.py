@@ -4,22 +4,30 @@ Rounding is unbiased: a value between two codes becomes the upper one with a cha
 one, so that the mean over many devices loses nothing but noise. What a device did not send, because it was rounded or
 beyond the range, is added to its change of the next round in which the tensor is alive (Seide et al. 2014; Karimireddy
 et al., arXiv 1901.09847). Pure.
+
+Where the plan bounds the norm of a whole change, what is beyond it is lost, as without rounding: that bound is there so
+that no device moves the model by more. Rounding may enlarge a change; one that is beyond the bound then is made smaller
+before it is rounded anew, and what that leaves out is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_runtime.bundle import Array
-from edge_runtime.wire import Layout
+from edge_runtime.training.clipping import shrink
+from edge_runtime.wire import Layout, norm_of
 from edge_runtime.wire.codes import largest_code
 
 Flat = npt.NDArray[np.float32]
 Double = npt.NDArray[np.float64]
+
+_TRIES = 8  # of rounding to a bound; after them it is rounded towards zero, which enlarges nothing
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,14 @@ class Quantised:
     residual: dict[str, Array]
 
 
-def quantise(change: Flat, layout: Layout, residual: Mapping[str, Array], *, rng: np.random.Generator) -> Quantised:
+def quantise(
+    change: Flat,
+    layout: Layout,
+    residual: Mapping[str, Array],
+    *,
+    rng: np.random.Generator,
+    max_norm: float = math.inf,
+) -> Quantised:
     """Round a change and what is left of earlier ones, block by block.
 
     A residual is kept within one range of zero: a tensor whose changes stay beyond its range would otherwise owe more
@@ -47,6 +62,7 @@ def quantise(change: Flat, layout: Layout, residual: Mapping[str, Array], *, rng
         residual: What is left of earlier rounds, by tensor name, of the whole tensor's shape; absent where nothing is,
             unless only some components of the tensor are trained.
         rng: For the rounding. Devices must draw differently, else their errors do not cancel.
+        max_norm: The L2 norm of what is sent is at most this.
 
     Raises:
         ValueError: the layout does not quantise, or what is left of a tensor has another shape.
@@ -55,19 +71,43 @@ def quantise(change: Flat, layout: Layout, residual: Mapping[str, Array], *, rng
     if quantisation is None:
         raise ValueError("quantise: the layout has no ranges: its updates are sent as float32")
     most = largest_code(quantisation.bits)
-    values, kept = np.empty_like(change), dict(residual)
-    blocks = zip(layout.split(change).items(), layout.split(values).values(), quantisation.steps, strict=True)
-    for (name, part), out, step in blocks:
-        left = np.array(residual.get(name, np.zeros_like(part)))
-        where = layout.where(name)
-        if left[where].shape != part.shape:  # numpy would spread a single column over all of them
-            raise ValueError(f"residual of {name}: expected shape {part.shape}, got {left[where].shape}")
-        wanted = part.astype(np.float64) + left[where]
-        sent = (stochastic_codes(wanted / step, most, rng) * step).astype(np.float32)
-        out[...] = sent
-        left[where] = np.clip(wanted - sent, -most * step, most * step)
-        kept[name] = left
+    wanted, kept = change.astype(np.float64), dict(residual)
+    for name, part in layout.split(wanted).items():
+        kept[name] = np.array(residual.get(name, np.zeros(part.shape, np.float32)))
+        left = kept[name][layout.where(name)]
+        if left.shape != part.shape:  # numpy would spread a single column over all of them
+            raise ValueError(f"residual of {name}: expected shape {part.shape}, got {left.shape}")
+        part[...] = np.add(part, left)
+    wanted *= shrink(float(np.linalg.norm(wanted)), max_norm)
+    values = _within(wanted, layout, rng, max_norm)
+    blocks = zip(layout.split(wanted - values).items(), quantisation.steps, strict=True)
+    for (name, owed), step in blocks:
+        kept[name][layout.where(name)] = np.clip(owed, -most * step, most * step)
     return Quantised(values, kept)
+
+
+def _within(wanted: Double, layout: Layout, rng: np.random.Generator, max_norm: float) -> Flat:
+    """A change rounded so that its norm is within the bound, within which it is itself; shape (count,)."""
+    share = 1.0
+    for _ in range(_TRIES):
+        values = _rounded(share * wanted, layout, lambda scaled, most: stochastic_codes(scaled, most, rng))
+        norm = norm_of(values)
+        if norm <= max_norm:
+            return values
+        share *= shrink(norm, max_norm)
+    return _rounded(wanted, layout, lambda scaled, most: np.trunc(np.clip(scaled, -most, most)))
+
+
+def _rounded(wanted: Double, layout: Layout, to_codes: Callable[[Double, int], Double]) -> Flat:
+    """What codes stand for, shape (count,)."""
+    values: Flat = np.empty(wanted.shape, np.float32)
+    quantisation = layout.quantisation
+    assert quantisation is not None, "the caller has looked"
+    most = largest_code(quantisation.bits)
+    blocks = zip(layout.split(wanted).values(), layout.split(values).values(), quantisation.steps, strict=True)
+    for part, out, step in blocks:
+        out[...] = to_codes(np.divide(part, step), most) * step
+    return values
 
 
 def stochastic_codes(scaled: Double, most: int, rng: np.random.Generator) -> Double:

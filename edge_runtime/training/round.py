@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -29,6 +31,7 @@ from edge_runtime.engine.parameters import AdapterParameters
 from edge_runtime.engine.remembered import RememberedHidden, memory_limit
 from edge_runtime.training.carried import fitting, read_carried, some
 from edge_runtime.training.class_means import measure
+from edge_runtime.training.clipping import clip_update
 from edge_runtime.training.job import (
     FRAME_NAME,
     PERSONAL_NAME,
@@ -99,8 +102,9 @@ def run_round(
         make = _measure if plan.state == "measure" else _train
         made = make(work, adapter, dataset, _Errand(plan, job, emit, personal))
     metrics = replace(_metrics(made.trained, score, memory, time.perf_counter() - began), tier=job.tier)
-    values = made.values
-    check_values(values, dataset.weight, plan.update)
+    # First as if it were not to be clipped: what diverged is not to be hidden by scaling it down.
+    check_values(made.values, dataset.weight, msgspec.structs.replace(plan.update, max_norm=msgspec.UNSET))
+    values = _clipped(made.values, plan, emit)
     if plan.quantisation:
         values = _round_off(values, work, plan, job, emit)
     update = Update(values, dataset.weight, metrics)
@@ -188,6 +192,16 @@ def _measure(work: WorkingBundle, adapter: dict[str, Array], dataset: Dataset, e
     return _Made(measured.layout, measured.values)
 
 
+def _clipped(change: Flat, plan: Plan, emit: Callable[[Event], None]) -> Flat:
+    most = plan.update.max_norm
+    if most is msgspec.UNSET:
+        return change
+    clipped = clip_update(change, max_norm=most)
+    if clipped.norm > most:
+        emit(Notice(f"the change was scaled down from norm {clipped.norm:.3g} to the plan's bound, {most:.3g}"))
+    return clipped.values
+
+
 def _round_off(change: Flat, work: WorkingBundle, plan: Plan, job: TrainingJob, emit: Callable[[Event], None]) -> Flat:
     """What of a change, and of what is left of earlier ones, is sent; writes what is left then."""
     shapes, vault = adapter_shapes(work.bundle.manifest, plan.ranks), Vault(job.grant)
@@ -203,7 +217,7 @@ def _round_off(change: Flat, work: WorkingBundle, plan: Plan, job: TrainingJob, 
     for name in layout.components:  # of these, only some components are sent
         residual.setdefault(name, np.zeros(shapes[name], np.float32))
     rng = np.random.default_rng([job.rounding_seed, plan.round])
-    found = quantise(change, layout, residual, rng=rng)
+    found = quantise(change, layout, residual, rng=rng, max_norm=plan.update.max_norm or math.inf)
     _write(vault, Path(job.out) / RESIDUAL_NAME, encode_tensors(found.residual), "residual", job.round)
     return found.values
 

@@ -12,7 +12,8 @@ WireError
 │   ├── UpdateOffsetError       a part begins elsewhere than what is there ends (device: ask, go on from there)
 │   ├── UpdatePlanError         made for another round or another plan
 │   ├── UpdateLayoutError       other blocks or shapes than the plan's
-│   └── UpdateValueError        NaN, infinity, a value or weight outside the plan's bounds
+│   ├── UpdateValueError        NaN, infinity, a value or weight outside the plan's bounds
+│   └── UpdateNormError         larger as a whole than the plan allows
 ├── PatchError                  a patch of the adapter is not to be applied (device: fetch the whole adapter)
 │   ├── PatchFormatError        magic, version, bits, marks or length are wrong
 │   ├── PatchPlanError          from another round than asked, or to another adapter than the plan's
@@ -87,6 +88,10 @@ class UpdateLayoutError(UpdateError):
 
 class UpdateValueError(UpdateError):
     """NaN, infinity, or a value or weight outside the plan's bounds."""
+
+
+class UpdateNormError(UpdateError):
+    """The L2 norm of the change is over the plan's bound."""
 
 
 class PatchError(WireError):

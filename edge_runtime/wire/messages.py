@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
@@ -97,7 +97,7 @@ class DeviceStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     enrolled: float  # Unix time in seconds
     last_seen: float | None
     left: bool
-    updates: int  # counted in applied rounds
+    updates: int  # counted in applied rounds, and not set aside
     bytes_up: int
     bytes_down: int
     peak_private_mb: float | None = None
@@ -107,6 +107,30 @@ class DeviceStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     capability: Capability | None = None  # its own figures; None: never told
     capability_told: float | None = None  # Unix time in seconds
     revoked: float | None = None  # since when the operator refuses it for good, Unix time in seconds
+    set_aside: int = 0  # updates that were acknowledged, and moved nothing because the operator's rule set them aside
+
+
+class Outlier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A device whose update is far from those of the others of its round. Only the operator is told.
+
+    Attributes:
+        device: Which one.
+        rule: ``norm``: of the change, as times the median norm; ``direction``: cosine of the angle between the change
+            and the mean direction of the others.
+        measured: Rounded to thousandths.
+        bound: What it is beyond: above it for ``norm``, below it for ``direction``.
+        devices: How many were compared, itself included.
+        tier: They were compared in what this tier of the plan carries.
+        kept: It counts all the same, because too few would have been left.
+    """
+
+    device: str
+    rule: Literal["norm", "direction"]
+    measured: float
+    bound: float
+    devices: int
+    tier: int = 0
+    kept: bool = False
 
 
 class RoundStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -125,6 +149,8 @@ class RoundStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     state: str = "train"  # of its plan; one that was measured has no losses, and a device weighs 1 in it
     # Components that it was to train and did not move, because fewer than two devices carried them, by module.
     idle: dict[str, tuple[int, ...]] = {}
+    outliers: tuple[Outlier, ...] = ()  # those that are not ``kept`` are in none of the figures but ``bytes_up``
+    judged: int | None = None  # devices that were compared with others; 0: too few came; None: there was no rule
 
 
 class TaskStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -100,6 +100,9 @@ class UpdateRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_abs: float = 8.0  # largest absolute change of one parameter in one round
     weight_cap: int = 65_536  # a device's weight is cut to this
     max_devices: int = 1_024
+    # Largest L2 norm of a whole change; left out: as large as ``max_abs`` lets it be. Devices from before this field
+    # obey plans without it.
+    max_norm: float | msgspec.UnsetType = msgspec.UNSET
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -239,6 +242,9 @@ def plan_problems(plan: Plan) -> list[str]:
             training.local_kill is msgspec.UNSET or 0 < training.local_kill <= 1
         ),
         "update bounds do not fit 63 bits": not _sum_fits(rules),
+        "max_norm must be more than 0 and finite, and is for changes, not for what is measured": not (
+            rules.max_norm is msgspec.UNSET or (0 < rules.max_norm < math.inf and plan.state != "measure")
+        ),
         "a plan that is answered needs a round key of 64 hex digits": (
             plan.state != "finished" and not _is_digest(plan.round_key)
         ),

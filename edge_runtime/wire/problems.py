@@ -32,6 +32,7 @@ PROBLEMS: dict[type[e.WireError], Problem] = {
     e.UpdatePlanError: Problem("update-plan", 422),
     e.UpdateLayoutError: Problem("update-layout", 422),
     e.UpdateValueError: Problem("update-value", 422),
+    e.UpdateNormError: Problem("update-norm", 422),
     e.PatchFormatError: Problem("patch-format", 422),
     e.PatchPlanError: Problem("patch-plan", 422),
     e.PatchValueError: Problem("patch-value", 422),

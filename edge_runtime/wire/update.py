@@ -23,6 +23,7 @@ from edge_runtime.wire.errors import (
     PlanFormatError,
     UpdateFormatError,
     UpdateLayoutError,
+    UpdateNormError,
     UpdatePlanError,
     UpdateValueError,
 )
@@ -43,6 +44,7 @@ QUANTISED_VERSION = 2  # the payload is packed codes
 _HEADER = struct.Struct("<8sHHI32s32sQ")
 # weight, steps, examples evaluated, correct of them, loss at start, loss at end, evaluation loss, seconds, peak MB ×2
 _TRAILER = struct.Struct("<QIIIddddff")
+_CHUNK = 1 << 16  # values that are made float64 at once
 
 
 @dataclass(frozen=True)
@@ -285,6 +287,7 @@ def decode_update(data: bytes, *, signed_plan: SignedPlan, layout: Layout) -> Up
         UpdateLayoutError: other blocks than the plan's.
         UpdateValueError: NaN, infinity, a value over ``max_abs``, a code that is none, a weight of zero, or more
             examples right than tried.
+        UpdateNormError: the change is larger as a whole than the plan allows.
     """
     if len(data) < _HEADER.size + _TRAILER.size:
         raise UpdateFormatError(f"update: length: expected {layout.frame_bytes} bytes, got {len(data)}")
@@ -330,10 +333,11 @@ def _read_values(data: bytes, layout: Layout) -> Values:
 
 
 def check_values(values: Values, weight: int, rules: UpdateRules) -> None:
-    """Demand finite values within the plan's bound and a positive weight.
+    """Demand finite values within the plan's bounds and a positive weight.
 
     Raises:
-        UpdateValueError: naming what is wrong.
+        UpdateValueError: naming what is wrong with the weight or with one of the values.
+        UpdateNormError: the values are too large together.
     """
     if weight < 1:
         raise UpdateValueError(f"update: weight: expected at least 1, got {weight}")
@@ -341,3 +345,16 @@ def check_values(values: Values, weight: int, rules: UpdateRules) -> None:
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     if not (low >= -rules.max_abs and high <= rules.max_abs):
         raise UpdateValueError(f"update: values: expected finite and within ±{rules.max_abs}, got {low} to {high}")
+    if rules.max_norm is not msgspec.UNSET and (norm := norm_of(values)) > rules.max_norm:
+        raise UpdateNormError(f"update: norm: expected at most {rules.max_norm:g}, got {norm:g}")
+
+
+def norm_of(values: Values) -> float:
+    """L2 norm of finite values, summed in float64 so that its last digits alone depend on the machine."""
+    import numpy as np
+
+    squares = 0.0
+    for start in range(0, len(values), _CHUNK):
+        part = values[start : start + _CHUNK].astype(np.float64)
+        squares += float(np.dot(part, part))
+    return math.sqrt(squares)

@@ -143,6 +143,7 @@ class Site:
         bundle: Bundle | None = None,
         annealing: dict[str, object] | None = None,
         tiers: dict[str, object] | None = None,
+        outliers: dict[str, object] | None = None,
         **task: object,
     ) -> Site:
         """A task of three rounds and two devices a round, if nothing else is asked."""
@@ -153,6 +154,7 @@ class Site:
             "task": table,
             "annealing": annealing or {},
             "tiers": tiers or {},
+            "outliers": outliers or {},
             "server": {"port": 0, "request_timeout_s": 5},
         }
         text = "".join(

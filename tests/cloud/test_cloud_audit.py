@@ -75,6 +75,16 @@ GOLDEN_TEXTS = [
     (audit.DeviceRevoked("one", ONE), '"device-revoked","device":"one","signing_key":"11…"'),
     (audit.PlanSigned(0, ONE, TWO, False), '"plan-signed","round":0,"plan":"11…","adapter":"22…","finished":false'),
     (audit.UpdateRefused(0, "one", "envelope"), '"update-refused","round":0,"device":"one","problem":"envelope"'),
+    (
+        audit.OutlierSetAside(0, "one", "direction", -413, -100, 20, 0),
+        '"outlier-set-aside","round":0,"device":"one","rule":"direction","measured_milli":-413,"bound_milli":-100,'
+        '"devices":20,"tier":0',
+    ),
+    (
+        audit.OutlierKept(0, "one", "norm", 98_230, 10_000, 20, 1),
+        '"outlier-kept","round":0,"device":"one","rule":"norm","measured_milli":98230,"bound_milli":10000,'
+        '"devices":20,"tier":1',
+    ),
     (audit.RoundApplied(0, 2, 20, ONE), '"round-applied","round":0,"devices":2,"weight":20,"adapter":"11…"'),
     (audit.RoundDiscarded(0, 1), '"round-discarded","round":0,"updates":1'),
     (audit.StopAsked(0), '"stop-asked","round":0'),

@@ -55,13 +55,13 @@ def test_accuracy_is_over_all_evaluated_examples() -> None:
         record("a", 1, eval_examples=10, eval_correct=9, eval_loss=0.1, loss_start=1.0, loss_end=0.5),
         record("b", 3, eval_examples=30, eval_correct=9, eval_loss=0.5, loss_start=2.0),
     ]
-    status = summarise(updates, task="classify", round_=4, seconds=2.0, adapter="x")
+    status = summarise(updates, task="classify", round_=4, seconds=2.0)
     assert (status.metric, status.eval_examples, status.loss_start, status.loss_end) == (18 / 40, 40, 1.75, 0.5)
     assert (status.round, status.devices, status.weight, status.bytes_up) == (4, 2, 4, 200)
-    assert summarise(updates, task="lm", round_=0, seconds=0.0, adapter="x").metric == pytest.approx(0.4)
+    assert summarise(updates, task="lm", round_=0, seconds=0.0).metric == pytest.approx(0.4)
 
 
 def test_nothing_measured_is_none() -> None:
     for task in ("classify", "lm"):
-        status = summarise([record("a", 1)], task=task, round_=0, seconds=0.0, adapter="x")  # type: ignore[arg-type]
+        status = summarise([record("a", 1)], task=task, round_=0, seconds=0.0)  # type: ignore[arg-type]
         assert (status.metric, status.loss_start, status.loss_end) == (None, None, None)

@@ -19,6 +19,7 @@ from edge_runtime.wire import (
     SignedRequest,
     Token,
     Update,
+    UpdateRules,
     authorization,
     decode_message,
     decode_update,
@@ -142,6 +143,13 @@ def test_local_kill_plan_bytes(plan: Plan, signing_key: Ed25519PrivateKey) -> No
     assert signed.data[64:] == PLAN[64:].replace(b'"clip_norm":null}', b'"clip_norm":null,"local_kill":0.25}')
     assert signed.digest == LOCAL_KILL_DIGEST
     assert b"local_kill" not in PLAN
+
+
+def test_bounded_plan_bytes(plan: Plan, signing_key: Ed25519PrivateKey) -> None:
+    """A plan that bounds no norm is what it was before there was such a field."""
+    signed = sign_plan(msgspec.structs.replace(plan, update=UpdateRules(max_norm=1.5)), signing_key)
+    assert signed.data[64:] == PLAN[64:].replace(b'"max_devices":1024}', b'"max_devices":1024,"max_norm":1.5}')
+    assert b"max_norm" not in PLAN
 
 
 def test_update_bytes(signed: SignedPlan, layout: Layout, update: Update) -> None:

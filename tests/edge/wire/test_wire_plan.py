@@ -87,6 +87,8 @@ CONTRADICTIONS = [
     ("update.max_abs", 1e308, "63 bits"),
     ("update.max_devices", 0, "63 bits"),
     ("update.weight_cap", 2**20, "63 bits"),
+    ("update.max_norm", 0.0, "max_norm must be more than 0"),
+    ("update.max_norm", -1.0, "max_norm must be more than 0"),
     ("round_key", "", "round key"),
     ("state", "measure", "a measuring plan trains nothing, quantises nothing and weighs every device 1"),
     ("personal", [], "personal must be head, B"),  # nothing is left out
@@ -113,6 +115,7 @@ WRONG_FIELDS = [
     ("state", "paused"),
     ("head_alive", 1),
     ("training.local_kill", None),
+    ("update.max_norm", None),
     ("personal", None),
     ("personal", "head"),
     ("personal", ["A"]),
@@ -167,6 +170,9 @@ def test_measuring_plan_trains_nothing_and_is_answered(plan: Plan, signing_key: 
         bad = msgspec.structs.replace(good, **change)
         with pytest.raises(PlanFormatError, match="round key" if "round_key" in change else "a measuring plan trains"):
             open_plan(sign_plan(bad, signing_key).data, signing_key.public_key())
+    bounded = msgspec.structs.replace(good, update=msgspec.structs.replace(rules, max_norm=1.0))
+    with pytest.raises(PlanFormatError, match=r"max_norm must be .* for changes, not for what is measured"):
+        open_plan(sign_plan(bounded, signing_key).data, signing_key.public_key())
 
 
 @pytest.mark.parametrize(("schema", "who"), [(2, "device"), (0, "aggregator"), ("1", "device"), (None, "device")])

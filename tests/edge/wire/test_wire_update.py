@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import struct
@@ -26,6 +27,7 @@ from edge_runtime.wire import (
     UpdateError,
     UpdateFormatError,
     UpdateLayoutError,
+    UpdateNormError,
     UpdatePlanError,
     UpdateRules,
     UpdateValueError,
@@ -33,6 +35,7 @@ from edge_runtime.wire import (
     decode_update,
     encode_update,
     layout_of,
+    norm_of,
     sign_plan,
 )
 
@@ -158,6 +161,32 @@ def test_bound_is_inclusive() -> None:
     check_values(np.array([0.5, -0.5], np.float32), 1, rules)
     with pytest.raises(UpdateValueError):
         check_values(np.array([np.nextafter(np.float32(0.5), np.float32(1))]), 1, rules)
+
+
+def test_the_bound_of_the_norm_is_inclusive_and_of_the_whole_change() -> None:
+    rules = UpdateRules(max_norm=5.0)
+    check_values(np.array([3.0, -4.0], np.float32), 1, rules)
+    check_values(np.array([8.0, 8.0], np.float32), 1, UpdateRules())
+    with pytest.raises(UpdateNormError, match=r"update: norm: expected at most 5, got 5\.099"):
+        check_values(np.array([3.0, -4.0, 1.0], np.float32), 1, rules)
+
+
+def test_a_frame_over_the_bound_of_the_norm_is_refused(
+    update: Update, plan: Plan, layout: Layout, signing_key: Ed25519PrivateKey
+) -> None:
+    norm = float(np.linalg.norm(update.values.astype(np.float64)))
+    for bound, fits in ((norm * 1.001, True), (norm * 0.999, False)):
+        rules = msgspec.structs.replace(plan.update, max_norm=bound)
+        signed = sign_plan(msgspec.structs.replace(plan, update=rules), signing_key)
+        frame = encode_update(update, signed_plan=signed, layout=layout)
+        with contextlib.nullcontext() if fits else pytest.raises(UpdateNormError):
+            decode_update(frame, signed_plan=signed, layout=layout)
+
+
+@given(st.integers(0, 200_000), st.floats(2**-20, 8.0, width=32))
+def test_a_norm_is_summed_in_double_precision(count: int, value: float) -> None:
+    """Summed in float32 it would be off by a hundredth at some of these lengths, and by another machine's rounding."""
+    assert norm_of(np.full(count, value, np.float32)) == pytest.approx(math.sqrt(count) * value, rel=1e-12)
 
 
 def metrics() -> st.SearchStrategy[LocalMetrics]:
