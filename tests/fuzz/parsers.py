@@ -6,6 +6,7 @@ what it gave can be written and read again, or keeps to the bounds that stand in
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cloud.config import parse_config
 from cloud.errors import ConfigError
 from edge_runtime import wire
+from edge_runtime.at_rest import NO_ROUND, AtRestError, StorageKey
 from edge_runtime.bundle import (
     Block,
     BlockKind,
@@ -40,10 +42,13 @@ from edge_runtime.bundle import (
 )
 from edge_runtime.bundle.adapter import adapter_ranks, cut_ranks
 from edge_runtime.bundle.tensors import encode_tensors
-from edge_runtime.device.errors import CorruptFileError
+from edge_runtime.device.errors import CorruptFileError, LocalError
 from edge_runtime.device.files import read_record
+from edge_runtime.device.home import Home
 from edge_runtime.device.records import DeviceState, Identity, Pending, Settings
+from edge_runtime.engine.hidden_file import KEY_BYTES, Ground, HiddenFile, Secret
 from edge_runtime.wire.patch import change_of
+from tests.edge.encrypted import KEY, VAULT
 
 _PLAN_CONTEXT = b"emberlora plan 1\0"
 _DIGEST = "ad" * 32
@@ -366,8 +371,62 @@ def _records(folder: Path) -> Parser:
     return Parser("record", tuple(map(msgspec.json.encode, samples)), read, CorruptFileError)
 
 
+def _encrypted_files(folder: Path) -> tuple[Parser, Parser]:
+    """Whatever opens is what was encrypted, byte for byte."""
+    contents = {b"": NO_ROUND, b"what was learned": 7, bytes(range(256)): 8}
+    path = folder / "encrypted"
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        found = VAULT.read(path, "residual")
+        assert found in contents
+        assert found == VAULT.open(data, "residual", what="fuzz", round_=contents[found])
+
+    def read_key(data: bytes) -> None:
+        assert StorageKey.parse(data.decode("utf-8", "replace")).text() == data.decode().strip().lower()
+
+    made = tuple(VAULT.encrypt(plain, "residual", round_=round_) for plain, round_ in contents.items())
+    keys = (KEY.text().encode(), KEY.text().upper().encode() + b"\n")
+    return Parser("encrypted file", made, read, AtRestError), Parser("storage key", keys, read_key, AtRestError)
+
+
+def _identities(folder: Path) -> Parser:
+    """Nothing of identity.json can be changed but its spelling as JSON."""
+    home, identity = Home(folder, KEY), Identity("https://host:8440", "pi-4", "2d" * 32, "sst2", "2d" * 32)
+    home.save_identity(identity)
+    path = folder / "identity.json"
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        assert home.stored_identity() == identity
+
+    return Parser("identity", (path.read_bytes(),), read, LocalError)
+
+
+def _hidden_files(folder: Path) -> Parser:
+    """A record gives what was remembered, or nothing."""
+    path, secret = folder / "hidden", Secret(bytes(32))
+    rows = {bytes([count]) * KEY_BYTES: np.full((count, 4), count, np.float32) for count in (1, 2, 5)}
+    with contextlib.closing(HiddenFile.create(Ground(2, bytes(32)), secret, folder=folder, path=path)) as made:
+        for key, values in rows.items():
+            made.append(key, values)
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        file = HiddenFile.open(path, secret)
+        if file is None:
+            return
+        with contextlib.closing(file):
+            for key, values in rows.items():
+                found = file.read(key) if key in file else None
+                assert found is None or np.array_equal(found, values)
+
+    return Parser("hidden states", (path.read_bytes(),), read, OSError)
+
+
 def make_parsers(folder: Path | None = None) -> tuple[Parser, ...]:
     """All of them; those that need a file have it in ``folder``."""
+    folder = folder or Path(tempfile.mkdtemp())
     plans = tuple(wire.sign_plan(plan, _SIGNING_KEY).data for plan in _PLANS)
     return (
         Parser("plan", tuple(data[64:] for data in plans), _read_plan, wire.PlanError),
@@ -383,7 +442,10 @@ def make_parsers(folder: Path | None = None) -> tuple[Parser, ...]:
         _manifests(),
         _tensor_files(),
         _configs(),
-        _records(folder or Path(tempfile.mkdtemp())),
+        _records(folder),
+        *_encrypted_files(folder),
+        _identities(folder),
+        _hidden_files(folder),
     )
 
 
