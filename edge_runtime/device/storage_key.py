@@ -190,10 +190,13 @@ def _make(place: KeyPlace, text: str, store: KeyStore) -> None:
     try:
         make_folder(path.parent)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # never over another home's key
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(text.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with contextlib.ExitStack() as unless_whole:
+            unless_whole.callback(path.unlink)  # a full disk must not leave what is no key and yet in its place
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(text.encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            unless_whole.pop_all()
         sync_folder(path.parent)
     except OSError as error:
         raise StorageKeyError(f"{path}: a storage key cannot be made here: {error.strerror}") from error

@@ -15,13 +15,15 @@ from device_bench import Bench
 from device_bundle import MODULES
 from device_server import Aggregator
 
+from edge_runtime.at_rest import StorageKey
 from edge_runtime.bundle import Array, encode_tensors, parse_tensors, read_peft_folder
 from edge_runtime.device import events
 from edge_runtime.device.commands import status
 from edge_runtime.device.display import TerminalDisplay
+from edge_runtime.device.errors import StorageKeyError
 from edge_runtime.device.home import Home
 from edge_runtime.device.outbox import Outbox
-from tests.edge.encrypted import tensors_in
+from tests.edge.encrypted import tensors_in, vault_of, write_tensors_to
 
 NAMES = [f"{module}.lora_b" for module in MODULES]
 
@@ -162,6 +164,21 @@ async def test_a_file_that_does_not_fit_is_told_and_the_published_part_stands(ow
     mine = read_peft_folder(own.home.published_folder, own.aggregator.bundle.manifest)
     np.testing.assert_array_equal(mine[NAMES[0]], published(own)[NAMES[0]])
     np.testing.assert_array_equal(mine[NAMES[1]], tensors[NAMES[1]] if damage == "shape" else published(own)[NAMES[1]])
+
+
+async def test_a_file_under_another_storage_key_is_kept_and_told(own: Bench) -> None:
+    """At the end, where the user's adapter is written: one without what the device kept would not be the device's."""
+    await own.run()
+    state = own.home.state()
+    own.home.save_state(msgspec.structs.replace(state, finished=False, done_round=3, published=""))
+    write_tensors_to(own.home.personal, "personal", {}, vault_of(task="docs", key=StorageKey(bytes(32))))
+    before = own.home.personal.read_bytes()
+    with pytest.raises(
+        StorageKeyError, match=r"personal.encrypted: encrypted under another storage key: .*nothing was"
+    ):
+        await own.run()
+    assert own.home.personal.read_bytes() == before
+    assert not own.home.state().finished
 
 
 async def test_only_the_owner_reads_it_and_leaving_removes_it(own: Bench) -> None:

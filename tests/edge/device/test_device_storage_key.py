@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -101,6 +102,20 @@ def test_where_nothing_can_be_kept_beside_it_the_key_is_inside(
     assert StorageKey.parse((home.folder / "storage-key").read_text()) == key
     monkeypatch.undo()
     assert find(home) == key
+
+
+def test_a_full_disk_leaves_no_half_key(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would be in the way of a whole one when there is room."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StorageKeyError, match="a storage key cannot be made here: No space left"):
+            find(home)
+    assert not default_file(home.folder).exists()
+    assert find(home) == KEY
 
 
 def test_the_systems_key_store(home: Home) -> None:

@@ -9,12 +9,13 @@ import msgspec
 import numpy as np
 import pytest
 
+from edge_runtime.at_rest import StorageKey
 from edge_runtime.bundle import Array, Bundle, open_bundle
-from edge_runtime.training.job import FRAME_NAME, RESIDUAL_NAME, Done, Event, Notice, TrainingJob
+from edge_runtime.training.job import FRAME_NAME, RESIDUAL_NAME, Done, Event, Failed, Notice, TrainingJob
 from edge_runtime.training.round import run_round
 from edge_runtime.training.session import WorkingBundle
 from edge_runtime.wire import Plan, PlanFormatError, Quantisation, SignedPlan, UpdateValueError, decode_update
-from tests.edge.encrypted import VAULT, tensors_in, write_tensors_to
+from tests.edge.encrypted import VAULT, tensors_in, vault_of, write_tensors_to
 from tests.edge.training.test_round import make_job, make_plan, run_child
 
 RANGE = 0.03  # half of what six steps at a rate of 1e-2 may move
@@ -94,6 +95,22 @@ def test_a_damaged_residual_is_told_and_training_goes_on(bundle: Bundle, tmp_pat
     _, told = train(bundle, msgspec.structs.replace(job, residual=str(old)), signed)
     assert told[-1].startswith("what earlier updates left out is lost: ")
     assert "old.safetensors: not an encrypted file" in told[-1]
+
+
+def test_a_residual_under_another_storage_key_is_kept_and_told(bundle: Bundle, tmp_path: Path) -> None:
+    """It is whole, and the key that opens it may be found again: the user must act, and nothing replaces it."""
+    job, _ = make_job(tmp_path, bundle, quantised(bundle, make_plan(bundle, "B", steps=2)))
+    old = tmp_path / "old.safetensors"
+    write_tensors_to(old, "residual", {}, vault_of(key=StorageKey(bytes(32))))
+    before = old.read_bytes()
+    code, events = run_child(msgspec.structs.replace(job, residual=str(old)), tmp_path)
+    assert code == 2
+    assert isinstance(events[-1], Failed)
+    assert events[-1].input
+    assert "old.safetensors: encrypted under another storage key: it needs " in events[-1].message
+    assert old.read_bytes() == before
+    assert not (tmp_path / RESIDUAL_NAME).exists()
+    assert not (tmp_path / FRAME_NAME).exists()
 
 
 def test_devices_draw_for_themselves(bundle: Bundle, tmp_path: Path) -> None:
