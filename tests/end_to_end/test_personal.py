@@ -52,8 +52,8 @@ class Watched(MemoryTransport):
 
     bodies: Bodies
 
-    async def upload(self, pending: Pending, sealed: Path) -> wire.UpdateReceipt:
-        data, work = sealed.read_bytes(), self._aggregator._work
+    async def upload(self, pending: Pending, sealed: bytes) -> wire.UpdateReceipt:
+        data, work = sealed, self._aggregator._work
         assert work is not None
         context = EnvelopeContext.of(work.signed, self._device)
         self.bodies.sealed.append(data)
