@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from cloud.keys import KEYS_FOLDER, load_keys
+from edge_runtime.at_rest import StorageKey
 from edge_runtime.device.home import Home
-from edge_runtime.device.storage_key import KeyChoice, default_file, find_key
+from edge_runtime.device.storage_key import default_file
 from edge_runtime.wire import Token
 from tests.end_to_end.test_task import COMMAND, Site, bert_site, wait_for
 
@@ -79,7 +80,7 @@ def test_no_secret_is_printed_logged_reported_or_in_a_process_list(site: Site) -
         site.wait_until_serving()
         for name in NAMES:
             site.enroll(name)
-            secrets |= {key_of(site, name), storage_key_of(site, name)}
+            secrets |= {key_of(site, name), storage_key_of(site, name).secret}
         secrets |= round_keys(site)
         said = [shown_by("edge", "rotate-key", "--home", site.folder / "one")]
         secrets.add(key_of(site, "one"))
@@ -100,7 +101,7 @@ def test_no_secret_is_printed_logged_reported_or_in_a_process_list(site: Site) -
     keys = load_keys(site.folder / "server" / "data" / KEYS_FOLDER)
     secrets |= {key.private_bytes_raw() for key in (keys.plan, keys.operator)}
     secrets |= {bytes.fromhex(Token.parse(token).secret) for token in site.tokens}
-    assert len(secrets) >= 3 + 2 + 3 + 2 + 2  # devices' keys, what their homes are under, rounds', the server's, tokens
+    assert len(secrets) >= 3 + 2 + 3 + 2 + 2  # devices' keys, those of their disks, of the rounds, the server's, tokens
 
     logs = [path.read_text() for path in site.folder.glob("*.log")]
     pages = [path.read_text() for path in site.folder.rglob("*.html")]
@@ -119,16 +120,12 @@ def shown_by(*arguments: object) -> str:
     return done.stdout + done.stderr
 
 
-def home_of(site: Site, name: str) -> Home:
-    return Home(site.folder / name, find_key(Home(site.folder / name), KeyChoice()))
-
-
 def key_of(site: Site, name: str) -> bytes:
-    return bytes.fromhex(home_of(site, name).identity().private_key)
+    return bytes.fromhex(Home(site.folder / name, storage_key_of(site, name)).identity().private_key)
 
 
-def storage_key_of(site: Site, name: str) -> bytes:
-    return bytes.fromhex(default_file(site.folder / name).read_text())
+def storage_key_of(site: Site, name: str) -> StorageKey:
+    return StorageKey.parse(default_file(site.folder / name).read_text())
 
 
 def test_the_search_finds_a_secret_in_every_spelling() -> None:
