@@ -90,8 +90,9 @@ def _children(pid: int) -> int:
 def _configure(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     for key, value in _CONFIG.items():
-        text, found = re.subn(rf"(?m)^{key} = \S+", f"{key} = {value}", text)
-        if found != 1:
+        # The first one: tables that come later have keys of the same name.
+        text, found = re.subn(rf"(?m)^{key} = \S+", f"{key} = {value}", text, count=1)
+        if not found:
             raise click.ClickException(f"idle: the sample config has no line for {key}")
     path.write_text(text, encoding="utf-8")
 

@@ -119,7 +119,7 @@ def test_what_is_remembered_is_recalled_from_the_first_gradients_on(
     assert computed.count(("out",)) - runs.count(("out",)) == BLOCKS - 1
     assert len(computed) - len(runs) == BLOCKS - 1
     (memory,) = memories
-    assert (memory.examples, memory.used_bytes) == (2, 44 + 2 * (28 + 16 * (2 * 32 + 4)))
+    assert (memory.examples, memory.used_bytes) == (2, 92 + 2 * (52 + 16 * (2 * 32 + 4)))
     flat = [np.concatenate([made[name].ravel() for name in sorted(wanted)]) for made in (wanted, found)]
     assert 1e-6 < np.linalg.norm(flat[1] - flat[0]) / np.linalg.norm(flat[0]) < 2e-3
 

@@ -20,7 +20,7 @@ def arrival(name: str) -> tuple[Arrival, bytes]:
     sealed = name.encode()
     receipt = wire.UpdateReceipt(device=name, round=0, digest=hashlib.sha256(sealed).hexdigest(), weight=1)
     nothing: Any = None  # what is summed is not looked at here
-    return Arrival(nothing, UpdateRecord(receipt, len(sealed), 0.0, wire.LocalMetrics()), nothing), sealed
+    return Arrival(nothing, UpdateRecord(receipt, len(sealed), 0.0, wire.LocalMetrics()), nothing, None), sealed
 
 
 class Round:
