@@ -26,6 +26,7 @@ from edge_runtime.bundle import (
 from edge_runtime.training.job import FRAME_NAME, Failed, TrainingJob, decode_event
 from edge_runtime.wire import ModulePlan, Tier, decode_update, tier_layouts
 from tests.edge.encrypted import VAULT
+from tests.edge.held import run_held
 from tests.edge.training.test_round import make_job, make_plan, write_data
 
 TEXTS = [" ".join(f"word{(start + step) % 20}" for step in range(12)) for start in range(12)]
@@ -126,7 +127,7 @@ def run_round(python: Path | str, folder: Path, bundle: Bundle, tier: int) -> di
 
 def child(python: Path | str, job: TrainingJob) -> subprocess.CompletedProcess[bytes]:
     command = [str(python), "-W", "error", "-m", "edge_runtime.training.child"]
-    return subprocess.run(command, input=msgspec.json.encode(job), capture_output=True, timeout=120)
+    return run_held(command, msgspec.json.encode(job))
 
 
 @pytest.mark.parametrize("tier", [0, 1])

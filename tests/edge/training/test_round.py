@@ -6,11 +6,9 @@ import errno
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from subprocess import PIPE
 from typing import IO
 
 import msgspec
@@ -46,6 +44,7 @@ from edge_runtime.wire import (
     sign_plan,
 )
 from tests.edge.encrypted import VAULT
+from tests.edge.held import run_held
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 LABELS = ("asyncio", "email", "tkinter", "xml")
@@ -262,14 +261,9 @@ def test_pieces_of_a_batch_make_the_same_update(bundle: Bundle, tmp_path: Path) 
 
 def run_child(job: TrainingJob, tmp_path: Path) -> tuple[int, list[Event]]:
     command = [sys.executable, "-W", "error", "-m", "edge_runtime.training.child"]
-    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE) as child:
-        assert child.stdin is not None and child.stdout is not None and child.stderr is not None  # noqa: PT018 - for mypy
-        child.stdin.write(msgspec.json.encode(job) + b"\n")
-        child.stdin.flush()  # and held open, as a device does
-        said, errors = child.stdout.read(), child.stderr.read()
-        code = child.wait()
-    assert errors == b"", errors.decode()
-    return code, [decode_event(line) for line in said.splitlines()]
+    done = run_held(command, msgspec.json.encode(job))
+    assert done.stderr == b"", done.stderr.decode()
+    return done.returncode, [decode_event(line) for line in done.stdout.splitlines()]
 
 
 def test_child_writes_the_frame_before_it_says_done(bundle: Bundle, tmp_path: Path) -> None:
