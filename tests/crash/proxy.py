@@ -113,7 +113,8 @@ class Link:
         await asyncio.sleep(toxic.close_s)
         self.happened["slow closes"] += toxic.close_s > 0
         if writer.can_write_eof():
-            writer.write_eof()
+            with contextlib.suppress(OSError):  # the peer has reset it: there is nobody left to tell
+                writer.write_eof()
 
     def _fate(self, toxic: Toxic) -> Fate:
         drawn, at = self.rng.random(), self.rng.randint(0, toxic.within_bytes)

@@ -73,7 +73,7 @@ THIN = Toxic(bytes_s=100_000, slice_bytes=1000)
         pytest.param(Toxic(close_s=0.3), Toxic(close_s=0.3), "slow closes", id="slow-close"),
         pytest.param(Toxic(cut_share=0.5, within_bytes=900), Toxic(), "cuts", id="requests-cut"),
         pytest.param(Toxic(), Toxic(cut_share=0.5, within_bytes=600), "cuts", id="answers-cut"),
-        pytest.param(Toxic(), Toxic(cut_share=0.7, within_bytes=60_000), "cuts", id="downloads-cut"),
+        pytest.param(Toxic(), Toxic(cut_share=1, within_bytes=20_000), "cuts", id="downloads-cut"),
         pytest.param(Toxic(silent_share=0.3, within_bytes=900), Toxic(), "silences", id="half-open-requests"),
         pytest.param(Toxic(), Toxic(silent_share=0.3, within_bytes=600), "silences", id="half-open-answers"),
     ],
