@@ -215,12 +215,12 @@ class Client:
             RefusedError: the receipt is for another update.
             TransportError: no answer; sending the same bytes again is safe.
         """
-        try:
-            if pending.bytes <= PART_BYTES:
-                receipt = await self._upload_whole(pending, sealed)
-            else:
+        receipt = None
+        if pending.bytes > PART_BYTES:
+            # A server from before parts knows no such path; whatever else it is, it says it again.
+            with contextlib.suppress(NotFoundError):
                 receipt = await self._upload_parts(pending, sealed)
-        except NotFoundError:  # a server from before parts knows no such path; whatever else it is, it says it again
+        if receipt is None:
             receipt = await self._upload_whole(pending, sealed)
         if (receipt.round, receipt.digest) != (pending.round, pending.digest):
             raise RefusedError(
