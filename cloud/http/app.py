@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from aiohttp import web
@@ -135,10 +136,15 @@ class _Resources:
 
     async def update(self, request: web.Request) -> web.Response:
         caller = self._device(request)
-        try:
+        with self._refusals_noted(caller.device):
             return await self._take_update(request, caller)
+
+    @contextlib.contextmanager
+    def _refusals_noted(self, device: str) -> Iterator[None]:
+        try:
+            yield
         except wire.WireError as error:
-            self._members.refused(caller.device, wire.problem_for(error).name)
+            self._members.refused(device, wire.problem_for(error).name)
             raise
 
     async def _take_update(self, request: web.Request, caller: wire.SignedRequest) -> web.Response:
@@ -175,11 +181,8 @@ class _Resources:
 
     async def part(self, request: web.Request) -> web.Response:
         caller = self._device(request)
-        try:
+        with self._refusals_noted(caller.device):
             return await self._take_part(request, caller)
-        except wire.WireError as error:
-            self._members.refused(caller.device, wire.problem_for(error).name)
-            raise
 
     async def _take_part(self, request: web.Request, caller: wire.SignedRequest) -> web.Response:
         part = Part(
