@@ -23,18 +23,7 @@ from cloud.errors import ConfigError
 from edge_runtime import wire
 from edge_runtime.at_rest import NO_ROUND, AtRestError, StorageKey
 from edge_runtime.bundle import (
-    Block,
-    BlockKind,
     BundleError,
-    Embed,
-    FileEntry,
-    Head,
-    Manifest,
-    Module,
-    Param,
-    PeftInfo,
-    Slot,
-    Text,
     adapter_shapes,
     encode_manifest,
     parse_manifest,
@@ -49,6 +38,7 @@ from edge_runtime.device.records import DeviceState, Identity, Pending, Settings
 from edge_runtime.engine.hidden_file import KEY_BYTES, Ground, HiddenFile, Secret
 from edge_runtime.wire.patch import change_of
 from tests.edge.encrypted import KEY, VAULT
+from tests.edge.tiny_manifest import tiny_manifest
 
 _PLAN_CONTEXT = b"emberlora plan 1\0"
 _DIGEST = "ad" * 32
@@ -274,45 +264,17 @@ def _problems() -> Parser:
     return Parser("problem", (sample,), read, wire.WireError)
 
 
-def _manifest() -> Manifest:
-    files = ("graphs/embed.onnx", "graphs/block.onnx", "graphs/head.onnx", "tokenizer.json")
-    slots = (Slot("attention.query", 6, 4), Slot("output", 8, 6))
-    return Manifest(
-        schema=2,
-        model="tiny",
-        task="classify",
-        width=6,
-        base="fp32",
-        embed=Embed("graphs/embed.onnx", ("embeddings.weight",), ("mask",)),
-        kinds=(BlockKind("layer", "graphs/block.onnx", ("attention.query.weight",), slots, ("mask",)),),
-        blocks=tuple(Block("layer", f"encoder.{number}") for number in range(2)),
-        head=Head("graphs/head.onnx", "first", (), "classifier", (Param("weight", (3, 6)), Param("bias", (3,)))),
-        modules=tuple(
-            Module(f"encoder.{number}.{slot.name}", number, slot.name, slot.in_features, slot.out_features)
-            for number in range(2)
-            for slot in slots
-        ),
-        r_max=4,
-        scale=2.0,
-        text=Text(max_tokens=16, vocab_size=50, pad_id=0),
-        peft=PeftInfo("org/tiny", "SEQ_CLS", ("output", "attention.query")),
-        parameters=1000,
-        files=dict.fromkeys([*files, "weights.safetensors", "adapter.safetensors"], FileEntry("e3" * 32, 0)),
-        labels=("no", "yes", "maybe"),
-    )
-
-
 def _manifests() -> Parser:
     def read(data: bytes) -> None:
         manifest = parse_manifest(data)
         assert parse_manifest(encode_manifest(manifest)) == manifest, "is another when written"
 
-    compact = json.dumps(json.loads(encode_manifest(_manifest()))).encode()
-    return Parser("manifest", (encode_manifest(_manifest()), compact), read, BundleError)
+    compact = json.dumps(json.loads(encode_manifest(tiny_manifest()))).encode()
+    return Parser("manifest", (encode_manifest(tiny_manifest()), compact), read, BundleError)
 
 
 def _tensor_files() -> Parser:
-    manifest = _manifest()
+    manifest = tiny_manifest()
     ranks = dict(zip(manifest.module_names, (1, 2, 3, 4), strict=True))
     shapes = adapter_shapes(manifest, ranks)
     adapter = encode_tensors({name: np.ones(shape, np.float32) for name, shape in shapes.items()})
