@@ -65,7 +65,9 @@ def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
     return -(-len(dataset) // batch_size)
 
 
-def training_batches(dataset: Dataset, batch_size: int, *, steps: int, rng: np.random.Generator) -> Iterator[Batch]:
+def training_batches(
+    dataset: Dataset, batch_size: int, *, steps: int, rng: np.random.Generator, done: int = 0
+) -> Iterator[Batch]:
     """Exactly ``steps`` batches out of endless shuffled epochs; the same ``rng`` state gives the same batches.
 
     Each epoch is a new permutation. Inside windows of :data:`WINDOW_BATCHES` batches, examples are grouped by length
@@ -76,6 +78,7 @@ def training_batches(dataset: Dataset, batch_size: int, *, steps: int, rng: np.r
         batch_size: Examples a batch, ≥ 1.
         steps: Batches to yield, ≥ 0.
         rng: Advanced as epochs begin.
+        done: How many of these steps an interrupted training has taken: their batches are left out.
 
     Raises:
         ValueError: a number is out of its range, or the dataset is empty.
@@ -83,7 +86,7 @@ def training_batches(dataset: Dataset, batch_size: int, *, steps: int, rng: np.r
     _check(dataset, batch_size)
     if steps < 0:
         raise ValueError(f"steps: out of range: expected at least 0, got {steps}")
-    return (_batch(dataset, chosen) for chosen in islice(_shuffled(dataset, batch_size, rng), steps))
+    return (_batch(dataset, chosen) for chosen in islice(_shuffled(dataset, batch_size, rng), done, steps))
 
 
 def evaluation_batches(dataset: Dataset, batch_size: int) -> Iterator[Batch]:

@@ -107,6 +107,10 @@ class SelfReport:
             self._steps.append(now - self._last_step)
         self._last_step = now
 
+    def interrupted(self) -> None:
+        """The time to the next step says nothing of steps."""
+        self._last_step = None
+
     async def tell(self) -> None:
         """Tell the aggregator if there is news."""
         self._now = _with_links(self._now, self._client.traffic)

@@ -39,7 +39,7 @@ class InputFailure(Failure):
 
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-_home_option = click.option(
+home_option = click.option(
     "--home",
     type=click.Path(file_okay=False, resolve_path=True, path_type=Path),
     envvar="EMBERLORA_HOME",
@@ -57,11 +57,11 @@ _eval_option = click.option(
     multiple=True,
     help="Held-out data, evaluated before each round; may be repeated. Remembered.",
 )
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 
 @contextlib.contextmanager
-def _one_line() -> Iterator[None]:
+def one_line() -> Iterator[None]:
     """Turn what a user must be told into one line and an exit code."""
     try:
         yield
@@ -97,7 +97,7 @@ def _say(event: DeviceEvent) -> None:
     help="One-time token from 'emberlora cloud token'; '-' reads it from standard input.",
 )
 @click.option("--name", required=True, help="This device's name, the one the token was made for.")
-@_home_option
+@home_option
 @storage_options
 @_data_option
 @_eval_option
@@ -141,7 +141,7 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
     from edge_runtime.device.trust import check_server, read_ca
     from edge_runtime.wire import Token, check_name
 
-    with _one_line():
+    with one_line():
         try:
             parsed = Token.parse(sys.stdin.readline() if token == "-" else token)
             check_name(name, what="device")
@@ -162,7 +162,7 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
 
 
 @click.command()
-@_home_option
+@home_option
 @storage_options
 @_data_option
 @_eval_option
@@ -193,6 +193,13 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
     help="Carry less of each plan than this device could: tier 1 or more, where the plan has tiers.  "
     "[default: what the plan means for a device of its free memory, or --memory-mb, and its speed]",
 )
+@click.option(
+    "--checkpoint-s",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="Seconds of training from one checkpoint to the next; a device that loses power goes on from the last one.",
+)
 @click.option("--skip-bad-lines", is_flag=True, help="Train on the good lines of a file that has bad ones.")
 @click.option("--once", is_flag=True, help="Stop after one round.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON event a line for machines.")
@@ -208,6 +215,7 @@ def run(  # noqa: PLR0913  # click passes each option as an argument
     micro_tokens: int | None,
     remember_mb: int | None,
     tier: int,
+    checkpoint_s: float,
     skip_bad_lines: bool,
     once: bool,
     as_json: bool,
@@ -215,9 +223,9 @@ def run(  # noqa: PLR0913  # click passes each option as an argument
     """Take part in rounds until the task is finished.
 
     The device asks for plans, trains in a child process, and sends sealed updates. It may be stopped and started at
-    any time: downloads go on where they were cut, and an update that was not acknowledged is sent again, not trained
-    again. When the server cannot be reached it waits and says so. Ends with 0 when the task is finished, 143 after
-    SIGTERM, 130 after Ctrl-C.
+    any time: downloads go on where they were cut, training after its last checkpoint, and an update that was not
+    acknowledged is sent again, not trained again. When the server cannot be reached it waits and says so. Ends with 0
+    when the task is finished, 143 after SIGTERM, 130 after Ctrl-C.
 
     \b
     Example:
@@ -233,7 +241,7 @@ def run(  # noqa: PLR0913  # click passes each option as an argument
     from edge_runtime.device.trainer import ChildTrainer
 
     display = JsonDisplay() if as_json else TerminalDisplay()
-    with _one_line(), contextlib.closing(display), opened(home, keys, display.show) as place:
+    with one_line(), contextlib.closing(display), opened(home, keys, display.show) as place:
         settings = _remember(place, data, evaluation)
         if not place.state().finished:
             check_settings(settings)
@@ -246,6 +254,7 @@ def run(  # noqa: PLR0913  # click passes each option as an argument
             micro_tokens=micro_tokens,
             remember_mb=remember_mb,
             tier=tier,
+            checkpoint_s=checkpoint_s,
             once=once,
         )
         tools = Tools(trainer=ChildTrainer(), inspector=ChildInspector(), host=Host(), report=display.show)
@@ -279,8 +288,8 @@ class StatusReport(msgspec.Struct, frozen=True):
 
 
 @click.command()
-@_home_option
-@_json_option
+@home_option
+@json_option
 def status(*, home: Path, as_json: bool) -> None:
     """Show what this device is doing and has done. Asks nobody; works while 'run' is running, and without its key.
 
@@ -291,7 +300,7 @@ def status(*, home: Path, as_json: bool) -> None:
     """
     from edge_runtime.device.outbox import first_round
 
-    with _one_line():
+    with one_line():
         place = Home(home)
         identity, state, settings = place.membership(), place.state(), place.settings()
         key_place = place.key_place()
@@ -340,7 +349,7 @@ def _status_text(report: StatusReport, state: DeviceState) -> str:
 
 
 @click.command()
-@_home_option
+@home_option
 @storage_options
 def leave(*, home: Path, keys: KeyChoice) -> None:
     """Leave the task; the aggregator forgets this device's key.
@@ -355,13 +364,13 @@ def leave(*, home: Path, keys: KeyChoice) -> None:
     from edge_runtime.device.enrolment import leave as leave_task
     from edge_runtime.device.host import Host
 
-    with _one_line(), opened(home, keys, _say) as place:
+    with one_line(), opened(home, keys, _say) as place:
         identity = asyncio.run(leave_task(place, host=Host()))
     click.echo(f"{identity.device} has left task {identity.task}")
 
 
 @click.command()
-@_home_option
+@home_option
 @storage_options
 def rotate_key(*, home: Path, keys: KeyChoice) -> None:
     """Replace this device's key by a new one; the old one is refused from then on.
@@ -375,13 +384,13 @@ def rotate_key(*, home: Path, keys: KeyChoice) -> None:
     from edge_runtime.device.host import Host
     from edge_runtime.device.rekeying import rotate
 
-    with _one_line(), opened(home, keys, _say) as place:
+    with one_line(), opened(home, keys, _say) as place:
         identity = asyncio.run(rotate(place, host=Host()))
     click.echo(f"{identity.device} has a new key in task {identity.task}")
 
 
 @click.command()
-@_home_option
+@home_option
 @storage_options
 @click.option("--ca", type=_FILE, help="Trust the server's certificate if it comes from this one (PEM).")
 @click.option("--system-ca", is_flag=True, help="Trust the system's CAs instead.")
@@ -397,7 +406,7 @@ def trust(*, home: Path, keys: KeyChoice, ca: Path | None, system_ca: bool, inse
     """
     from edge_runtime.device.trust import read_ca
 
-    with _one_line():
+    with one_line():
         if sum((ca is not None, system_ca, insecure_http)) != 1:
             raise InputError("give one of --ca FILE, --system-ca and --insecure-http")
         with opened(home, keys, _say) as place:
@@ -411,7 +420,8 @@ def trust(*, home: Path, keys: KeyChoice, ca: Path | None, system_ca: bool, inse
 def _remember(home: Home, data: tuple[Path, ...], evaluation: tuple[Path, ...]) -> Settings:
     """The settings with what was given just now in place of what was remembered."""
     old = home.settings()
-    new = Settings(
+    new = msgspec.structs.replace(
+        old,
         data=tuple(str(path.resolve()) for path in data) or old.data,
         evaluation=tuple(str(path.resolve()) for path in evaluation) or old.evaluation,
     )

@@ -9,6 +9,7 @@ import click
 import msgspec
 
 from edge_runtime.device import events
+from edge_runtime.device.eligibility import Obstacle
 from edge_runtime.terminal import Terminal
 
 
@@ -75,10 +76,6 @@ class TerminalDisplay:
         self._terminal.close()
 
     def _line(self, event: events.DeviceEvent) -> str:
-        if isinstance(event, events.Encrypted):
-            return encrypted_line(event)
-        if isinstance(event, events.Started):
-            return f"{event.device} takes part in task {event.task} at {event.server}"
         if isinstance(event, events.Planned):
             return self._planned_line(event)
         if isinstance(event, events.Fetched):
@@ -86,17 +83,13 @@ class TerminalDisplay:
             return f"{what}: {size(event.bytes)} fetched" if event.bytes else ""
         if isinstance(event, events.Noticed):
             return self._once(event.text)  # the same data says the same in every round
+        if isinstance(event, events.TrainingResumed):
+            return f"{self._name(event.round)}: goes on after step {event.step} of {event.steps}"
         if isinstance(event, events.Uploaded):
             return self._round_line(event)
         if isinstance(event, events.Skipped):
             return f"{self._name(event.round)}: left out ({event.reason}): {event.detail}"
-        if isinstance(event, events.Waiting):
-            waited = f" for {duration(event.waited_s)}" if event.waited_s >= 1 else ""
-            return f"waiting{waited}: {event.detail}; next try in {duration(event.retry_s)}"
-        if isinstance(event, events.Finished):
-            both = f"{size(event.bytes_up)} sent, {size(event.bytes_down)} received"
-            return f"the task is finished ({both}); its adapter: {event.folder}"
-        return ""
+        return _plain_line(event)
 
     def _planned_line(self, event: events.Planned) -> str:
         if event.state == "measure":
@@ -135,12 +128,35 @@ class TerminalDisplay:
         return f"round {round_ + 1}" + (f" of {self._rounds}" if self._rounds else "")
 
 
+def _plain_line(event: events.DeviceEvent) -> str:
+    """The line of an event that needs no other to be told."""
+    if isinstance(event, events.Encrypted):
+        return encrypted_line(event)
+    if isinstance(event, events.Started):
+        return f"{event.device} takes part in task {event.task} at {event.server}"
+    if isinstance(event, events.Waiting):
+        waited = f" for {duration(event.waited_s)}" if event.waited_s >= 1 else ""
+        return f"waiting{waited}: {event.detail}; next try in {duration(event.retry_s)}"
+    if isinstance(event, events.Held):
+        return f"training is held: {_texts(event.obstacles)}; it looks again in {duration(event.retry_s)}"
+    if isinstance(event, events.Ineligible):
+        return f"may not train now: {_texts(event.obstacles)}"
+    if isinstance(event, events.Finished):
+        both = f"{size(event.bytes_up)} sent, {size(event.bytes_down)} received"
+        return f"the task is finished ({both}); its adapter: {event.folder}"
+    return ""
+
+
 def encrypted_line(event: events.Encrypted) -> str:
     """What the user of an older version must know once."""
     return (
         f"this home was in the clear and is encrypted now ({event.files} files); its storage key: {event.key}; without "
         "it the home is lost. If others may have read this disk: emberlora edge rotate-key"
     )
+
+
+def _texts(obstacles: tuple[Obstacle, ...]) -> str:
+    return "; ".join(obstacle.text for obstacle in obstacles)
 
 
 def size(count: float) -> str:

@@ -17,6 +17,7 @@ DeviceError
 ├── RefusedError            what the server sent must not be obeyed: do nothing, ask again
 │   ├── PinMismatchError    the server's plan key is not the one the token names
 │   └── FloorError          a plan asks for more than this device allows
+├── HeldError               this device may not train now, by its user's rules: wait until it may
 └── ArtifactError           a downloaded bundle or adapter is bad: fetch it again
     ├── ArtifactDigestError     its bytes are not the ones the plan names
     └── ArtifactFormatError     right bytes, but not a bundle or adapter this plan can train
@@ -102,6 +103,10 @@ class PinMismatchError(RefusedError):
 
 class FloorError(RefusedError):
     """A plan asks for more than this device allows."""
+
+
+class HeldError(DeviceError):
+    """A training was ended because its user's rules are no longer met."""
 
 
 class ArtifactError(DeviceError):

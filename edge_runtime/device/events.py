@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from edge_runtime.device.eligibility import Obstacle
+
 
 class DeviceEvent(msgspec.Struct, frozen=True, tag_field="event"):
     """Base of all."""
@@ -59,6 +61,14 @@ class EvaluatedRound(DeviceEvent, frozen=True, tag="evaluated"):
     examples: int
     correct: int
     loss: float  # mean nats
+
+
+class TrainingResumed(DeviceEvent, frozen=True, tag="resumed"):
+    """A training that was interrupted goes on from its last checkpoint."""
+
+    round: int
+    step: int  # that was done last
+    steps: int
 
 
 class StepDone(DeviceEvent, frozen=True, tag="step"):
@@ -125,6 +135,21 @@ class Waiting(DeviceEvent, frozen=True, tag="waiting"):
     detail: str
     waited_s: float  # since it first failed
     retry_s: float  # until the next attempt
+
+
+class Ineligible(DeviceEvent, frozen=True, tag="ineligible"):
+    """By its user's rules this device may not train a round yet; it looks again about every minute."""
+
+    round: int
+    obstacles: tuple[Obstacle, ...]
+
+
+class Held(DeviceEvent, frozen=True, tag="held"):
+    """By its user's rules this device may no longer train; what it has done is kept."""
+
+    round: int
+    obstacles: tuple[Obstacle, ...]
+    retry_s: float  # until it looks again
 
 
 class Finished(DeviceEvent, frozen=True, tag="finished"):

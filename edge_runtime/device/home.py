@@ -17,6 +17,7 @@ outbox/round-N.residual     * what will be left unsent once it is
 outbox/round-N.personal     * what the device will keep for itself once it is
 residual.encrypted          * what the acknowledged updates left unsent, where plans quantise
 personal.encrypted          * trained parameters that never leave this device, where plans leave it any
+checkpoint.encrypted        * how far the training of the round is that is trained now
 remembered.hidden           * what the blocks below all that is trained make of the data; a cache
 work/                       * what the training child writes; emptied after every round
 published/                  the final adapter as a peft folder, for any program of the user's: in the clear
@@ -57,11 +58,18 @@ from edge_runtime.device.records import (
     Settings,
     StoredIdentity,
 )
-from edge_runtime.training.job import CARRIED_NAMES, PERSONAL_NAME, REMEMBERED_NAME, RESIDUAL_NAME
+from edge_runtime.training.job import (
+    CARRIED_NAMES,
+    CHECKPOINT_NAME,
+    JOB_PURPOSES,
+    PERSONAL_NAME,
+    REMEMBERED_NAME,
+    RESIDUAL_NAME,
+)
 
 IDENTITY_NAME = "identity.json"
 STORAGE_NAME = "storage.json"
-_PURPOSES: tuple[Purpose, ...] = ("identity", "record", "update", "frame", "residual", "personal", "remembered")
+_PURPOSES: tuple[Purpose, ...] = ("identity", "record", "update", *JOB_PURPOSES)
 
 
 class _Form(msgspec.Struct, frozen=True):
@@ -101,6 +109,11 @@ class Home:
     def remembered(self) -> Path:
         """What frozen blocks make of the device's examples, from round to round; may be removed at any time."""
         return self.folder / REMEMBERED_NAME
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where a training that was interrupted goes on; there while a round is trained."""
+        return self.folder / CHECKPOINT_NAME
 
     @property
     def personal(self) -> Path:
@@ -258,7 +271,7 @@ class Home:
 
     def forget(self) -> None:
         """Remove what makes this home one device: identity, position, what is unsent or personal. Downloads stay."""
-        for name in (IDENTITY_NAME, "state.json", "capability.json", REMEMBERED_NAME, *CARRIED_NAMES):
+        for name in (IDENTITY_NAME, "state.json", "capability.json", REMEMBERED_NAME, CHECKPOINT_NAME, *CARRIED_NAMES):
             (self.folder / name).unlink(missing_ok=True)
         for folder in (self.outbox, self.work, self.folder / "plans"):
             shutil.rmtree(folder, ignore_errors=True)

@@ -9,17 +9,21 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+from edge_runtime.device.conditions import conditions
+from edge_runtime.device.eligibility import Conditions
 from edge_runtime.device.errors import TransportError
 
 
 @dataclass(frozen=True)
 class Host:
-    """Clock in Unix seconds, entropy for nonces and keys, a generator for jitter only, and sleep in seconds."""
+    """Clock in Unix seconds, entropy for nonces and keys, a generator for jitter only, sleep in seconds, and what the
+    system tells of power, temperature and memory."""
 
     clock: Callable[[], float] = time.time
     entropy: Callable[[int], bytes] = os.urandom
     rng: random.Random = field(default_factory=random.Random)
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    conditions: Callable[[], Conditions] = conditions
 
 
 @dataclass

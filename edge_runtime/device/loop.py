@@ -1,13 +1,14 @@
 """An enrolled device at work: poll, fetch, train, seal, upload, until the task is finished.
 
 :mod:`edge_runtime.device.state` decides; this carries it out. Every action may be interrupted at any instant and is
-safe to repeat: downloads resume, training starts again, and a sealed update is durable before its first byte leaves.
-What may pass by itself (no connection, a bad download, a plan that must not be obeyed) is reported and waited for;
-what cannot ends :meth:`Device.run` with its own error.
+safe to repeat: downloads resume, training goes on from its last checkpoint, and a sealed update is durable before its
+first byte leaves. What may pass by itself (no connection, a bad download, a plan that must not be obeyed) is reported
+and waited for; what cannot ends :meth:`Device.run` with its own error.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,9 +20,17 @@ from edge_runtime.at_rest import AtRestError
 from edge_runtime.device import events
 from edge_runtime.device.artifacts import Request
 from edge_runtime.device.capability import SelfReport
-from edge_runtime.device.errors import ArtifactError, CorruptFileError, RefusedError, TrainingError, TransportError
+from edge_runtime.device.errors import (
+    ArtifactError,
+    CorruptFileError,
+    HeldError,
+    RefusedError,
+    TrainingError,
+    TransportError,
+)
 from edge_runtime.device.fetch import Store
 from edge_runtime.device.files import sync_folder, write_record
+from edge_runtime.device.gate import Gate
 from edge_runtime.device.home import Home
 from edge_runtime.device.host import Backoff, Host
 from edge_runtime.device.inspector import Inspector, demand
@@ -39,6 +48,7 @@ from edge_runtime.training.job import (
     Event,
     MeasuredPart,
     Notice,
+    Resumed,
     Stepped,
     Stilled,
     TrainingJob,
@@ -78,6 +88,7 @@ class RunOptions:
     packed_weights: bool = False
     micro_tokens: int | None = None  # None: what suits model and budget
     remember_mb: int | None = None  # None: what suits the disk
+    checkpoint_s: float = 30.0  # of training, from one checkpoint to the next
     tier: int = 0  # the least the user wants to carry; a weaker one where the plan means this device to
     once: bool = False  # stop after one round
     wait_s: int = 30  # how long a poll may be held by the server
@@ -112,6 +123,7 @@ class Device:
         self._store = Store(home, client, tools.inspector, options.floors)
         self._carried = 0  # the tier of the round that is trained
         self._self_report = SelfReport(home, client, self._identity.task, tools.host.clock)
+        self._gate = Gate(tools.host, lambda: home.settings().rules, tools.report)
         self._signed: SignedPlan | None = None
         self._backoffs: dict[type[Action], Backoff] = {}
         self._reported = ""  # digest of the plan the user was told about last
@@ -168,7 +180,7 @@ class Device:
         if isinstance(action, Poll):
             await self._poll(action.after)
         elif isinstance(action, Train):
-            await self._train(action.signed)
+            await self._train_if_eligible(action.signed)
         elif isinstance(action, Upload):
             await self._upload(action.pending)
         elif isinstance(action, Publish):
@@ -212,6 +224,14 @@ class Device:
         self._tools.report(events.Fetched(plan.round, self._client.traffic.down - before))
         return bundle, adapter
 
+    async def _train_if_eligible(self, signed: SignedPlan) -> None:
+        round_ = signed.plan.round
+        if await self._gate.wait(round_, counted_at=self._state.counted_at):
+            self._signed = None  # by now another plan may be in force
+            return
+        with contextlib.suppress(HeldError):  # its user was told; the same action comes next, and waits
+            await self._gate.train(round_, self._train(signed))
+
     async def _train(self, signed: SignedPlan) -> None:
         plan = signed.plan
         bundle, adapter = await self._fetch(signed)
@@ -235,6 +255,8 @@ class Device:
             remembered=str(self._home.remembered),
             tier=self._carried,
             residual=str(self._home.residual),
+            checkpoint=str(self._home.checkpoint),
+            checkpoint_s=self._options.checkpoint_s,
             personal=str(self._home.personal),
             rounding_seed=int.from_bytes(self._tools.host.entropy(8), "big"),
         )
@@ -253,11 +275,11 @@ class Device:
     def _journal(self, signed: SignedPlan, result: Done, work: Path) -> None:
         """Seal the frame that lies in ``work`` and make it durable, or stay out of the round."""
         plan = signed.plan
-        self._tools.report(_trained(plan.round, result))
         if result.weight < plan.min_examples:
             detail = f"this device has {result.weight} examples: expected at least {plan.min_examples}"
             self._skip(plan.round, "few-examples", detail)
             return
+        self._tools.report(_trained(plan.round, result))
         try:
             data = self._vault.read(work / FRAME_NAME, "frame", round_=plan.round)
         except FileNotFoundError as error:
@@ -285,7 +307,8 @@ class Device:
             self._skip(pending.round, "damaged", str(error))
         else:
             self._outbox.keep_carried(pending.round, self._home.folder)  # first: see the outbox
-            self._end_round(done(self._state, pending.round, counted=True), pending.round)
+            state = done(self._state, pending.round, counted_at=self._tools.host.clock())
+            self._end_round(state, pending.round)
             self._tools.report(events.Uploaded(pending.round, pending.bytes, receipt.weight))
             await self._self_report.tell()
 
@@ -324,6 +347,7 @@ class Device:
         # This order: after a crash in between, the journal entry is known to be done with and dropped.
         self._save(state)
         self._outbox.remove(round_)
+        self._home.checkpoint.unlink(missing_ok=True)
         self._signed = None
         self._rounds += 1
 
@@ -342,6 +366,9 @@ class Device:
             self._tools.report(events.EvaluatedRound(round_, event.examples, event.correct, event.loss))
         elif isinstance(event, MeasuredPart):
             self._tools.report(events.MeasuredPart(round_, event.examples, event.of))
+        elif isinstance(event, Resumed):
+            self._self_report.interrupted()
+            self._tools.report(events.TrainingResumed(round_, event.step, event.steps))
         elif isinstance(event, Stepped):
             if self._carried == 0:
                 self._self_report.stepped(event.step)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from edge_runtime.device.eligibility import Rules
 from edge_runtime.wire import Capability
 
 _Key = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
@@ -112,10 +113,11 @@ class KeyPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """settings.json: which local files to train and evaluate on, as absolute paths."""
+    """settings.json: which local files to train and evaluate on, as absolute paths, and when to train."""
 
     data: tuple[str, ...] = ()
     evaluation: tuple[str, ...] = ()
+    rules: Rules = Rules()
 
 
 class DeviceState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -128,6 +130,7 @@ class DeviceState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bundle: str = ""  # digest of the bundle in use
     published: str = ""  # digest of the final adapter
     counted: int = 0  # updates the server has acknowledged
+    counted_at: float = 0.0  # when it acknowledged the last one, Unix seconds by this device's clock
     bytes_up: int = 0  # bodies of requests, repeats included
     bytes_down: int = 0  # bodies of answers, repeats included
     adapter: str = ""  # digest of the adapter that came last, which the next one is patched from

@@ -104,11 +104,18 @@ def accept(
     return msgspec.structs.replace(state, seen_round=signed.plan.round, plan=signed.digest), signed
 
 
-def done_with(state: DeviceState, round_: int, *, counted: bool = False) -> DeviceState:
-    """The state of a device that has nothing more to do for a round; ``counted`` if its update was acknowledged."""
-    return msgspec.structs.replace(
-        state, done_round=max(state.done_round, round_), counted=state.counted + int(counted)
-    )
+def done_with(state: DeviceState, round_: int, *, counted_at: float | None = None) -> DeviceState:
+    """The state of a device that has nothing more to do for a round.
+
+    Args:
+        state: Where it is.
+        round_: The round.
+        counted_at: When its update was acknowledged, Unix seconds; None if none was.
+    """
+    state = msgspec.structs.replace(state, done_round=max(state.done_round, round_))
+    if counted_at is None:
+        return state
+    return msgspec.structs.replace(state, counted=state.counted + 1, counted_at=counted_at)
 
 
 def _check_floors(plan: Plan, floors: Floors) -> None:

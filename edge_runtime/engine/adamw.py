@@ -44,6 +44,10 @@ class AdamW:
         self._frozen |= frozenset(names)
         self._pieces = list(_pieces(self._parameters, self._training, self._frozen))
 
+    def resume(self, first: Flat, second: Flat, steps: int) -> None:
+        """Go on after ``steps`` steps from the moments that they left, each of shape (layout.count,)."""
+        self.first[:], self.second[:], self.steps = first, second, steps
+
     def step(self, gradients: Mapping[str, Array], *, share: float = 1.0) -> float:
         """Move the parameters by one step.
 

@@ -53,6 +53,11 @@ class AdapterParameters:
         """Train these tensors no longer: they keep the values they have."""
         self.frozen |= frozenset(names)
 
+    def resume(self, values: Flat) -> None:
+        """Take the values that an interrupted training left, shape (layout.count,)."""
+        self.flat[:] = values
+        self.settle()
+
     def settle(self) -> None:
         """Copy trained components from ``flat`` to where the engine reads them; a tensor trained whole needs none."""
         for name, part in self._parts.items():

@@ -7,6 +7,9 @@ leaves out, and where it leaves parameters to the device ``personal.encrypted``,
 its memory returns to the system between rounds, and so that the resident process never loads the engine. The child ends
 with its parent, however that ends (:mod:`edge_runtime.training.held`).
 
+The job's ``checkpoint`` file outlives the child: a training that was stopped or killed goes on from there. SIGTERM asks
+for one after the step under way, and the end; before the first step it ends the child at once.
+
 Whatever follows from the device's texts is encrypted before it is written. The child is given the keys of these files
 in the job, which therefore is on no disk, in no list of processes and in no environment.
 """
@@ -23,7 +26,9 @@ REMEMBERED_NAME = "remembered.hidden"
 RESIDUAL_NAME = "residual.encrypted"
 PERSONAL_NAME = "personal.encrypted"
 CARRIED_NAMES = (RESIDUAL_NAME, PERSONAL_NAME)  # what a device carries over to later rounds
-JOB_PURPOSES: tuple[Purpose, ...] = ("frame", "residual", "personal", "remembered")  # what a training needs keys for
+CHECKPOINT_NAME = "checkpoint.encrypted"
+# What a training needs keys for.
+JOB_PURPOSES: tuple[Purpose, ...] = ("frame", "residual", "personal", "remembered", "checkpoint")
 
 
 class TrainingJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,6 +54,8 @@ class TrainingJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     remembered: str | None = None  # file: the same from round to round; None: forgotten when the training ends
     residual: str | None = None  # file: what updates before did not say; None, or no such file: nothing
     personal: str | None = None  # file: what this device keeps for itself; None, or no such file: nothing yet
+    checkpoint: str | None = None  # file: where an interrupted training goes on; None: it begins anew
+    checkpoint_s: float = 30.0  # seconds of training from one to the next
     tier: int = 0  # of the plan's, that this device carries
     rounding_seed: int = 0  # for stochastic rounding; of the device's own entropy, so that no two devices round alike
 
@@ -65,6 +72,13 @@ class Evaluated(msgspec.Struct, frozen=True, tag="evaluated"):
     examples: int
     correct: int
     loss: float  # mean nats
+
+
+class Resumed(msgspec.Struct, frozen=True, tag="resumed"):
+    """A training that was interrupted goes on."""
+
+    step: int  # that was done last
+    steps: int
 
 
 class Stepped(msgspec.Struct, frozen=True, tag="stepped"):
@@ -105,7 +119,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     input: bool
 
 
-Event = Notice | Evaluated | Stepped | Stilled | MeasuredPart | Done | Failed
+Event = Notice | Evaluated | Resumed | Stepped | Stilled | MeasuredPart | Done | Failed
 
 
 def decode_event(line: bytes) -> Event:

@@ -30,6 +30,7 @@ from edge_runtime.engine.interface import Score
 from edge_runtime.engine.parameters import AdapterParameters
 from edge_runtime.engine.remembered import RememberedHidden, memory_limit
 from edge_runtime.training.carried import fitting, read_carried, some
+from edge_runtime.training.checkpoint import Checkpoints, Position, ground_of
 from edge_runtime.training.class_means import measure
 from edge_runtime.training.clipping import clip_update
 from edge_runtime.training.job import (
@@ -41,6 +42,7 @@ from edge_runtime.training.job import (
     Event,
     MeasuredPart,
     Notice,
+    Resumed,
     Stepped,
     Stilled,
     TrainingJob,
@@ -50,7 +52,7 @@ from edge_runtime.training.memory import MemorySampler
 from edge_runtime.training.personal import PersonalTensors, read_personal, trained_personal
 from edge_runtime.training.quantise import Flat, quantise
 from edge_runtime.training.session import WorkingBundle
-from edge_runtime.wire import Layout, LocalMetrics, Plan, Update, check_values, encode_update, open_plan
+from edge_runtime.wire import Layout, LocalMetrics, Plan, SignedPlan, Update, check_values, encode_update, open_plan
 
 OpenWork = Callable[[Bundle, Plan, TrainingJob], WorkingBundle]
 
@@ -67,7 +69,10 @@ def working_bundle(bundle: Bundle, plan: Plan, job: TrainingJob) -> WorkingBundl
 
 
 def run_round(
-    job: TrainingJob, emit: Callable[[Event], None], open_work: OpenWork = working_bundle
+    job: TrainingJob,
+    emit: Callable[[Event], None],
+    open_work: OpenWork = working_bundle,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[bytes, Done]:
     """Evaluate the plan's adapter, train the alive parameters or measure class means, and make the frame.
 
@@ -78,14 +83,16 @@ def run_round(
         job: Files, all verified by the parent; the plan's signature is checked again because it costs nothing.
         emit: Receives every event but the last.
         open_work: Opens the bundle; a process that trains many devices may give all of them the same one.
+        checkpoints: Where a training goes on that was interrupted, and keeps how far it is; None: it begins anew.
 
     Returns:
-        The unsealed frame and the last event.
+        The unsealed frame, empty if the device has fewer examples than the plan wants, and the last event.
 
     Raises:
         PlanError, BundleError, DataError, EngineError: as their names say; nothing was written.
         UpdateValueError: training left the plan's bounds.
         WrongStorageKeyError: what was carried over is not of this home.
+        StoppedError: the checkpoints ended it.
     """
     began = time.perf_counter()
     signed = open_plan(Path(job.plan).read_bytes(), Ed25519PublicKey.from_public_bytes(bytes.fromhex(job.plan_key)))
@@ -98,10 +105,17 @@ def run_round(
         personal = _personal(work, plan, job, emit)
         adapter |= personal.tensors
         dataset = _load(work, job.data, plan, job, emit)
-        score = _evaluate(work, adapter, plan, job, emit)
-        make = _measure if plan.state == "measure" else _train
-        made = make(work, adapter, dataset, _Errand(plan, job, emit, personal))
-    metrics = replace(_metrics(made.trained, score, memory, time.perf_counter() - began), tier=job.tier)
+        if dataset.weight < plan.min_examples:  # known before anything is computed
+            return b"", Done(dataset.weight, LocalMetrics())
+        errand = _Errand(signed, job, emit, personal, checkpoints)
+        position = _position(work, dataset, errand)
+        score = _evaluate(work, adapter, errand, resumed=position is not None)
+        if plan.state == "measure":
+            made = _measure(work, adapter, dataset, errand)
+        else:
+            made = _train(work, adapter, dataset, errand, position)
+    seconds = time.perf_counter() - began + (position.seconds if position else 0.0)
+    metrics = replace(_metrics(made.trained, score, memory, seconds), tier=job.tier)
     # First as if it were not to be clipped: what diverged is not to be hidden by scaling it down.
     check_values(made.values, dataset.weight, msgspec.structs.replace(plan.update, max_norm=msgspec.UNSET))
     values = _clipped(made.values, plan, emit)
@@ -126,10 +140,16 @@ def _write(vault: Vault, path: Path, data: bytes, purpose: Purpose, round_: int)
 class _Errand:
     """What is asked, how, and who is told."""
 
-    plan: Plan
+    signed: SignedPlan
     job: TrainingJob
     emit: Callable[[Event], None]
     personal: PersonalTensors
+    checkpoints: Checkpoints | None
+
+    @property
+    def plan(self) -> Plan:
+        """What is asked."""
+        return self.signed.plan
 
 
 @dataclass(frozen=True)
@@ -141,10 +161,26 @@ class _Made:
     trained: Trained | None = None
 
 
-def _train(work: WorkingBundle, adapter: dict[str, Array], dataset: Dataset, errand: _Errand) -> _Made:
+def _position(work: WorkingBundle, dataset: Dataset, errand: _Errand) -> Position | None:
+    """Where this training was interrupted; None where it begins."""
+    signed, job = errand.signed, errand.job
+    if errand.checkpoints is None or signed.plan.state == "measure":
+        return None
+    ground = ground_of(signed.digest, job.tier, dataset)
+    position, trouble = errand.checkpoints.begin(ground, count=work.trained_layout(signed.plan, job.tier).count)
+    if trouble:
+        errand.emit(Notice(trouble))
+    return position
+
+
+def _train(
+    work: WorkingBundle, adapter: dict[str, Array], dataset: Dataset, errand: _Errand, position: Position | None
+) -> _Made:
     plan, emit = errand.plan, errand.emit
     parameters = AdapterParameters(adapter, work.trained_layout(plan, errand.job.tier))
-    course = _course(work, dataset, plan, errand.job)
+    course = replace(_course(work, dataset, plan, errand.job), checkpoints=errand.checkpoints, resumed=position)
+    if position is not None:
+        emit(Resumed(position.step, course.steps))
     trained = train(
         work.engine,
         parameters,
@@ -246,14 +282,19 @@ def _load(
     return dataset
 
 
-def _evaluate(
-    work: WorkingBundle, adapter: dict[str, Array], plan: Plan, job: TrainingJob, emit: Callable[[Event], None]
-) -> Score:
+def _evaluate(work: WorkingBundle, adapter: dict[str, Array], errand: _Errand, *, resumed: bool) -> Score:
+    """The plan's adapter on the device's evaluation data; what was found before an interruption holds after it."""
+    job, emit, checkpoints = errand.job, errand.emit, errand.checkpoints
     if not job.evaluation:
         return Score()
-    dataset = _load(work, job.evaluation, plan, job, emit)
-    work.engine.use(work.none_alive(adapter))
-    score = evaluate(work.engine, dataset, micro_tokens=work.micro_tokens(job.micro_tokens))
+    if checkpoints is not None and resumed and checkpoints.evaluation.rows:
+        score = checkpoints.evaluation
+    else:
+        dataset = _load(work, job.evaluation, errand.plan, job, emit)
+        work.engine.use(work.none_alive(adapter))
+        score = evaluate(work.engine, dataset, micro_tokens=work.micro_tokens(job.micro_tokens))
+    if checkpoints is not None:
+        checkpoints.evaluation = score
     emit(Evaluated(score.rows, score.correct, score.loss))
     return score
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,6 +29,25 @@ MIN_WINDOW = 4  # steps; the net change of fewer says little of a direction
 def window_steps(steps_an_epoch: int) -> int:
     """Steps of a window: a quarter of an epoch, at least ``MIN_WINDOW``."""
     return max(MIN_WINDOW, -(-steps_an_epoch // 4))
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What :class:`Stillness` has seen so far: with it, another one of the same training goes on.
+
+    Attributes:
+        still: As there.
+        skipped: As there.
+        before: The values at the window's beginning, shape (layout.count,); None where nothing is watched.
+        shares: Of the learning rates, of the steps in this window.
+        usual: Mean movement in the first window, once that is over.
+    """
+
+    still: frozenset[str] = frozenset()
+    skipped: int = 0
+    before: Flat | None = None
+    shares: tuple[float, ...] = ()
+    usual: float | None = None
 
 
 class Stillness:
@@ -77,6 +97,17 @@ class Stillness:
         found = stands_still(going, self._threshold * self._usual, spare_one=not self._head_alive)
         self.still |= found
         return found
+
+    def watched(self) -> Watched:
+        """What was seen so far; its array is not copied."""
+        return Watched(self.still, self.skipped, self._before, tuple(self._shares), self._usual)
+
+    def resume(self, watched: Watched) -> None:
+        """Go on from what was seen of the same training before it was interrupted."""
+        self.still, self.skipped = watched.still, watched.skipped
+        self._shares, self._usual = list(watched.shares), watched.usual
+        if self._before is not None and watched.before is not None:
+            self._before = np.array(watched.before)
 
     def tensors(self, modules: Collection[str]) -> frozenset[str]:
         """The trained tensors of modules."""

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from edge_runtime.at_rest import NO_ROUND, Purpose, StorageKey, Vault
 from edge_runtime.bundle import Array, encode_tensors, parse_tensors
+from edge_runtime.training.job import JOB_PURPOSES
 
 KEY = StorageKey(bytes(range(32)))
-PURPOSES: tuple[Purpose, ...] = ("identity", "record", "update", "frame", "residual", "personal", "remembered")
+PURPOSES: tuple[Purpose, ...] = ("identity", "record", "update", *JOB_PURPOSES)
 
 
 def vault_of(device: str = "pi-1", task: str = "t", *, key: StorageKey = KEY) -> Vault:

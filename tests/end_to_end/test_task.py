@@ -209,6 +209,41 @@ def test_a_task_that_begins_with_class_means(site: Site) -> None:
 
 
 @pytest.mark.slow
+def test_a_stopped_device_goes_on_where_it_was(site: Site) -> None:
+    """SIGTERM in the middle of a round: the next process takes the steps that are left, and no step is taken twice."""
+    steps = 150
+    text = site.config.read_text().replace("steps = 30 ", f"steps = {steps} ")
+    site.config.write_text(text.replace(f"rounds = {ROUNDS}", "rounds = 1"))
+
+    def done(name: str) -> list[int]:
+        """Some line may be half written."""
+        lines = (site.folder / f"{name}.log").read_bytes().split(b"\n")[:-1]
+        events = (json.loads(line) for line in lines if line.startswith(b"{"))
+        return [event["step"] for event in events if event["event"] == "step"]
+
+    with ExitStack() as stack:
+        stack.enter_context(site.serve())
+        site.wait_until_serving()
+        for name in ("one", "two"):
+            site.enroll(name)
+        first = stack.enter_context(site.run("one"))
+        wait_for(lambda: len(done("one")) >= 20, what="some steps", logs=site.folder)
+        first.terminate()
+        assert first.wait(timeout=60) == 143
+        before = done("one")
+        assert (site.folder / "one" / "checkpoint.encrypted").exists()
+        devices = [stack.enter_context(site.run(name)) for name in ("one", "two")]
+        wait_for(lambda: all(d.poll() is not None for d in devices), what="both devices' end", logs=site.folder)
+        assert [device.returncode for device in devices] == [0, 0]
+    assert len(before) < steps, "it was to be stopped in the middle"
+    (resumed,) = (event for event in site.events("one") if event["event"] == "resumed")
+    assert resumed["steps"] == steps
+    assert resumed["step"] >= before[-1]  # a device that is stopping reads its child no longer
+    assert done("one") == [*before, *range(resumed["step"] + 1, steps + 1)]
+    assert not (site.folder / "one" / "checkpoint.encrypted").exists()
+
+
+@pytest.mark.slow
 def test_a_pilot_with_real_devices(site: Site, tmp_path: Path) -> None:
     """Two devices measure themselves and train; the pilot knows their speed, memory and what was learned."""
     with ExitStack() as stack:

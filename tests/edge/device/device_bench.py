@@ -14,6 +14,7 @@ from device_standin import WEIGHT, make_frame
 
 from edge_runtime.device import events
 from edge_runtime.device.artifacts import Reply, Request, handle
+from edge_runtime.device.eligibility import Conditions
 from edge_runtime.device.home import Home
 from edge_runtime.device.host import Host
 from edge_runtime.device.loop import RunOptions, Tools
@@ -58,6 +59,7 @@ class Bench:
     seen: list[events.DeviceEvent] = field(default_factory=list)
     on_event: Callable[[events.DeviceEvent], None] | None = None
     slept: list[float] = field(default_factory=list)
+    conditions: Callable[[], Conditions] = Conditions
     memory_mb: int | None = None
     tier: int = 0
 
@@ -73,7 +75,7 @@ class Bench:
             if self.on_event is not None:
                 self.on_event(event)
 
-        host = Host(rng=random.Random(5), sleep=sleep)
+        host = Host(rng=random.Random(5), sleep=sleep, conditions=self.conditions)
         tools = Tools(self.trainer, InProcessInspector(), host, report)
         options = RunOptions(
             Settings(data=("data.jsonl",)), once=once, wait_s=1, memory_budget_mb=self.memory_mb, tier=self.tier

@@ -128,7 +128,7 @@ def test_the_resident_modules_load_nothing_heavy() -> None:
     modules = [f"edge_runtime.device.{path.stem}" for path in Path(commands.__file__).parent.glob("*.py")]
     assert len(modules) > 10
     modules.append("edge_runtime.cli")
-    heavy = {"numpy", "google.protobuf", "onnxruntime", "tokenizers", "torch", "rich", "importlib.metadata"}
+    heavy = {"numpy", "psutil", "google.protobuf", "onnxruntime", "tokenizers", "torch", "rich", "importlib.metadata"}
     code = (
         f"import sys, importlib; [importlib.import_module(m) for m in {modules!r}]; "
         f"print(sorted({heavy!r} & set(sys.modules)))"

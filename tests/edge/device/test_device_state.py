@@ -47,7 +47,9 @@ async def test_decisions(plans: tuple[SignedPlan, SignedPlan]) -> None:
 
 def test_rounds_done_never_go_back() -> None:
     assert done_with(DeviceState(done_round=5), 3).done_round == 5
-    assert done_with(DeviceState(done_round=2, counted=1), 3, counted=True) == DeviceState(done_round=3, counted=2)
+    assert done_with(DeviceState(done_round=2, counted=1), 3, counted_at=7.5) == DeviceState(
+        done_round=3, counted=2, counted_at=7.5
+    )
 
 
 def test_waits_grow_to_the_cap_and_start_again() -> None:
