@@ -201,6 +201,10 @@ class Aggregator:
                 return None
         raise wire.UnavailableError("the aggregator is shutting down; ask again later")
 
+    def prove(self, signed: wire.SignedPlan, request: wire.SignedRequest) -> str:
+        """What shows a device that a plan is the one in force now: that it answers this request of its."""
+        return wire.sign_answer(signed.digest, request, self._keys.plan)
+
     def blob_path(self, digest: str) -> Path:
         """Where a bundle file or one of the two newest adapters lies.
 

@@ -115,7 +115,8 @@ class _Resources:
         self._members.key_of(caller.device)  # it may have been revoked while it waited
         if signed is None:
             return web.Response(status=204, headers={"Retry-After": "0"})
-        return web.Response(body=signed.data, content_type=_BINARY)
+        proof = {wire.PLAN_ANSWER: self._aggregator.prove(signed, caller)}
+        return web.Response(body=signed.data, content_type=_BINARY, headers=proof)
 
     async def blob(self, request: web.Request) -> web.StreamResponse:
         caller = self._device(request)

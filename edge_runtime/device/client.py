@@ -29,6 +29,7 @@ from edge_runtime.device.records import Identity, Pending
 from edge_runtime.device.transport import BlobAnswer, PlanAnswer, Traffic
 from edge_runtime.device.trust import tls_failure, tls_of
 from edge_runtime.wire import (
+    PLAN_ANSWER,
     Capability,
     Enrolled,
     Enrolment,
@@ -176,10 +177,12 @@ class Client:
             TransportError: no answer.
         """
         target = plan_target(task, after=after, wait_s=wait_s)
-        async with self._answer("GET", target, read_s=wait_s + _READ_S) as response:
+        asked = self._request("GET", target, EMPTY_BODY)
+        async with self._answer("GET", target, asked=asked, read_s=wait_s + _READ_S) as response:
             if response.status == 204:
                 return PlanAnswer(None, _seconds(response.headers.get("Retry-After")))
-            return PlanAnswer(await self._capped(response, MAX_PLAN_BYTES))
+            proof = response.headers.get(PLAN_ANSWER)
+            return PlanAnswer(await self._capped(response, MAX_PLAN_BYTES), request=asked, proof=proof)
 
     @contextlib.asynccontextmanager
     async def blob(self, digest: str, *, offset: int) -> AsyncIterator[BlobAnswer]:
@@ -304,16 +307,21 @@ class Client:
         *,
         body: _Body | None = None,
         headers: dict[str, str] | None = None,
+        asked: SignedRequest | None = None,
         read_s: float = _READ_S,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Send one request and give its answer, refusals raised. Writing to disk inside may raise OSError as it is."""
+        """Send one request and give its answer, refusals raised. Writing to disk inside may raise OSError as it is.
+
+        ``asked`` is what is signed, where the caller has to know it.
+        """
         if self._session is None:
             raise ValueError("this client is not open: a fault of the caller")
         sent = dict(headers or {})
         if body is not None:
             sent |= {"Content-Length": str(body.length), "Content-Type": "application/octet-stream"}
         if self._signer is not None:
-            sent["Authorization"] = self._authorization(method, target, EMPTY_BODY if body is None else body.digest)
+            asked = asked or self._request(method, target, EMPTY_BODY if body is None else body.digest)
+            sent["Authorization"] = authorization(asked, self._signer.key)
         try:
             async with self._session.request(
                 method,
@@ -345,11 +353,9 @@ class Client:
             yield response
         self.traffic.pace_down.add(self.traffic.down - before, clock() - began)
 
-    def _authorization(self, method: str, target: str, body_digest: str) -> str:
-        signer = self._signed_by()
+    def _request(self, method: str, target: str, body_digest: str) -> SignedRequest:
         nonce = self._host.entropy(16).hex()
-        request = SignedRequest(signer.device, method, target, body_digest, int(self._host.clock()), nonce)
-        return authorization(request, signer.key)
+        return SignedRequest(self._signed_by().device, method, target, body_digest, int(self._host.clock()), nonce)
 
     async def _refusal(self, response: aiohttp.ClientResponse) -> WireError | TransportError:
         body = await self._capped(response, MAX_MESSAGE_BYTES)

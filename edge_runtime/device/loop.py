@@ -67,6 +67,7 @@ from edge_runtime.wire import (
     SignedPlan,
     UpdateDigestError,
     UpdateError,
+    check_answer,
     choose_tier,
     problem_for,
     seal,
@@ -200,6 +201,8 @@ class Device:
             return
         key = self._identity.plan_public_key()
         state, signed = accept(self._state, answer.data, key=key, task=self._identity.task, floors=self._options.floors)
+        if answer.request is not None:
+            check_answer(answer.proof, digest=signed.digest, request=answer.request, key=key)
         if signed.plan.round <= after:
             raise PlanOrderError(
                 f"plan: not what was asked for: expected a round after {after}, got {signed.plan.round}"

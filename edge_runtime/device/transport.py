@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from edge_runtime.device.records import Pending
-from edge_runtime.wire import Capability, UpdateReceipt
+from edge_runtime.wire import Capability, SignedRequest, UpdateReceipt
 
 _LEAST_BYTES = 64 << 10  # smaller bodies fit into buffers on the way, and their time is that of the request
 
@@ -54,10 +54,17 @@ class Traffic:
 
 @dataclass(frozen=True)
 class PlanAnswer:
-    """Plan bytes, nothing checked; None when there is no new plan, with the server's hint when to ask again."""
+    """Plan bytes, nothing checked; None when there is no new plan, with the server's hint when to ask again.
+
+    Attributes:
+        request: What the plan must have been made the answer to; None where nobody is between the two sides.
+        proof: That it was; see :mod:`edge_runtime.wire.freshness`.
+    """
 
     data: bytes | None
     retry_after_s: float | None = None
+    request: SignedRequest | None = None
+    proof: str | None = None
 
 
 @dataclass(frozen=True)

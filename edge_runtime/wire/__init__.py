@@ -16,6 +16,7 @@ from edge_runtime.wire.errors import (
     PlanFormatError,
     PlanOrderError,
     PlanSignatureError,
+    PlanStaleError,
     RateLimitedError,
     RequestError,
     RequestFormatError,
@@ -39,6 +40,7 @@ from edge_runtime.wire.errors import (
     UpdateValueError,
     WireError,
 )
+from edge_runtime.wire.freshness import PLAN_ANSWER, check_answer, sign_answer
 from edge_runtime.wire.measurement import (
     CLASS_COUNTS,
     CLASS_SUMS,
@@ -103,6 +105,7 @@ from edge_runtime.wire.update import (
 __all__ = [
     "CLASS_COUNTS",
     "CLASS_SUMS",
+    "PLAN_ANSWER",
     "SECOND_MOMENTS",
     "Capability",
     "DeviceRevokedError",
@@ -130,6 +133,7 @@ __all__ = [
     "PlanFormatError",
     "PlanOrderError",
     "PlanSignatureError",
+    "PlanStaleError",
     "Problem",
     "ProblemDocument",
     "Products",
@@ -175,6 +179,7 @@ __all__ = [
     "adapter_layout",
     "authorization",
     "carried_modules",
+    "check_answer",
     "check_measurement",
     "check_name",
     "check_new_key",
@@ -202,6 +207,7 @@ __all__ = [
     "problem_for",
     "rate_share",
     "seal",
+    "sign_answer",
     "sign_plan",
     "tier_layouts",
     "unpack_triangle",

@@ -4,7 +4,8 @@ WireError
 ├── PlanError                   a plan is not to be obeyed (device: do nothing, ask again)
 │   ├── PlanFormatError         not a plan of this schema, or it contradicts itself
 │   ├── PlanSignatureError      not signed by the key this device trusts
-│   └── PlanOrderError          another task's plan, or an older round than one already seen
+│   ├── PlanOrderError          another task's plan, or an older round than one already seen
+│   └── PlanStaleError          not given as the answer to the request that asked
 ├── UpdateError                 an update is not to be counted (device: obey, do not resend)
 │   ├── EnvelopeError           cannot be opened: wrong key, wrong context, or changed bytes
 │   ├── UpdateFormatError       magic, version or length are wrong
@@ -56,6 +57,10 @@ class PlanSignatureError(PlanError):
 
 class PlanOrderError(PlanError):
     """Another task's plan, or an older round than one already seen."""
+
+
+class PlanStaleError(PlanError):
+    """Not given as the answer to the request that asked."""
 
 
 class UpdateError(WireError):

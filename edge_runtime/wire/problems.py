@@ -25,6 +25,7 @@ PROBLEMS: dict[type[e.WireError], Problem] = {
     e.PlanFormatError: Problem("plan-format", 422),
     e.PlanSignatureError: Problem("plan-signature", 422),
     e.PlanOrderError: Problem("plan-order", 422),
+    e.PlanStaleError: Problem("plan-stale", 422),
     e.EnvelopeError: Problem("envelope", 422),
     e.UpdateFormatError: Problem("update-format", 422),
     e.UpdateDigestError: Problem("update-digest", 400, retry_s=5.0),

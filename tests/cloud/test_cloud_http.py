@@ -161,7 +161,11 @@ class TestSignatures:
     async def test_each_forged_part_is_refused(self, site: Site, one: Device, two: Device) -> None:
         target = resources.plan_target("tiny", after=-1, wait_s=0)
         head = one.head("GET", target)
-        assert (await one.send("GET", target, headers=head)).status == 200
+        answer = await one.send("GET", target, headers=head)
+        assert answer.status == 200
+        request, _ = wire.parse_authorization(head["Authorization"], method="GET", target=target)
+        proof, digest = answer.headers[wire.PLAN_ANSWER], hashlib.sha256(answer.body).hexdigest()
+        wire.check_answer(proof, digest=digest, request=request, key=one.plan_key)
         cases = {
             "SignatureError": [
                 head,  # replayed

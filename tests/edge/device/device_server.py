@@ -47,6 +47,7 @@ class Faults:
     cut_patches: int = 0  # so many patches break after their first bytes
     empty: bool = False  # polls are answered at once: nothing new, come back in 0 s
     plan: bytes | None = None  # sent in place of the plan in force
+    proof: str | None = None  # sent in place of what shows that the plan is in force; empty: nothing is
     close_before_upload: bool = False  # the round closes just before an update arrives
     deaf: int = 0  # so many uploads are counted and their answers dropped
 
@@ -69,6 +70,7 @@ class Aggregator:
         self.retired: set[str] = set()  # keys that were replaced
         self.told: list[wire.Capability] = []
         self.nonces: set[str] = set()
+        self.proofs: list[str] = []  # of plans that were sent
         self.plans: list[wire.SignedPlan] = []
         self.received: list[tuple[int, str, bytes]] = []  # every upload that arrived whole: round, device, bytes
         self.counted: dict[int, dict[str, tuple[wire.UpdateReceipt, wire.Update]]] = {}
@@ -236,7 +238,7 @@ class Aggregator:
         return web.Response(status=204)
 
     async def _plan(self, request: web.Request) -> web.Response:
-        self._verify(request)
+        asked = self._verify(request)
         if request.match_info["task"] != TASK:
             raise wire.NotFoundError("no such task")
         if self.faults.empty:
@@ -247,11 +249,14 @@ class Aggregator:
                 await asyncio.wait_for(self.news.wait(), until - time.monotonic())
             except asyncio.TimeoutError:
                 break
-        if self.faults.plan is not None:
-            return web.Response(body=self.faults.plan)
-        if self.plans[-1].plan.round <= after:
+        if self.faults.plan is None and self.plans[-1].plan.round <= after:
             return web.Response(status=204)
-        return web.Response(body=self.plans[-1].data)
+        data = self.faults.plan or self.plans[-1].data
+        proof = self.faults.proof
+        if proof is None:
+            proof = wire.sign_answer(hashlib.sha256(data).hexdigest(), asked, self.key)
+        self.proofs.append(proof)
+        return web.Response(body=data, headers={wire.PLAN_ANSWER: proof} if proof else {})
 
     async def _blob(self, request: web.Request) -> web.StreamResponse:
         self._verify(request)

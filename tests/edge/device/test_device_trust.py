@@ -84,6 +84,29 @@ async def test_an_older_round_replayed(bench: Bench) -> None:
     await recovers(bench)
 
 
+async def test_an_answer_that_was_kept_is_not_obeyed(bench: Bench) -> None:
+    """A genuine plan of a round the device has not seen, with the answer that was made for another request."""
+    await bench.run(once=True)
+    bench.stop_at(events.Planned, 2)
+    with pytest.raises(asyncio.CancelledError):
+        await bench.run()
+    bench.aggregator.faults.plan = bench.aggregator.plans[-1].data
+    bench.aggregator.faults.proof = bench.aggregator.proofs[-1]
+    event = await refused(bench, "PlanStaleError")
+    assert "an old one is given again" in event.detail
+    assert bench.home.state().seen_round == 1
+    bench.aggregator.faults.plan = bench.aggregator.faults.proof = None
+    await recovers(bench)
+
+
+async def test_an_older_aggregator_is_told_of(bench: Bench) -> None:
+    """Its answers do not say that a plan is in force: the line says what to upgrade."""
+    bench.aggregator.faults.proof = ""
+    event = await refused(bench, "PlanStaleError")
+    assert "has to be upgraded" in event.detail
+    assert bench.home.state().seen_round == -1
+
+
 async def test_the_round_just_done_is_not_obeyed_again(bench: Bench) -> None:
     await bench.run(once=True)
     bench.aggregator.faults.plan = bench.aggregator.plans[0].data

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import hashlib
 
 import msgspec
 import numpy as np
+import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
@@ -14,6 +17,7 @@ from edge_runtime.wire import (
     EnvelopeContext,
     Layout,
     Plan,
+    PlanStaleError,
     RoundClosedError,
     SignedPlan,
     SignedRequest,
@@ -21,6 +25,7 @@ from edge_runtime.wire import (
     Update,
     UpdateRules,
     authorization,
+    check_answer,
     decode_message,
     decode_update,
     encode_message,
@@ -29,6 +34,7 @@ from edge_runtime.wire import (
     open_plan,
     parse_authorization,
     seal,
+    sign_answer,
     sign_plan,
     unseal,
 )
@@ -52,6 +58,8 @@ PLAN = bytes.fromhex(
     b'"round_key":"358072d6365880d1aeea329adf9121383851ed21a28e3b75e965d0d2cd166254","min_examples":1,"tier":0}'
 )
 PLAN_DIGEST = "5f1e885de64fb7a03fb8b4bcd7eedd24d90a1be968db80f7b57f774d35ca89c4"
+
+PLAN_ANSWER_HEADER = "McsYGBeq7Py1lgOr6q3XhJNtLT5wK6hgpDOlJaA2VJZMPxBNOwlhICpTz+CBzPR/JA3WAdCYAASJp69tw1dKDw=="
 
 # The same plan where devices keep the head and B: the end of its text, and its digest.
 PERSONAL_END = b'"min_examples":1,"tier":0,"personal":["head","B"]}'
@@ -175,6 +183,34 @@ def test_request_bytes(request_: SignedRequest, signing_key: Ed25519PrivateKey) 
     parsed, signature = parse_authorization(AUTHORIZATION, method=request_.method, target=request_.target)
     assert parsed == request_
     signing_key.public_key().verify(signature, REQUEST_TEXT)
+
+
+def test_plan_answer_bytes(request_: SignedRequest, signing_key: Ed25519PrivateKey) -> None:
+    text = f"emberlora plan answer 1\n{request_.device}\n{request_.target}\n{request_.nonce}\n{PLAN_DIGEST}\n".encode()
+    header = sign_answer(PLAN_DIGEST, request_, signing_key)
+    assert header == PLAN_ANSWER_HEADER
+    signing_key.public_key().verify(base64.b64decode(header), text)
+    check_answer(header, digest=PLAN_DIGEST, request=request_, key=signing_key.public_key())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"device": "pi-2"}, {"target": "/v1/tasks/sst2/plan?after=6&wait=30"}, {"nonce": "00" * 16}, {}]
+)
+def test_an_answer_is_for_one_request(
+    request_: SignedRequest, signing_key: Ed25519PrivateKey, changes: dict[str, str]
+) -> None:
+    """Of another device, target or nonce, or with another plan, it is refused."""
+    header = sign_answer(PLAN_DIGEST, request_, signing_key)
+    other = dataclasses.replace(request_, **changes)
+    digest = PLAN_DIGEST if changes else PERSONAL_DIGEST
+    with pytest.raises(PlanStaleError, match="not made for this request"):
+        check_answer(header, digest=digest, request=other, key=signing_key.public_key())
+
+
+@pytest.mark.parametrize("header", ["", "!", "AAAA", "\u00e9" * 88])
+def test_what_is_no_answer_is_refused(request_: SignedRequest, signing_key: Ed25519PrivateKey, header: str) -> None:
+    with pytest.raises(PlanStaleError):
+        check_answer(header, digest=PLAN_DIGEST, request=request_, key=signing_key.public_key())
 
 
 def test_token_text() -> None:
