@@ -72,6 +72,7 @@ def _traffic(config: Config, manifest: Manifest, upload: Upload, download: Downl
         head_trained=manifest.head.module is not None and task.shares_head,
         upload=DOWNLOAD_BITS[upload],
         download=DOWNLOAD_BITS[download],
+        upload_density=1.0 if upload == "float32" else task.upload_density,
         tiers=config.tiers,
     )
 

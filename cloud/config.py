@@ -41,6 +41,7 @@ class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     policy: str = "fixed"  # what is trained; "fixed": everything, always; the others read [annealing]
     aggregation: str = "alternate"  # exact and linear, half the bytes of sending both factors (RoLoRA)
     upload: Upload = "float32"  # fewer bits a value: a quarter or an eighth of the bytes, and noise in every update
+    upload_density: float = 1.0  # share of a change's values that is sent, the largest; the rest waits on the device
     download: Download = "float32"  # exact; "int8" and "int4" round what devices train from, not what is learned
     rounds: int = 12  # six of each factor; MiniLM-sized tasks have settled by then
     rank: int | None = None  # None: the bundle's r_max
@@ -205,6 +206,11 @@ def _task_problems(task: TaskConfig) -> list[str]:
         "change one of the two": task.policy == "lora-a2" and task.aggregation == "stack",
         f"task.upload ({task.upload}) must be float32 with task.aggregation (stack): what a device keeps for its next "
         "update is of components that are written anew": task.upload != "float32" and task.aggregation == "stack",
+        f"task.upload_density: expected more than 0 and at most 1, got {task.upload_density}": not (
+            0 < task.upload_density <= 1
+        ),
+        f"task.upload_density ({task.upload_density}) needs task.upload int8 or int4, got {task.upload}: values that "
+        "are sent by their positions are codes": task.upload_density < 1 and task.upload == "float32",
         f"task.rounds: expected at least 1, got {task.rounds}": task.rounds < 1,
         f"task.rank: expected at least 1, got {task.rank}": task.rank is not None and task.rank < 1,
         f"task.min_devices: expected at least 1, got {task.min_devices}": task.min_devices < 1,
@@ -362,6 +368,7 @@ bundle = "{bundle}"            # made by `emberlora export`
 policy = "fixed"               # everything; or "anneal", "kill-revive", "annealed-kill-revive", "lora-a2"
 aggregation = "alternate"      # B in even rounds, A in odd ones: exact; or "b-only", "a-only", "both", "stack"
 upload = "float32"             # how a change is sent; or "int8", "int4": about a quarter, an eighth of the bytes
+upload_density = 1.0           # with int8 or int4: the share of its values that an update holds, the largest ones
 download = "float32"           # devices fetch what has changed; "int8" and "int4" send it in fewer bits
 rounds = 12
 rank = {rank}                  # at most the bundle's r_max

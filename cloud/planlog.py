@@ -144,7 +144,8 @@ def _modules(
 
 
 def _bytes(values: int, layout: wire.Layout) -> int:
-    return payload_bytes([values], layout.quantisation.bits) if layout.quantisation else 4 * values
+    """What so many values take of an update; where it holds some of all, what is theirs if all modules have as many."""
+    return payload_bytes([values], layout.quantisation) if layout.quantisation else 4 * values
 
 
 def share_of_movement(round_: RoundLog, part: float) -> float | None:

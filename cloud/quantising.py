@@ -32,4 +32,6 @@ def with_quantisation(config: Config, bundle: Bundle, plan: wire.Plan, past: Seq
         return plain
     names = [name for name, _ in plan_layout(bundle, plain).blocks]
     ranges = update_ranges(names, plan.training, past, max_abs=plan.update.max_abs)
-    return msgspec.structs.replace(plain, quantisation=wire.Quantisation(_BITS[config.task.upload], ranges))
+    task = config.task
+    density = task.upload_density if task.upload_density < 1 else msgspec.UNSET
+    return msgspec.structs.replace(plain, quantisation=wire.Quantisation(_BITS[task.upload], ranges, density))

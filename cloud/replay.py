@@ -112,6 +112,8 @@ def _range_differences(bundle: Bundle, signed: wire.Plan, replayed: wire.Plan) -
     if bits[0] != bits[1]:
         yield f"upload: signed {bits[0]}, replayed {bits[1]}"
         return
+    if (densities := [_density(plan) for plan in (signed, replayed)])[0] != densities[1]:
+        yield f"upload density: signed {densities[0]:g}, replayed {densities[1]:g}"
     for name, range_ in ours.items():
         if theirs.get(name, range_) != range_:  # what only one of them trains is named already
             yield f"{name}: signed range {range_:g}, replayed {theirs[name]:g}"
@@ -122,6 +124,11 @@ def _ranges(bundle: Bundle, plan: wire.Plan) -> dict[str, float]:
         return {}
     blocks = planning.plan_layout(bundle, plan).blocks
     return {name: range_ for (name, _), range_ in zip(blocks, plan.quantisation.ranges, strict=True)}
+
+
+def _density(plan: wire.Plan) -> float:
+    known = plan.quantisation and plan.quantisation.density
+    return known or 1.0
 
 
 def _tiers(plan: wire.Plan) -> str:

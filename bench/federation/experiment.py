@@ -81,7 +81,7 @@ async def _round(site: Site, round_: int) -> RoundLine:
         accuracy=accuracy,
         bytes_up=sum(result.up for result in results),
         bytes_down=sum(result.down - result.head_down for result in results),
-        params_up=sum(layouts[result.done.metrics.tier].count for result in results),
+        params_up=sum(layouts[result.done.metrics.tier].held for result in results),
         params_down=sum(result.params_down for result in results),
         gflop=_gflop(site, signed.plan, results),
         drift=round(drift(values, [result.done.weight for result in results]), 4),

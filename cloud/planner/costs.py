@@ -8,6 +8,7 @@ headers, the first download, the plan that ends the task and the round that meas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -53,6 +54,7 @@ class Traffic:
     head_trained: bool
     upload: PatchBits
     download: PatchBits
+    upload_density: float = 1.0
     # An update of any other tier than 0 is smaller, so these only make plans longer.
     tiers: Tiers = field(default_factory=Tiers)
 
@@ -73,17 +75,32 @@ class Traffic:
 
     def _component(self, in_features: int, out_features: int) -> Component:
         sizes = {"A": in_features, "B": out_features}
-        ups = [sum(_value_bytes(sizes[f], self.upload) for f in alive) for alive in AGGREGATIONS[self.aggregation]]
+        ups = [sum(self._up_bytes(sizes[f]) for f in alive) for alive in AGGREGATIONS[self.aggregation]]
         down = sum(_value_bytes(size, self.download) for size in sizes.values())
         scales = 0 if self.download == 32 else _SCALE_BYTES * len(sizes)
         return Component(in_features + out_features, max(ups), down + scales)
+
+    def _up_bytes(self, values: int) -> int:
+        if self.upload_density == 1:
+            return _value_bytes(values, self.upload)
+        # A position has at most two bits more than the logarithm of how many values there are for each that is held.
+        bits = self.upload + 2 + max(0.0, math.log2(1 / self.upload_density))
+        return math.ceil(values * self.upload_density * bits / 8)
+
+    @property
+    def quantisation(self) -> wire.Quantisation | msgspec.UnsetType:
+        """As plans have it, but for the ranges."""
+        if self.upload == 32:
+            return msgspec.UNSET
+        density = self.upload_density if self.upload_density < 1 else msgspec.UNSET
+        return wire.Quantisation(self.upload, (), density)
 
 
 def update_bytes(traffic: Traffic, modules: Sequence[wire.ModulePlan]) -> int:
     """Exact length of a sealed update to a plan with these modules."""
     layout = wire.layout_of(modules, traffic.manifest.features, traffic.head)
-    if traffic.upload != 32:
-        layout = replace(layout, quantisation=wire.Quantisation(traffic.upload, (1.0,) * len(layout.blocks)))
+    if traffic.quantisation:
+        layout = replace(layout, quantisation=traffic.quantisation)
     return layout.frame_bytes + OVERHEAD_BYTES
 
 
@@ -135,9 +152,19 @@ def plan_bytes(traffic: Traffic, modules: Sequence[wire.ModulePlan]) -> int:
         min_examples=small,
         personal=("head",),
         tiers=plan_tiers(traffic.tiers, traffic.manifest, modules),
-        quantisation=msgspec.UNSET if traffic.upload == 32 else wire.Quantisation(traffic.upload, (_LONGEST,) * blocks),
+        quantisation=_with_ranges(traffic.quantisation, blocks),
     )
     return _SIGNATURE_BYTES + len(msgspec.json.encode(plan))
+
+
+def _with_ranges(
+    quantisation: wire.Quantisation | msgspec.UnsetType, blocks: int
+) -> wire.Quantisation | msgspec.UnsetType:
+    """With the longest numbers."""
+    if quantisation is msgspec.UNSET:
+        return quantisation
+    density = msgspec.UNSET if quantisation.density is msgspec.UNSET else _LONGEST
+    return msgspec.structs.replace(quantisation, ranges=(_LONGEST,) * blocks, density=density)
 
 
 def fixed_bytes(traffic: Traffic, *, lists_components: bool) -> int:

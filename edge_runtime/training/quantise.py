@@ -5,6 +5,9 @@ one, so that the mean over many devices loses nothing but noise. What a device d
 beyond the range, is added to its change of the next round in which the tensor is alive (Seide et al. 2014; Karimireddy
 et al., arXiv 1901.09847). Pure.
 
+Where the plan has a density, only the largest of all values are sent, whatever block they are in, and the others wait
+in the same way (Aji and Heafield, arXiv 1704.05021; of LoRA factors, FLASC, arXiv 2406.05233).
+
 Where the plan bounds the norm of a whole change, what is beyond it is lost, as without rounding: that bound is there so
 that no device moves the model by more. Rounding may enlarge a change; one that is beyond the bound then is made smaller
 before it is rounded anew, and what that leaves out is kept.
@@ -79,11 +82,26 @@ def quantise(
             raise ValueError(f"residual of {name}: expected shape {part.shape}, got {left.shape}")
         part[...] = np.add(part, left)
     wanted *= shrink(float(np.linalg.norm(wanted)), max_norm)
-    values = _within(wanted, layout, rng, max_norm)
+    values = _within(_largest(wanted, quantisation.held(layout.count)), layout, rng, max_norm)
     blocks = zip(layout.split(wanted - values).items(), quantisation.steps, strict=True)
     for (name, owed), step in blocks:
         kept[name][layout.where(name)] = np.clip(owed, -most * step, most * step)
     return Quantised(values, kept)
+
+
+def _largest(wanted: Double, count: int) -> Double:
+    """The ``count`` values that are largest in size, and 0 in place of the others, shape (n,).
+
+    Of equal ones at the border those that come first are taken.
+    """
+    if count >= wanted.size:
+        return wanted
+    sizes = np.abs(wanted)
+    border = np.partition(sizes, wanted.size - count)[wanted.size - count]
+    taken = sizes > border
+    level = np.flatnonzero(sizes == border)
+    taken[level[: count - int(np.count_nonzero(taken))]] = True
+    return np.where(taken, wanted, 0.0)
 
 
 def _within(wanted: Double, layout: Layout, rng: np.random.Generator, max_norm: float) -> Flat:

@@ -251,16 +251,24 @@ def plan_problems(plan: Plan) -> list[str]:
         "a measuring plan trains nothing, quantises nothing and weighs every device 1": (
             plan.state == "measure" and (_trains(plan) or bool(plan.quantisation) or rules.weight_cap != 1)
         ),
-        "ranges must be more than 0 and at most max_abs": any(
-            not 0 < range_ <= rules.max_abs for range_ in (plan.quantisation.ranges if plan.quantisation else ())
-        ),
         "personal must be head, B, or both in this order": plan.personal not in _PERSONAL,
         "what is personal must not be sent": _sends_personal(plan),
         "digests must be 64 hex digits": not (_is_digest(plan.bundle) and _is_digest(plan.adapter)),
         "only a plan that trains has tiers": plan.state != "train" and plan.tiers is not msgspec.UNSET,
     }
-    problems = [message for message, broken in fields.items() if broken]
+    problems = [message for message, broken in fields.items() if broken] + _quantisation_problems(plan)
     return problems if plan.tiers is msgspec.UNSET else [*problems, *tier_problems(plan.tiers)]
+
+
+def _quantisation_problems(plan: Plan) -> list[str]:
+    if not plan.quantisation:
+        return []
+    ranges, density = plan.quantisation.ranges, plan.quantisation.density
+    rules = {
+        "ranges must be more than 0 and at most max_abs": any(not 0 < r <= plan.update.max_abs for r in ranges),
+        "density must be more than 0 and less than 1": density is not msgspec.UNSET and not 0 < density < 1,
+    }
+    return [message for message, broken in rules.items() if broken]
 
 
 def _trains_some_or_all(module: ModulePlan) -> bool:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 MAGIC = b"EMBERUPD"
 VERSION = 1
 QUANTISED_VERSION = 2  # the payload is packed codes
+SPARSE_VERSION = 3  # of some of the values, after their positions
 # magic, version, tier, round, plan digest, layout digest, number of values
 _HEADER = struct.Struct("<8sHHI32s32sQ")
 # weight, steps, examples evaluated, correct of them, loss at start, loss at end, evaluation loss, seconds, peak MB ×2
@@ -74,14 +75,21 @@ class Layout:
         return sum(self.sizes)
 
     @property
+    def held(self) -> int:
+        """Number of values that an update says: all of them, or the share that the plan's density is."""
+        return self.quantisation.held(self.count) if self.quantisation else self.count
+
+    @property
     def version(self) -> int:
         """Of the frames."""
-        return QUANTISED_VERSION if self.quantisation else VERSION
+        if self.quantisation is None:
+            return VERSION
+        return QUANTISED_VERSION if self.quantisation.density is msgspec.UNSET else SPARSE_VERSION
 
     @property
     def frame_bytes(self) -> int:
         """Exact length of an unsealed update in bytes."""
-        payload = payload_bytes(self.sizes, self.quantisation.bits) if self.quantisation else 4 * self.count
+        payload = payload_bytes(self.sizes, self.quantisation) if self.quantisation else 4 * self.count
         return _HEADER.size + payload + _TRAILER.size
 
     def digest(self) -> bytes:
@@ -172,7 +180,8 @@ def tier_layouts(
         quantisation = whole.quantisation
         if quantisation is not None:
             ranges = dict(zip(names, quantisation.ranges, strict=True))
-            quantisation = Quantisation(quantisation.bits, tuple(ranges[name] for name, _ in part.blocks))
+            mine = tuple(ranges[name] for name, _ in part.blocks)
+            quantisation = msgspec.structs.replace(quantisation, ranges=mine)
         found.append(Layout(part.blocks, quantisation, part.components, number))
     return tuple(found)
 

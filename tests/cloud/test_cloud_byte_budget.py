@@ -7,6 +7,7 @@ the plan of bytes.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def real_bytes(traffic: Traffic, modules: tuple[wire.ModulePlan, ...]) -> tuple[
     features, head = traffic.manifest.features, traffic.head
     layout = wire.layout_of(modules, features, head)
     ranges = tuple(0.1 + 1 / (3 + number) for number in range(len(layout.blocks)))
-    quantisation = msgspec.UNSET if traffic.upload == 32 else wire.Quantisation(traffic.upload, ranges)
+    density = msgspec.UNSET if traffic.upload_density == 1 else traffic.upload_density
+    quantisation = msgspec.UNSET if traffic.upload == 32 else wire.Quantisation(traffic.upload, ranges, density)
     plan = wire.Plan(
         schema=1,
         task=traffic.task,
@@ -109,12 +111,20 @@ def real_bytes(traffic: Traffic, modules: tuple[wire.ModulePlan, ...]) -> tuple[
     return len(sealed), len(patch), len(signed.data)
 
 
-@given(st.sampled_from(BITS), st.sampled_from(BITS), st.booleans(), st.booleans(), st.randoms(use_true_random=False))
+@given(
+    st.sampled_from(BITS),
+    st.sampled_from(BITS),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([1.0, 0.3, 0.05]),
+    st.randoms(use_true_random=False),
+)
 def test_costs_are_those_of_the_wire(
-    bundle: Bundle, upload: PatchBits, download: PatchBits, head: bool, tiers: bool, rng: random.Random
+    bundle: Bundle, upload: PatchBits, download: PatchBits, head: bool, tiers: bool, density: float, rng: random.Random
 ) -> None:
     """Update and patch to the byte; a plan is no longer than its estimate."""
     traffic = traffic_of(bundle.manifest, upload, download, head_trained=head, tiers=Tiers(enabled=tiers))
+    traffic = replace(traffic, upload_density=1.0 if upload == 32 else density)
     modules = random_modules(bundle.manifest, rng)
     sealed, patch, plan = real_bytes(traffic, modules)
     assert (update_bytes(traffic, modules), result_bytes(traffic, modules)) == (sealed, patch)

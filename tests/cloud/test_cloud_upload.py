@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 from pathlib import Path
 
@@ -144,6 +145,27 @@ async def test_a_quantised_task_ends_with_the_average(
     assert status.bytes_up == sum(learner.sent_bytes for learner in learners)
     await site.close()
     assert (await replay(site)).exit_code == 0
+
+
+@pytest.mark.parametrize(("upload", "density"), [("int8", 0.5), ("int4", 0.1)])
+async def test_a_sparse_task_ends_with_the_average(
+    tmp_path: Path, session: aiohttp.ClientSession, upload: str, density: float
+) -> None:
+    """Of what the devices sent, which is a share of what they learned; plans are made again as they were."""
+    site = Site.make(tmp_path, rounds=4, upload=upload, upload_density=density)
+    await site.start()
+    plans, learners = await run_task(site, session)
+    assert [plan.quantisation.density for plan in plans[:-1]] == [density] * 4
+    layout = plan_layout(site.bundle, plans[0])
+    assert layout.held == math.ceil(density * layout.count) < layout.count
+    assert all(learner.residual for learner in learners)
+    status = await site.operator.status()
+    assert status.bytes_up == sum(learner.sent_bytes for learner in learners)
+    await site.close()
+    assert (await replay(site)).exit_code == 0
+    path = site.folder / "emberlora.toml"
+    path.write_text(path.read_text().replace(f"upload_density = {density}", "upload_density = 1.0"))
+    assert (await replay(site)).stdout.count(f"upload density: signed {density}, replayed 1") == 4
 
 
 async def test_ranges_follow_the_mean_that_was_applied(tmp_path: Path, session: aiohttp.ClientSession) -> None:

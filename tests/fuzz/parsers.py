@@ -115,6 +115,7 @@ _MIXED = (wire.ModulePlan("layer.0.query", 2, "A", (1,)), wire.ModulePlan("layer
 _PLANS = (
     _plan(),
     _plan(quantisation=_QUANTISED),
+    _plan(quantisation=msgspec.structs.replace(_QUANTISED, density=0.3)),
     _plan(tiers=_TIERS),
     _plan(modules=_MIXED, head_alive=False, personal=("head", "B")),
 )
@@ -143,6 +144,7 @@ def _updates(plan: wire.Plan, tier: int = 0) -> Parser:
     samples = []
     for layout in layouts:
         values = np.arange(layout.count, dtype=np.float32) % 8  # also as codes of four bits
+        values[layout.held :] = 0
         metrics = wire.LocalMetrics(38, 100, 61, 0.6875, 0.5, 0.625, 12.5, None, 640.0, tier=layout.tier)
         samples.append(wire.encode_update(wire.Update(values, 300, metrics), signed_plan=signed, layout=layout))
 
@@ -154,7 +156,8 @@ def _updates(plan: wire.Plan, tier: int = 0) -> Parser:
         assert float(np.abs(update.values).max(initial=0)) <= plan.update.max_abs, "over the plan's bound"
         assert update.weight >= 1, "of no weight"
 
-    kind = "tiers" if plan.tiers else "codes" if plan.quantisation else "float32"
+    codes = "codes" if plan.quantisation and plan.quantisation.density is msgspec.UNSET else "some codes"
+    kind = "tiers" if plan.tiers else codes if plan.quantisation else "float32"
     return Parser(f"update, {kind}", tuple(samples), read, wire.UpdateError)
 
 
@@ -393,7 +396,7 @@ def make_parsers(folder: Path | None = None) -> tuple[Parser, ...]:
     return (
         Parser("plan", tuple(data[64:] for data in plans), _read_plan, wire.PlanError),
         Parser("plan, signature", plans, _read_signature, wire.PlanError),
-        *map(_updates, _PLANS[:3]),
+        *map(_updates, _PLANS[:4]),
         _measurements(),
         _patches(),
         _envelopes(),

@@ -56,6 +56,45 @@ def test_what_is_sent_and_what_is_left_make_up_the_change(
     np.testing.assert_array_equal(found.values[change > range_], np.float32(largest_code(bits) * step))
 
 
+def sparse_layout(density: float, *, range_: float = 7.0) -> Layout:
+    blocks = (("m.lora_a", (2, 4)), ("m.lora_b", (4, 2)))
+    return Layout(blocks, Quantisation(4, (range_, range_), density))
+
+
+def test_the_largest_values_are_sent_whatever_block_they_are_in() -> None:
+    """The others wait, whole; what is equal at the border is taken from the front."""
+    change = np.array([1, -5, 0, 2, 0, 0, 3, 0, 0, 3, 0, 0, -3, 0, 0, 1], np.float32)
+    found = quantise(change, sparse_layout(0.25), {}, rng=np.random.default_rng(0))
+    sent = np.flatnonzero(found.values)
+    assert sent.tolist() == [1, 6, 9, 12]
+    np.testing.assert_array_equal(found.values[sent], change[sent])  # whole codes are not rounded
+    left = np.concatenate([found.residual[name].ravel() for name in ("m.lora_a", "m.lora_b")])
+    np.testing.assert_array_equal(left + found.values, change)
+    equal = quantise(np.full(16, 2, np.float32), sparse_layout(0.25), {}, rng=np.random.default_rng(0))
+    assert np.flatnonzero(equal.values).tolist() == [0, 1, 2, 3]
+
+
+def test_what_is_always_small_is_sent_in_the_end() -> None:
+    """A value that moves a little every round adds up until it is among the largest."""
+    rng, residual = np.random.default_rng(3), dict[str, np.ndarray]()
+    change = np.concatenate([[0.2], np.full(15, 0.01)]).astype(np.float32)
+    layout, total = sparse_layout(0.1, range_=0.7), np.zeros(16)
+    for _ in range(400):
+        found = quantise(change, layout, residual, rng=rng)
+        assert np.count_nonzero(found.values) <= 2
+        residual, total = found.residual, total + found.values
+    owed = np.concatenate([residual["m.lora_a"].ravel(), residual["m.lora_b"].ravel()])
+    np.testing.assert_allclose(total + owed, 400 * change, rtol=1e-4)
+    assert (total[1:] > 0.8 * 400 * 0.01).all()
+
+
+def test_a_bound_on_the_norm_holds_for_what_is_sent() -> None:
+    change = np.linspace(-4, 4, 16, dtype=np.float32)
+    found = quantise(change, sparse_layout(0.5), {}, rng=np.random.default_rng(0), max_norm=2.0)
+    assert 0 < np.linalg.norm(found.values) <= 2.0
+    assert np.count_nonzero(found.values) <= 8
+
+
 @given(BITS, st.floats(-0.9, 0.9), st.integers(1, 60), st.integers(0, 99))
 def test_what_was_sent_tends_to_the_sum_of_the_changes(bits: Bits, change: float, rounds: int, seed: int) -> None:
     """A change that comes again every round is sent in full but for one step, however many rounds and however small."""
