@@ -22,6 +22,7 @@ _EDGE_COMMANDS = {
     "run": ("edge_runtime.device.commands:run", "Take part in rounds until the task is finished."),
     "status": ("edge_runtime.device.commands:status", "Show what this device is doing and has done."),
     "rules": ("edge_runtime.device.rules_command:rules", "Say when this device may train: power, heat, memory, rest."),
+    "floors": ("edge_runtime.device.floors_command:floors", "Say what no plan can make this device do."),
     "leave": ("edge_runtime.device.commands:leave", "Leave the task; the aggregator forgets this device's key."),
     "rotate-key": ("edge_runtime.device.commands:rotate_key", "Replace this device's key by a new one."),
     "trust": ("edge_runtime.device.commands:trust", "Change whose certificate the server must show."),

@@ -20,11 +20,11 @@ from edge_runtime.device.errors import (
     TransportError,
 )
 from edge_runtime.device.files import file_digest, make_folder, sync_folder
+from edge_runtime.device.floors import Floors
 from edge_runtime.device.home import Home
 from edge_runtime.device.inspector import Inspector, demand
 from edge_runtime.device.patching import Base, Patcher
 from edge_runtime.device.records import DeviceState
-from edge_runtime.device.state import Floors
 from edge_runtime.device.transport import Transport
 from edge_runtime.wire import NotFoundError, Plan
 from edge_runtime.wire.patch import OWN

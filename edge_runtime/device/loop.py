@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -36,7 +36,7 @@ from edge_runtime.device.host import Backoff, Host
 from edge_runtime.device.inspector import Inspector, demand
 from edge_runtime.device.outbox import Outbox, pending_for
 from edge_runtime.device.records import DeviceState, Pending, Published, Settings
-from edge_runtime.device.state import Action, Discard, Floors, Poll, Publish, Stop, Train, Upload, accept, decide
+from edge_runtime.device.state import Action, Discard, Poll, Publish, Stop, Train, Upload, accept, decide
 from edge_runtime.device.state import done_with as done
 from edge_runtime.device.trainer import Trainer
 from edge_runtime.device.transport import Transport
@@ -95,7 +95,6 @@ class RunOptions:
     wait_s: int = 30  # how long a poll may be held by the server
     backoff_s: float = 1.0  # first wait after a failure
     backoff_cap_s: float = 60.0
-    floors: Floors = field(default_factory=Floors)
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class Device:
         self._options = options
         self._vault = home.vault()
         self._outbox = Outbox(home.outbox, self._vault)
-        self._store = Store(home, client, tools.inspector, options.floors)
+        self._store = Store(home, client, tools.inspector, options.settings.floors)
         self._carried = 0  # the tier of the round that is trained
         self._self_report = SelfReport(home, client, self._identity.task, tools.host.clock)
         self._gate = Gate(tools.host, lambda: home.settings().rules, tools.report)
@@ -200,7 +199,8 @@ class Device:
             await self._tools.host.sleep(min(pause_s, self._options.backoff_cap_s))
             return
         key = self._identity.plan_public_key()
-        state, signed = accept(self._state, answer.data, key=key, task=self._identity.task, floors=self._options.floors)
+        floors = self._options.settings.floors
+        state, signed = accept(self._state, answer.data, key=key, task=self._identity.task, floors=floors)
         if answer.request is not None:
             check_answer(answer.proof, digest=signed.digest, request=answer.request, key=key)
         if signed.plan.round <= after:

@@ -11,6 +11,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from edge_runtime.device.eligibility import Rules
+from edge_runtime.device.floors import Floors
 from edge_runtime.wire import Capability
 
 _Key = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
@@ -113,11 +114,12 @@ class KeyPlace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """settings.json: which local files to train and evaluate on, as absolute paths, and when to train."""
+    """settings.json: which local files to train and evaluate on, as absolute paths, when to train, what never to do."""
 
     data: tuple[str, ...] = ()
     evaluation: tuple[str, ...] = ()
     rules: Rules = Rules()
+    floors: Floors = Floors()
 
 
 class DeviceState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

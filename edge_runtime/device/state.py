@@ -11,19 +11,9 @@ from dataclasses import dataclass
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from edge_runtime.device.errors import FloorError
+from edge_runtime.device.floors import Floors, check_floors
 from edge_runtime.device.records import DeviceState, Pending
-from edge_runtime.wire import Plan, SignedPlan, check_order, open_plan
-
-
-@dataclass(frozen=True)
-class Floors:
-    """Limits of this device that no plan can move; generous for the models of this project, and finite."""
-
-    max_adapter_bytes: int = 1 << 30
-    max_bundle_bytes: int = 16 << 30
-    max_modules: int = 4_096
-    max_steps: int = 1_000_000  # optimizer steps, or epochs, of one round
+from edge_runtime.wire import SignedPlan, check_order, open_plan
 
 
 @dataclass(frozen=True)
@@ -100,7 +90,7 @@ def accept(
     """
     signed = open_plan(data, key)
     check_order(signed.plan, task=task, last_round=state.seen_round)
-    _check_floors(signed.plan, floors)
+    check_floors(signed.plan, floors)
     return msgspec.structs.replace(state, seen_round=signed.plan.round, plan=signed.digest), signed
 
 
@@ -116,15 +106,3 @@ def done_with(state: DeviceState, round_: int, *, counted_at: float | None = Non
     if counted_at is None:
         return state
     return msgspec.structs.replace(state, counted=state.counted + 1, counted_at=counted_at)
-
-
-def _check_floors(plan: Plan, floors: Floors) -> None:
-    amounts = {
-        "adapter_bytes": (plan.adapter_bytes, floors.max_adapter_bytes),
-        "modules": (len(plan.modules), floors.max_modules),
-        "training.steps": (plan.training.steps or 0, floors.max_steps),
-        "training.epochs": (plan.training.epochs or 0, floors.max_steps),
-    }
-    over = [f"{name}: expected at most {most}, got {asked}" for name, (asked, most) in amounts.items() if asked > most]
-    if over:
-        raise FloorError(f"plan of round {plan.round}: more than this device allows: " + "; ".join(over))

@@ -60,6 +60,7 @@ class Bench:
     on_event: Callable[[events.DeviceEvent], None] | None = None
     slept: list[float] = field(default_factory=list)
     conditions: Callable[[], Conditions] = Conditions
+    settings: Settings = field(default_factory=lambda: Settings(data=("data.jsonl",)))
     memory_mb: int | None = None
     tier: int = 0
 
@@ -77,9 +78,7 @@ class Bench:
 
         host = Host(rng=random.Random(5), sleep=sleep, conditions=self.conditions)
         tools = Tools(self.trainer, InProcessInspector(), host, report)
-        options = RunOptions(
-            Settings(data=("data.jsonl",)), once=once, wait_s=1, memory_budget_mb=self.memory_mb, tier=self.tier
-        )
+        options = RunOptions(self.settings, once=once, wait_s=1, memory_budget_mb=self.memory_mb, tier=self.tier)
         with self.home.locked():
             await asyncio.wait_for(run_device(self.home, tools, options), limit_s)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from device_bench import Bench
 from device_bundle import MODULES, WIDTH
@@ -17,6 +18,9 @@ from edge_runtime import wire
 from edge_runtime.bundle import encode_tensors, parse_tensors
 from edge_runtime.device import events
 from edge_runtime.device.errors import TrainingError
+from edge_runtime.device.floors import Floors
+from edge_runtime.device.floors_command import floors
+from edge_runtime.device.records import Settings
 
 
 async def refused(bench: Bench, error: str) -> events.Waiting:
@@ -129,6 +133,47 @@ async def test_a_plan_over_the_devices_floors(bench: Bench, changes: dict[str, o
     bench.aggregator.faults.plan = wire.sign_plan(plan, bench.aggregator.key).data
     event = await refused(bench, "FloorError")
     assert what in event.detail
+
+
+async def test_a_device_may_want_a_bound_on_its_changes(bench: Bench) -> None:
+    """A plan without one is not obeyed; with one it is."""
+    bench.settings = msgspec.structs.replace(bench.settings, floors=Floors(norm_bound=True))
+    event = await refused(bench, "FloorError")
+    assert "update.max_norm: expected a bound on the norm of a change, got none" in event.detail
+    plan = bench.aggregator.plans[0].plan
+    bounded = msgspec.structs.replace(plan, update=msgspec.structs.replace(plan.update, max_norm=10.0))
+    bench.aggregator.plans[0] = wire.sign_plan(bounded, bench.aggregator.key)
+    bench.on_event = None
+    await bench.run(once=True)
+    assert bench.of(events.Uploaded)
+
+
+async def test_the_users_floors_hold(bench: Bench) -> None:
+    bench.settings = msgspec.structs.replace(bench.settings, floors=Floors(max_steps=2, max_modules=1))
+    event = await refused(bench, "FloorError")
+    assert "modules: expected at most 1, got 2; training.steps: expected at most 2, got 3" in event.detail
+
+
+async def test_a_users_floor_holds_for_a_bundle(bench: Bench) -> None:
+    bench.settings = msgspec.structs.replace(bench.settings, floors=Floors(max_bundle_bytes=1000))
+    event = await refused(bench, "FloorError")
+    assert "size: expected at most 1000 bytes" in event.detail
+
+
+def test_floors_are_kept_shown_and_reset(bench: Bench) -> None:
+    """Without touching what else the settings say."""
+    home, said = str(bench.home.folder), CliRunner()
+    bench.home.save_settings(Settings(data=("a",)))
+    done = said.invoke(floors, ["--home", home, "--max-bundle-mb", "2000", "--norm-bound", "--max-steps", "500"])
+    assert done.exit_code == 0
+    assert "at most 2,000 MiB" in done.output
+    kept = bench.home.settings()
+    assert kept == Settings(data=("a",), floors=Floors(max_bundle_bytes=2000 << 20, norm_bound=True, max_steps=500))
+    shown = said.invoke(floors, ["--home", home, "--json"])
+    assert msgspec.json.decode(shown.output, type=Floors) == kept.floors
+    assert said.invoke(floors, ["--home", home, "--defaults", "--max-modules", "9"]).exit_code == 0
+    assert bench.home.settings() == Settings(data=("a",), floors=Floors(max_modules=9))
+    assert said.invoke(floors, ["--home", home, "--max-steps", "0"]).exit_code == 2
 
 
 async def test_a_tampered_manifest(bench: Bench) -> None:
