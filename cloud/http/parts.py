@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
+from cloud.errors import DataMissingError
 from cloud.service import Aggregator
 from edge_runtime import wire
 
@@ -91,15 +92,34 @@ class PartsDesk:
                 f"there on, got one from {part.offset}"
             )
         data = await read()
-        await asyncio.to_thread(parts.append, *where, data)
-        if there + len(data) < part.of:
-            return wire.UpdateProgress(part.digest, there + len(data)), False
-        return await self._count(part)
+        try:
+            await asyncio.to_thread(parts.append, *where, data, offset=part.offset)
+            if there + len(data) < part.of:
+                await self._demand_wanted(part)
+                return wire.UpdateProgress(part.digest, there + len(data)), False
+            sealed = await asyncio.to_thread(parts.whole, *where)
+        except DataMissingError as error:  # dropped while this part came
+            await self._demand_wanted(part)
+            raise wire.UpdateOffsetError(
+                f"update of {part.device} for round {part.round}: 0 bytes of it are here: expected a part from there on"
+            ) from error
+        return await self._count(part, sealed)
 
-    async def _count(self, part: Part) -> tuple[wire.UpdateProgress, bool]:
+    async def _demand_wanted(self, part: Part) -> None:
+        """Demand that the update could still count: its round may have ended while this part came.
+
+        Raises:
+            NotFoundError, RoundError: it could not, and nothing of it is there any more.
+        """
+        try:
+            await self._aggregator.admit(part.device, task=part.task, round_=part.round, digest=part.digest)
+        except (wire.NotFoundError, wire.RoundError):
+            self._aggregator.parts.drop(part.round, part.device)
+            raise
+
+    async def _count(self, part: Part, sealed: bytes) -> tuple[wire.UpdateProgress, bool]:
         """Count an update that is there to its last byte; where the disk does not take it its parts stay."""
-        parts, where = self._aggregator.parts, (part.round, part.device, part.digest)
-        sealed = await asyncio.to_thread(parts.whole, *where)
+        parts = self._aggregator.parts
         try:
             found = hashlib.sha256(sealed).hexdigest()
             if found != part.digest:

@@ -10,7 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
-from cloud.errors import DataError
+from cloud.errors import DataError, DataMissingError
 from cloud.store.blobs import sync_path
 from cloud.store.space import write_error
 
@@ -28,10 +28,11 @@ class Parts:
         except FileNotFoundError:
             return 0
 
-    def append(self, round_: int, device: str, digest: str, part: bytes) -> None:
-        """Add bytes to the end of an update; one caller at a time for a device.
+    def append(self, round_: int, device: str, digest: str, part: bytes, *, offset: int) -> None:
+        """Add bytes to the end of an update, which is at ``offset``; one caller at a time for a device.
 
         Raises:
+            DataMissingError: what there was has been dropped meanwhile.
             DataFullError: the disk has no room for them; what was there before is there still.
             DataError: it does not take them for another reason; the same.
         """
@@ -39,6 +40,8 @@ class Parts:
             return
         path = self._path(round_, device, digest)
         before = self.received(round_, device, digest)
+        if before != offset:
+            raise _gone(digest)
         try:
             if not before:
                 self._begin(path)
@@ -48,6 +51,8 @@ class Parts:
                 os.fsync(file.fileno())
             if not before:
                 sync_path(path.parent)
+        except FileNotFoundError as error:
+            raise _gone(digest) from error
         except OSError as error:
             _cut(path, before)
             raise write_error(f"part of update {digest[:12]}: cannot be stored", error) from error
@@ -56,10 +61,13 @@ class Parts:
         """All bytes that are there.
 
         Raises:
+            DataMissingError: they have been dropped.
             DataError: they cannot be read.
         """
         try:
             return self._path(round_, device, digest).read_bytes()
+        except FileNotFoundError as error:
+            raise _gone(digest) from error
         except OSError as error:
             raise DataError(f"parts of update {digest[:12]}: cannot be read: {error.strerror}") from error
 
@@ -83,6 +91,10 @@ class Parts:
 
     def _path(self, round_: int, device: str, digest: str) -> Path:
         return self._folder / str(round_) / device / digest
+
+
+def _gone(digest: str) -> DataMissingError:
+    return DataMissingError(f"parts of update {digest[:12]}: are not there any more")
 
 
 def _cut(path: Path, size: int) -> None:

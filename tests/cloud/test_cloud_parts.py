@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloud.errors import DataFullError
+from cloud.http.parts import Part, PartsDesk
 from cloud.store import Parts
 from edge_runtime import wire
 from edge_runtime.device import client as client_module
@@ -104,12 +105,12 @@ async def test_a_cut_costs_one_part(site: Site, one: Device, monkeypatch: pytest
     pending = pending_for("tiny", 0, signed.digest, sealed=sealed, weight=10)
     real, calls = Parts.append, 0
 
-    def failing(self: Parts, *args: object) -> None:
+    def failing(self: Parts, *args: object, offset: int) -> None:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise DataFullError("planted")
-        real(self, *args)
+        real(self, *args, offset=offset)
 
     monkeypatch.setattr(Parts, "append", failing)
     async with client_of(one) as client:
@@ -169,7 +170,7 @@ async def test_an_update_that_was_whole_when_the_server_was_killed_needs_no_more
     monkeypatch.setattr(client_module, "PART_BYTES", 64)
     signed, sealed = await update(one)
     pending = pending_for("tiny", 0, signed.digest, sealed=sealed, weight=10)
-    site.server.aggregator.parts.append(0, "one", pending.digest, sealed)
+    site.server.aggregator.parts.append(0, "one", pending.digest, sealed, offset=0)
     await site.restart()
     async with client_of(one) as client:
         assert (await client.upload(pending, sealed)).digest == pending.digest
@@ -202,15 +203,56 @@ async def test_parts_end_with_their_round(site: Site, one: Device, session: aioh
     assert (await send(one, sealed, 100, 10)).problem() == "RoundClosedError"
 
 
+@pytest.mark.parametrize(("offset", "count"), [(0, 50), (100, 50), (100, None)], ids=["first", "middle", "last"])
+async def test_a_round_that_ends_while_a_part_comes(
+    site: Site, one: Device, session: aiohttp.ClientSession, offset: int, count: int | None
+) -> None:
+    """The device is told so, not of a fault of the server, and nothing of its update is left."""
+    signed, sealed = await update(one)
+    await send(one, sealed, 0, offset)
+    others = [await site.device(session, name) for name in ("two", "three")]
+    part = sealed[offset:][:count]
+
+    async def read() -> bytes:
+        for device in others:
+            assert (await device.put(signed, (await update(device))[1])).status == 201
+        await others[0].plan(after=0)
+        for _ in range(100):
+            if not files(site):
+                break
+            await asyncio.sleep(0.02)
+        return part
+
+    digest = hashlib.sha256(sealed).hexdigest()
+    claimed = Part("one", "tiny", 0, digest, offset, len(sealed), len(part))
+    with pytest.raises(wire.RoundClosedError):
+        await PartsDesk(site.server.aggregator).take(claimed, read)
+    assert files(site) == []
+
+
+async def test_parts_that_were_dropped_while_another_comes_are_asked_for_again(site: Site, one: Device) -> None:
+    """As after somebody has tidied the folder: the round is open, so the device begins anew."""
+    _, sealed = await update(one)
+    await send(one, sealed, 0, 100)
+
+    async def read() -> bytes:
+        site.server.aggregator.parts.drop(0, "one")
+        return sealed[100:]
+
+    claimed = Part("one", "tiny", 0, hashlib.sha256(sealed).hexdigest(), 100, len(sealed), len(sealed) - 100)
+    with pytest.raises(wire.UpdateOffsetError, match="0 bytes of it are here"):
+        await PartsDesk(site.server.aggregator).take(claimed, read)
+
+
 async def test_two_parts_of_a_device_at_once_are_one_too_many(
     site: Site, one: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, sealed = await update(one)
     real = Parts.append
 
-    def slow(self: Parts, *args: object) -> None:
+    def slow(self: Parts, *args: object, offset: int) -> None:
         time.sleep(0.3)
-        real(self, *args)
+        real(self, *args, offset=offset)
 
     monkeypatch.setattr(Parts, "append", slow)
     answers = await asyncio.gather(send(one, sealed, 0, 100), send(one, sealed, 0, 100))
@@ -247,7 +289,7 @@ def test_a_part_that_does_not_fit_on_the_disk_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = Parts(tmp_path / "parts")
-    parts.append(3, "pi-4", DIGEST, b"abc")
+    parts.append(3, "pi-4", DIGEST, b"abc", offset=0)
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -255,9 +297,9 @@ def test_a_part_that_does_not_fit_on_the_disk_leaves_what_was_there(
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         with pytest.raises(DataFullError, match="part of update adadadadadad: cannot be stored"):
-            parts.append(3, "pi-4", DIGEST, b"defg")
+            parts.append(3, "pi-4", DIGEST, b"defg", offset=3)
     assert parts.whole(3, "pi-4", DIGEST) == b"abc"
-    parts.append(3, "pi-4", DIGEST, b"hi")
+    parts.append(3, "pi-4", DIGEST, b"hi", offset=3)
     assert parts.whole(3, "pi-4", DIGEST) == b"abchi"
 
 
@@ -267,7 +309,7 @@ def test_parts_add_up(tmp_path_factory: pytest.TempPathFactory, data: bytes, cut
     places = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     for start, end in pairwise(places):
         assert parts.received(0, "a", DIGEST) == start
-        parts.append(0, "a", DIGEST, data[start:end])
+        parts.append(0, "a", DIGEST, data[start:end], offset=start)
     assert parts.received(0, "a", DIGEST) == len(data)
     parts.keep_only(1)
     assert parts.received(0, "a", DIGEST) == 0

@@ -20,8 +20,8 @@ After healing, when faults have ended, disks have room and everything runs:
     one-hot contributions in the database: who was counted, with which weight, and how often.
 10. *Discarded by name.* Only a task that was stopped discards a round, and only its last one.
 11. *Audit.* The chain of the log is whole and says what the database says.
-12. *Nothing is left.* No sealed update of a final round lies in the server's folder, and no private round key in any
-    file of it; no update, sealed or not, lies in a device's home.
+12. *Nothing is left.* No sealed update of a final round lies in the server's folder, nor a part of one, and no private
+    round key in any file of it; no update, sealed or not, lies in a device's home.
 13. *No surprise.* Server and devices raised nothing but the errors that they name.
 14. *The operator is told so*, by ``cloud status``, also after one more restart.
 """
@@ -211,6 +211,8 @@ class Ledger:
         """Check that nothing is left in the server's folder that must not be."""
         left = sorted(path.name for path in (folder / "blobs" / "updates").iterdir())
         demand(not left, f"12: updates left: {left}")
+        left = sorted(str(path.relative_to(folder)) for path in (folder / "parts").rglob("*") if path.is_file())
+        demand(not left, f"12: parts of updates left: {left}")
         files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "keys" not in path.parts}
         for round_, key in self.keys.items():
             where = [str(path.relative_to(folder)) for path, data in files.items() if key in data]

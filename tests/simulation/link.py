@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from cloud.http.parts import Part, PartsDesk
 from cloud.service import Aggregator
 from edge_runtime.device.errors import RefusedError, TransportError
 from edge_runtime.device.records import Pending
@@ -26,6 +27,8 @@ from edge_runtime.wire import (
     UnknownDeviceError,
     UpdateDigestError,
     UpdateFormatError,
+    UpdateOffsetError,
+    UpdateProgress,
     UpdateReceipt,
     WireError,
     problem_for,
@@ -38,6 +41,7 @@ from tests.simulation.server import Server, ServerDownError
 if TYPE_CHECKING:
     from tests.simulation.device import Gate
 
+_PARTS = 3  # of an update, where it is sent in parts
 Handler = Callable[[Aggregator], Coroutine[Any, Any, Any]]
 Fault = ops.Corrupt | ops.DropRequest | ops.DropResponse | ops.Delay | ops.HangUp
 
@@ -85,6 +89,49 @@ class Network:
             return receipt
 
         return take
+
+    def ask_progress(self, sent: Sent) -> Handler:
+        """The handler that tells how much is there of an update in parts."""
+
+        async def ask(aggregator: Aggregator) -> UpdateProgress:
+            check_caller(aggregator, sent.device, sent.key)
+            return await self._desk().progress(sent.device, task=sent.task, round_=sent.round, digest=sent.digest)
+
+        return ask
+
+    def deliver_part(self, sent: Sent, *, offset: int, of: int) -> Handler:
+        """The handler of a part, ``sent.data``; the last one decides, and that is written down."""
+
+        async def take(aggregator: Aggregator) -> UpdateProgress:
+            check_caller(aggregator, sent.device, sent.key)
+            part = Part(sent.device, sent.task, sent.round, sent.digest, offset, of, len(sent.data))
+            delivery = Delivery(sent.device, sent.round, sent.digest)
+            if offset + len(sent.data) == of:
+                self.ledger.deliveries.append(delivery)
+
+            async def read() -> bytes:
+                await asyncio.sleep(0.002)  # the body comes in
+                return sent.data
+
+            try:
+                progress, _ = await self._desk().take(part, read)
+            except WireError as error:
+                delivery.outcome = problem_for(error).name
+                with contextlib.suppress(UnknownDeviceError):
+                    aggregator.members.refused(sent.device, problem_for(error).name)
+                raise
+            except Exception as error:
+                delivery.outcome = type(error).__name__
+                raise
+            if progress.receipt is not None:
+                delivery.outcome = "acknowledged"
+            return progress
+
+        return take
+
+    def _desk(self) -> PartsDesk:
+        assert self.server.desk is not None, "a handler runs"
+        return self.server.desk
 
     def later(self, seconds: float, handler: Handler) -> None:
         """Let a request arrive whose sender has given it up."""
@@ -140,6 +187,7 @@ class Owner(Protocol):
 
     number: int
     name: str
+    in_parts: bool  # how it sends updates
     uploading: Gate
     weather: Weather
 
@@ -220,10 +268,28 @@ class Link:
         self.traffic.up += len(data)
         sent = Sent(self._owner.name, self._owner.key, pending.task, pending.round, digest, data)
         self._network.sent.append(sent)
-        receipt, _ = await self._exchange("upload", self._network.deliver(sent), body=sent)
+        if self._owner.in_parts:
+            receipt = await self._in_parts(sent)
+        else:
+            receipt, _ = await self._exchange("upload", self._network.deliver(sent), body=sent)
         if (receipt.round, receipt.digest) != (pending.round, pending.digest):
             raise RefusedError("the receipt is for another update")
         assert isinstance(receipt, UpdateReceipt), "which is what the handler gives"
+        return receipt
+
+    async def _in_parts(self, sent: Sent) -> UpdateReceipt:
+        """Ask how much is there and send what follows, as the real client does; a part may fail like a whole one."""
+        progress, _ = await self._exchange("upload", self._network.ask_progress(sent))
+        size = -(-len(sent.data) // _PARTS)
+        while progress.receipt is None:
+            start = progress.received
+            part = replace(sent, data=sent.data[start : start + size])
+            handler = self._network.deliver_part(part, offset=start, of=len(sent.data))
+            try:
+                progress, _ = await self._exchange("upload", handler)
+            except UpdateOffsetError as error:  # an earlier request is carried out late
+                raise TransportError(str(error), progress=True) from error
+        receipt: UpdateReceipt = progress.receipt
         return receipt
 
     async def tell(self, task: str, capability: Capability) -> None:

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from cloud import audit, events
 from cloud.config import Config
 from cloud.errors import CloudError, DataError, DataFullError
+from cloud.http.parts import PartsDesk
 from cloud.keys import Keys
 from cloud.service import Aggregator, Surroundings
 from edge_runtime.bundle import Bundle
@@ -57,6 +58,7 @@ class Server:
 
     def __init__(self, task: Task, folder: Path, loop: SimulatedLoop, rng: random.Random, ledger: Ledger) -> None:
         self.aggregator: Aggregator | None = None
+        self.desk: PartsDesk | None = None
         self.process: Process | None = None
         self.folder = folder / "server.0"
         self._task, self._parent, self._loop, self._rng, self._ledger = task, folder, loop, rng, ledger
@@ -99,6 +101,7 @@ class Server:
         task = self._task
         make = functools.partial(Aggregator, keys=task.keys, folder=self.folder, surroundings=surroundings)
         aggregator = process.run(make, task.config, task.bundle)
+        self.desk = PartsDesk(aggregator)
         _share_compiled(aggregator._database._engine)
         self.processes.append(process)
         start = process.spawn(aggregator.start())

@@ -252,3 +252,8 @@ def test_a_failing_list_becomes_short(task: Task, monkeypatch: pytest.MonkeyPatc
     assert failure(task, short, seed=0) is not None
     assert KillServer() in short
     assert len(short) <= 5
+
+
+def test_a_part_that_comes_in_as_its_round_ends(task: Task) -> None:
+    """Device 3 sends in parts; the round that one of them is for ends meanwhile. It was answered with a fault."""
+    run(task, (Join(1, then=0.0), Join(3)), seed=43)
