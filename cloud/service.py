@@ -184,9 +184,14 @@ class Aggregator:
 
         Raises:
             NotFoundError: another task.
+            RoundAheadError: ``after`` is a later round than the current one.
             UnavailableError: the server is shutting down.
         """
         self._check_task(task)
+        if after > (current := self._signed.plan.round):
+            raise wire.RoundAheadError(
+                f"device {device} is done with round {after}, and this aggregator is at {current}: was it restored?"
+            )
         loop = asyncio.get_running_loop()
         end = loop.time() + wait_s
         while not self._closing:

@@ -62,6 +62,7 @@ from edge_runtime.wire import (
     PlanOrderError,
     RequestFormatError,
     RequestTooLargeError,
+    RoundAheadError,
     RoundError,
     SignatureError,
     SignedPlan,
@@ -75,7 +76,7 @@ from edge_runtime.wire import (
 
 # Reported, and tried again later. A bad signature is among them because a board without a battery starts with a wrong
 # clock, which the next time service mends.
-MAY_PASS = (TransportError, RefusedError, ArtifactError, PlanError, SignatureError)
+MAY_PASS = (TransportError, RefusedError, ArtifactError, PlanError, SignatureError, RoundAheadError)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ WireError
 │   └── NotFoundError           no such resource
 ├── RoundError                  the round's state forbids it (device: follow the retry hint)
 │   ├── RoundClosedError        this round takes no more updates; ask for the next plan
+│   ├── RoundAheadError         the device is done with a round that the aggregator has not come to
 │   ├── UpdateConflictError     another update of this device is already counted in this round
 │   └── TaskFinishedError       the task has ended; the last adapter is published
 └── NotNowError                 the aggregator cannot do this now (device: retry later)
@@ -157,6 +158,10 @@ class RoundError(WireError):
 
 class RoundClosedError(RoundError):
     """This round takes no more updates."""
+
+
+class RoundAheadError(RoundError):
+    """The device is done with a round that the aggregator has not come to."""
 
 
 class UpdateConflictError(RoundError):

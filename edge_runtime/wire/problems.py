@@ -46,6 +46,7 @@ PROBLEMS: dict[type[e.WireError], Problem] = {
     e.NotPermittedError: Problem("not-permitted", 403),
     e.NotFoundError: Problem("not-found", 404),
     e.RoundClosedError: Problem("round-closed", 409, retry_s=0.0),
+    e.RoundAheadError: Problem("round-ahead", 409, retry_s=60.0),  # until the others have made up for it
     e.UpdateConflictError: Problem("update-conflict", 409),
     e.TaskFinishedError: Problem("task-finished", 410, retry_s=0.0),
     e.UnavailableError: Problem("unavailable", 503, retry_s=5.0),

@@ -186,6 +186,13 @@ class TestSignatures:
                 assert answer.problem() == name
                 assert (answer.headers.get("WWW-Authenticate") == "EmberLoRA") == (answer.status == 401)
 
+    async def test_a_device_that_is_ahead_is_told_so(self, site: Site, one: Device) -> None:
+        """It is done with a later round than there is, as after a restore; with the current one it just waits."""
+        answer = await one.send("GET", resources.plan_target("tiny", after=1, wait_s=30))
+        assert (answer.status, answer.problem()) == (409, "RoundAheadError")
+        assert "is done with round 1, and this aggregator is at 0" in answer.body.decode()
+        assert (await one.send("GET", resources.plan_target("tiny", after=0, wait_s=0))).status == 204
+
     async def test_devices_and_operator_keep_to_their_own(self, site: Site, one: Device, two: Device) -> None:
         signed = await one.plan()
         path = resources.update_path("tiny", 0, "two")

@@ -45,6 +45,7 @@ class Faults:
     no_patches: bool = False  # as an aggregator from before there were any
     swap_patch: Callable[[bytes], bytes] | None = None  # other bytes in place of a patch
     cut_patches: int = 0  # so many patches break after their first bytes
+    behind: bool = False  # as an aggregator that was restored from an older backup
     empty: bool = False  # polls are answered at once: nothing new, come back in 0 s
     plan: bytes | None = None  # sent in place of the plan in force
     proof: str | None = None  # sent in place of what shows that the plan is in force; empty: nothing is
@@ -241,6 +242,8 @@ class Aggregator:
         asked = self._verify(request)
         if request.match_info["task"] != TASK:
             raise wire.NotFoundError("no such task")
+        if self.faults.behind:
+            raise wire.RoundAheadError("restored")
         if self.faults.empty:
             return web.Response(status=204, headers={"Retry-After": "0"})
         after, until = int(request.query["after"]), time.monotonic() + int(request.query["wait"])

@@ -302,6 +302,19 @@ async def test_a_server_that_does_not_hold_polls_is_not_asked_in_a_tight_loop(be
     assert bench.slept[:3] == [1.0, 1.0, 1.0]
 
 
+async def test_a_device_that_is_ahead_waits_and_says_so(bench: Bench) -> None:
+    """Its aggregator was restored from an older backup: it goes on when a later round is there."""
+    await bench.run(once=True)
+    bench.aggregator.faults.behind = True
+    bench.stop_at(events.Waiting, 2)
+    with pytest.raises(asyncio.CancelledError):
+        await bench.run()
+    assert {event.error for event in bench.of(events.Waiting)} == {"RoundAheadError"}
+    bench.aggregator.faults.behind, bench.on_event = False, None
+    await bench.run()
+    assert bench.of(events.Finished)
+
+
 async def test_a_forgotten_device_stops(bench: Bench) -> None:
     bench.aggregator.devices.clear()
     with pytest.raises(wire.UnknownDeviceError, match="pi-1"):
