@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import contextvars
 import hashlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -75,16 +75,8 @@ class Network:
         async def take(aggregator: Aggregator) -> UpdateReceipt:
             delivery = Delivery(sent.device, sent.round, sent.digest)
             self.ledger.deliveries.append(delivery)
-            try:
+            with _refusals(aggregator, delivery):
                 receipt = await _take_update(aggregator, sent)
-            except WireError as error:
-                delivery.outcome = problem_for(error).name
-                with contextlib.suppress(UnknownDeviceError):
-                    aggregator.members.refused(sent.device, problem_for(error).name)
-                raise
-            except Exception as error:
-                delivery.outcome = type(error).__name__
-                raise
             delivery.outcome = "acknowledged"
             return receipt
 
@@ -113,16 +105,8 @@ class Network:
                 await asyncio.sleep(0.002)  # the body comes in
                 return sent.data
 
-            try:
+            with _refusals(aggregator, delivery):
                 progress, _ = await self._desk().take(part, read)
-            except WireError as error:
-                delivery.outcome = problem_for(error).name
-                with contextlib.suppress(UnknownDeviceError):
-                    aggregator.members.refused(sent.device, problem_for(error).name)
-                raise
-            except Exception as error:
-                delivery.outcome = type(error).__name__
-                raise
             if progress.receipt is not None:
                 delivery.outcome = "acknowledged"
             return progress
@@ -143,6 +127,21 @@ class Network:
 
         # In a context of its own: it goes on when its sender dies.
         self.late.append(contextvars.Context().run(asyncio.get_running_loop().create_task, arrive()))
+
+
+@contextlib.contextmanager
+def _refusals(aggregator: Aggregator, delivery: Delivery) -> Iterator[None]:
+    """Write down why an update was refused, as the server does."""
+    try:
+        yield
+    except WireError as error:
+        delivery.outcome = problem_for(error).name
+        with contextlib.suppress(UnknownDeviceError):
+            aggregator.members.refused(delivery.device, problem_for(error).name)
+        raise
+    except Exception as error:
+        delivery.outcome = type(error).__name__
+        raise
 
 
 def check_caller(aggregator: Aggregator, device: str, key: str) -> None:

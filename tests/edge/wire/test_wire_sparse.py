@@ -28,10 +28,8 @@ from edge_runtime.wire import (
 )
 from edge_runtime.wire.plan import _CONTEXT
 from edge_runtime.wire.positions import pack_positions, positions_bytes, unpack_positions
+from tests.edge.wire.test_wire_quantised import FEATURES, HEAD, RANGES
 
-FEATURES = {"layer.0.query": (3, 2), "layer.1.query": (3, 2)}
-HEAD = {"classifier.bias": (3,)}
-RANGES = (7.0, 0.875, 1.75, 0.0007)  # of four bits a code is 1, 1/8, 1/4 and 0.0001
 VALUES = [1, 0, 0, -7, 0, 0, 0, 0, -0.25, 0, 0, 0, 0, -0.0006, 0]  # four of 15, a block each
 PLAN_END = b'"min_examples":1,"tier":0,"quantisation":{"bits":4,"ranges":[7.0,0.875,1.75,0.0007],"density":0.25}}'
 PAYLOAD = bytes.fromhex(
