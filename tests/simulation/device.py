@@ -85,7 +85,7 @@ class Actor:
     def __init__(self, number: int, folder: Path, network: Network, *, loop: SimulatedLoop, rng: random.Random) -> None:
         self.number, self.name = number, f"device-{number}"
         self.training, self.uploading = Gate(), Gate()
-        self.in_parts = number % 2 == 1
+        self.in_parts = False
         self.enrolled = False  # as its identity says
         self.forge: str = ""
         self.full = self.was_full = False

@@ -33,9 +33,13 @@ class Op:
 
 @dataclass(frozen=True, repr=False)
 class Join(Op):
-    """The operator makes a token, if the device has none; the device enrols with it and starts."""
+    """The operator makes a token, if the device has none; the device enrols with it and starts.
+
+    ``in_parts``: it sends its updates in parts from then on.
+    """
 
     device: int
+    in_parts: bool = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -252,7 +256,7 @@ Story = Callable[[random.Random, int], tuple[Op, ...]]
 def random_ops(rng: random.Random, devices: int) -> tuple[Op, ...]:
     """Twelve to some thirty operations: a fleet joins, then one short story follows another and some lose a part."""
     count, joined = rng.randint(12, 26), rng.sample(range(devices), rng.randint(1, devices))
-    ops: list[Op] = [Join(device, then=_pause(rng)) for device in joined]
+    ops: list[Op] = [Join(device, rng.random() < 0.5, then=_pause(rng)) for device in joined]
     stories, weights = zip(*_STORIES, strict=True)
     while len(ops) < count:
         device = rng.choice(joined) if rng.random() < 0.9 else rng.randrange(devices)

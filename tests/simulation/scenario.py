@@ -232,6 +232,7 @@ async def _set_weather(world: World, op: o.Op) -> None:
 async def _act(world: World, op: o.Op) -> None:
     """What a device or its user does."""
     if isinstance(op, o.Join):
+        world.devices[op.device].in_parts = op.in_parts
         await world.devices[op.device].join()
     elif isinstance(op, o.Leave):
         await world.devices[op.device].leave()

@@ -256,4 +256,4 @@ def test_a_failing_list_becomes_short(task: Task, monkeypatch: pytest.MonkeyPatc
 
 def test_a_part_that_comes_in_as_its_round_ends(task: Task) -> None:
     """Device 3 sends in parts; the round that one of them is for ends meanwhile. It was answered with a fault."""
-    run(task, (Join(1, then=0.0), Join(3)), seed=43)
+    run(task, (Join(1, in_parts=True, then=0.0), Join(3, in_parts=True)), seed=43)
