@@ -91,6 +91,13 @@ class PlanSigned(_Entry, frozen=True, tag="plan-signed"):
     finished: bool
 
 
+class PlanKeyChanged(_Entry, frozen=True, tag="plan-key-changed"):
+    """The operator had a new key made; plans are signed with it from the next round on."""
+
+    old: Hex32
+    new: Hex32
+
+
 class UpdateCounted(_Entry, frozen=True, tag="update-counted"):
     """A contribution counts; ``digest`` is that of its sealed bytes, ``weight`` as counted."""
 
@@ -159,6 +166,7 @@ Entry = (
     | DeviceLeft
     | DeviceRevoked
     | PlanSigned
+    | PlanKeyChanged
     | UpdateCounted
     | UpdateRefused
     | OutlierSetAside
@@ -303,6 +311,11 @@ def revoked_fact(device: str, signing_key: str) -> str:
     return f"device {device}: revoked, key {signing_key}"
 
 
+def plan_key_fact(old: str, new: str) -> str:
+    """The same of a change of the plan key; who deletes its row, so that the old key counts again, is found."""
+    return f"plan key {old}: followed by {new}"
+
+
 def plan_fact(round_: int, digest: str) -> str:
     """The same of a signed plan."""
     return f"plan of round {round_}: {digest}"
@@ -331,6 +344,8 @@ def fact_of(entry: Entry) -> str | None:
         return update_fact(entry.round, entry.device, entry.digest, entry.weight)
     if isinstance(entry, DeviceRevoked):
         return revoked_fact(entry.device, entry.signing_key)
+    if isinstance(entry, PlanKeyChanged):
+        return plan_key_fact(entry.old, entry.new)
     if isinstance(entry, PlanSigned):
         return plan_fact(entry.round, entry.plan)
     if isinstance(entry, RoundApplied):

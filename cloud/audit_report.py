@@ -16,7 +16,6 @@ from cloud.kept import open_kept
 from cloud.publish import adapter_of_file
 from cloud.tracing import TracedRound
 from cloud.tracing import trace as find_rounds
-from edge_runtime import wire
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -127,7 +126,7 @@ async def trace(config: Config, digest: str) -> tuple[Verdict, tuple[TracedRound
     Raises:
         DataMissingError: neither is known here.
         DataError, BundleError: see :func:`cloud.kept.open_kept`.
-        PlanError: a stored plan is not signed with the task's key.
+        PlanError: a stored plan is not signed with a key of the task.
     """
     async with open_kept(config) as (database, kept):
         audited = await database.call(database.audited)
@@ -136,7 +135,7 @@ async def trace(config: Config, digest: str) -> tuple[Verdict, tuple[TracedRound
     verdict = judge(audited.links, audited.facts, None)
     if not verdict.whole:
         return verdict, ()
-    plans = [wire.open_plan(record.plan, kept.key) for record in kept.records]
+    plans = [kept.keys.open(record.plan) for record in kept.records]
     adapter = adapter_of_file(config.data_path, digest) or digest
     updates = [update for update in updates if (update.receipt.round, update.receipt.device) not in aside]
     rounds = find_rounds(kept.records, plans, updates, adapter)

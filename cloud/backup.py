@@ -6,6 +6,7 @@ ends, so a round that ends in between means: once more. The copy gets its name w
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -13,17 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from cloud.config import CONFIG_NAME, Config
 from cloud.errors import DataError, DataMissingError
-from cloud.keys import KEYS_FOLDER, OPERATOR_KEY, PLAN_KEY, load_keys
+from cloud.keys import KEYS_FOLDER, NEXT_PLAN_KEY, OPERATOR_KEY, PLAN_KEY, PlanKeys, load_keys, private_key
 from cloud.store import OBJECTS, UPDATES, Blobs, Database, Identity
 from cloud.store.blobs import sync_path
 from cloud.store.database import DATABASE_NAME
 from cloud.store.snapshot import snapshot
 from cloud.store.space import write_error
-from edge_runtime import wire
 from edge_runtime.bundle import open_bundle
 
 DATA_NAME = "data"  # in the copy, whatever the config calls it
@@ -66,7 +65,7 @@ async def back_up(config: Config, config_path: Path, out: Path) -> Backup:
     if not (data / DATABASE_NAME).exists():
         raise DataMissingError(f"{data}: holds no rounds: start the task with `emberlora cloud serve` first")
     identity = Identity(config.task.name, open_bundle(config.bundle_path, verify=False).digest)
-    key = load_keys(data / KEYS_FOLDER).plan.public_key()
+    load_keys(data / KEYS_FOLDER)
     staging: Path | None = None
     try:
         if out.exists() and any(out.iterdir()):
@@ -75,9 +74,7 @@ async def back_up(config: Config, config_path: Path, out: Path) -> Backup:
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))  # of mode 0700
         (staging / DATA_NAME).mkdir(mode=0o700)
         _copy([(config_path, staging / CONFIG_NAME)])
-        names = (PLAN_KEY, OPERATOR_KEY)
-        _copy((data / KEYS_FOLDER / name, staging / DATA_NAME / KEYS_FOLDER / name) for name in names)
-        moment = await _copy_moment(data, staging / DATA_NAME, identity, key)
+        moment = await _copy_moment(data, staging / DATA_NAME, identity)
         for folder in (staging / DATA_NAME / KEYS_FOLDER, staging / DATA_NAME, staging):
             sync_path(folder)
         staging.replace(out)
@@ -90,16 +87,18 @@ async def back_up(config: Config, config_path: Path, out: Path) -> Backup:
     return Backup(config.task.name, str(out), moment.round, len(moment.updates), moment.audit_head)
 
 
-async def _copy_moment(data: Path, copy: Path, identity: Identity, key: Ed25519PublicKey) -> _Moment:
+async def _copy_moment(data: Path, copy: Path, identity: Identity) -> _Moment:
     source, target = Blobs(data / "blobs"), Blobs(copy / "blobs")
     for tries_left in reversed(range(_TRIES)):
         snapshot(data / DATABASE_NAME, copy / DATABASE_NAME)
-        moment = await _read(copy / DATABASE_NAME, identity, key)
         try:
+            _copy_keys(data / KEYS_FOLDER, copy / KEYS_FOLDER)
+            moment = await _read(copy, identity)
             for kind, digests in ((OBJECTS, moment.objects), (UPDATES, moment.updates)):
                 for digest in digests:
                     target.put(kind, source.get(kind, digest), digest)
-        except DataMissingError:  # its round has ended meanwhile; or it is damaged, and will be the last time too
+        except DataMissingError:
+            # Its round has ended meanwhile, or its plan key; or it is damaged, and will be the last time too.
             if not tries_left:
                 raise
             continue
@@ -110,7 +109,8 @@ async def _copy_moment(data: Path, copy: Path, identity: Identity, key: Ed25519P
     return moment
 
 
-async def _read(path: Path, identity: Identity, key: Ed25519PublicKey) -> _Moment:
+async def _read(copy: Path, identity: Identity) -> _Moment:
+    path, keys = copy / DATABASE_NAME, load_keys(copy / KEYS_FOLDER)
     database = Database(path)
     try:
         await database.call(database.open, identity)
@@ -119,15 +119,25 @@ async def _read(path: Path, identity: Identity, key: Ed25519PublicKey) -> _Momen
             raise DataMissingError(f"{path}: holds no rounds: start the task with `emberlora cloud serve` first")
         open_updates = [] if record.state == "finished" else await database.call(database.updates_of, record.round)
         head = await database.call(database.log_head)
+        known = PlanKeys.of(keys.plan, await database.call(database.key_statements))
     finally:
         await database.close()
-    adapter = wire.open_plan(record.plan, key).plan.adapter
+    for needed in (known.signer(record.plan), known.public[-1]):  # a server that starts on the copy signs with them
+        private_key(keys, needed)
+    adapter = known.open(record.plan).plan.adapter
     return _Moment(
         round=record.round,
         objects=frozenset({adapter, record.master}),
         updates=tuple(update.receipt.digest for update in open_updates),
         audit_head=head,
     )
+
+
+def _copy_keys(source: Path, target: Path) -> None:
+    (target / NEXT_PLAN_KEY).unlink(missing_ok=True)  # an earlier try may have copied it
+    with contextlib.suppress(FileNotFoundError):  # none waits
+        _copy([(source / NEXT_PLAN_KEY, target / NEXT_PLAN_KEY)])
+    _copy((source / name, target / name) for name in (PLAN_KEY, OPERATOR_KEY))
 
 
 def _copy(pairs: Iterable[tuple[Path, Path]]) -> None:

@@ -65,6 +65,8 @@ def _describe_rest(event: events.Event) -> str:
         return f"device {event.device} has a new key"
     if isinstance(event, events.DeviceRevoked):
         return f"device {event.device} revoked: its key is refused from now on"
+    if isinstance(event, events.PlanKeyChanged):
+        return f"plan key {event.plan_key[:12]} is new: it signs plans from round {event.round_ + 1} on"
     if isinstance(event, events.DeadlineMoved):
         return (
             f"round {event.round_}: deadline passed with {event.received} of at least {event.min_devices} updates; "

@@ -47,6 +47,13 @@ class DeviceRevoked(_Event, frozen=True, tag="device-revoked"):
     device: str
 
 
+class PlanKeyChanged(_Event, frozen=True, tag="plan-key-changed"):
+    """The operator had a new plan key made; plans are signed with it from this round on."""
+
+    plan_key: str
+    round_: int
+
+
 class UpdateCounted(_Event, frozen=True, tag="update-counted"):
     """An update counts; ``received`` of ``wanted`` are there now."""
 
@@ -107,6 +114,7 @@ Event = (
     | DeviceRekeyed
     | DeviceLeft
     | DeviceRevoked
+    | PlanKeyChanged
     | UpdateCounted
     | RequestRefused
     | DeadlineMoved

@@ -6,11 +6,9 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
 from cloud.config import Config
 from cloud.errors import DataMissingError
-from cloud.keys import KEYS_FOLDER, load_keys
+from cloud.keys import KEYS_FOLDER, PlanKeys, load_keys
 from cloud.store import Database, Identity, RoundRecord
 from cloud.store.database import DATABASE_NAME
 from edge_runtime.bundle import Bundle, open_bundle
@@ -18,10 +16,10 @@ from edge_runtime.bundle import Bundle, open_bundle
 
 @dataclass(frozen=True)
 class Kept:
-    """The task's bundle, the key that signed its plans, and every round in order."""
+    """The task's bundle, the keys that signed its plans, and every round in order."""
 
     bundle: Bundle
-    key: Ed25519PublicKey
+    keys: PlanKeys
     records: Sequence[RoundRecord]
 
 
@@ -38,11 +36,13 @@ async def open_kept(config: Config) -> AsyncIterator[tuple[Database, Kept]]:
     if not path.exists():
         raise DataMissingError(f"{folder}: holds no rounds: start the task with `emberlora cloud serve` first")
     bundle = open_bundle(config.bundle_path, verify=False)
-    key = load_keys(folder / KEYS_FOLDER).plan.public_key()
+    plan = load_keys(folder / KEYS_FOLDER).plan  # before the rows: whichever of the task's keys it is now, they name it
     database = Database(path)
     try:
         await database.call(database.open, Identity(config.task.name, bundle.digest))
-        yield database, Kept(bundle, key, await database.call(database.rounds))
+        records = await database.call(database.rounds)
+        keys = PlanKeys.of(plan, await database.call(database.key_statements))
+        yield database, Kept(bundle, keys, records)
     finally:
         await database.close()
 

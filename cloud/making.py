@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cloud import planning
 from cloud.config import Config
 from cloud.download import Published, Since, make_patch, own_adapter, publish_master
-from cloud.keys import Keys
+from cloud.keyring import Keyring
 from cloud.planner import Choice, PastRound
 from cloud.quantising import with_quantisation
 from cloud.rounds import TaskState
@@ -55,7 +55,7 @@ class RoundMaker:
         self,
         config: Config,
         bundle: Bundle,
-        keys: Keys,
+        keys: Keyring,
         *,
         database: Database,
         blobs: Blobs,
@@ -137,8 +137,8 @@ class RoundMaker:
         round_key = "" if key is None else key.public_key().public_bytes_raw().hex()
         plan = planning.make_plan(config, bundle, state, choice=choice, adapter=adapter, round_key=round_key)
         plan = with_quantisation(config, bundle, plan, past)
-        signed = wire.sign_plan(plan, self._keys.plan)
-        wire.open_plan(signed.data, self._keys.plan.public_key())  # a plan no device would take is not stored either
+        signed = self._keys.sign(plan)
+        self._keys.known.open(signed.data)  # a plan no device would take is not stored either
         record = RoundRecord(
             round=state.round,
             state="finished" if finished else "open",
@@ -155,7 +155,7 @@ class RoundMaker:
     def _past(self, records: Sequence[RoundRecord], evidence: planning.Evidence) -> tuple[PastRound, ...]:
         for record in records:
             if record.round not in self._opened:
-                self._opened[record.round] = planning.open_round(record, self._keys.plan.public_key())
+                self._opened[record.round] = planning.open_round(record, self._keys.known)
         return planning.past_rounds([self._opened[record.round] for record in records], evidence)
 
     def _store(self, state: TaskState, choice: Choice, start: _Start) -> tuple[Published, planning.Adapter, str]:
@@ -170,7 +170,7 @@ class RoundMaker:
         return published, planning.Adapter(digest, len(data)), kept
 
     def _plan(self, record: RoundRecord) -> wire.Plan:
-        return wire.open_plan(record.plan, self._keys.plan.public_key()).plan
+        return self._keys.known.open(record.plan).plan
 
     def _read(self, digest: str) -> dict[str, Array]:
         return read_adapter(self._bundle, self._blobs.get(OBJECTS, digest))

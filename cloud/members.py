@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from cloud import events
 from cloud.errors import DataError, DataFullError
-from cloud.keys import Keys
+from cloud.keyring import Keyring
 from cloud.store import CapabilityRecord, Contributions, Database, DeviceRecord, RevocationRecord, TokenRecord
 from edge_runtime import wire
 from edge_runtime.wire.messages import OPERATOR
@@ -71,7 +71,7 @@ class Members:
     def __init__(
         self,
         database: Database,
-        keys: Keys,
+        keys: Keyring,
         *,
         clock: Callable[[], float],
         entropy: Callable[[int], bytes],
@@ -101,7 +101,7 @@ class Members:
             DeviceRevokedError: the operator refuses it.
         """
         if name == OPERATOR:
-            return self._keys.operator.public_key()
+            return self._keys.operator
         if name in self._revoked:
             raise wire.DeviceRevokedError(f"device {name}: was revoked by the operator")
         record = self._devices.get(name)

@@ -74,6 +74,10 @@ class OperatorClient:
         body = wire.encode_message(wire.Revocation(device=device))
         return await self._ask("POST", resources.OPERATOR_REVOCATIONS, body, wire.Revoked)
 
+    async def rotate_plan_key(self) -> wire.PlanKeyRotation:
+        """Have the next round's plan signed with a new key."""
+        return await self._ask("POST", resources.OPERATOR_PLAN_KEY, b"", wire.PlanKeyRotation)
+
     async def stop(self) -> wire.TaskStatus:
         """End the task; the status after it."""
         return await self._ask("POST", resources.OPERATOR_STOP, b"", wire.TaskStatus)

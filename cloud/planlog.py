@@ -75,7 +75,7 @@ def plan_log(config: Config, kept: Kept) -> list[RoundLog]:
     """Every round of a task whose plan asked for work, in order."""
     config = with_budget(config, kept.bundle.manifest)
     found = []
-    opened = [planning.open_round(record, kept.key) for record in kept.records]
+    opened = [planning.open_round(record, kept.keys) for record in kept.records]
     for number, round_ in enumerate(opened):
         plan, evidence = round_.plan, round_.evidence
         if plan.state == "finished":

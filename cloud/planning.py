@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from msgspec import UNSET, UnsetType
 
 from cloud.aggregate import component_movement, largest_changes, module_energies, module_movement, with_ranks
 from cloud.config import Config
 from cloud.errors import ConfigError
+from cloud.keys import PlanKeys
 from cloud.measuring import (
     measures,
     measuring_devices,
@@ -94,9 +94,9 @@ def past_rounds(opened: Sequence[OpenedRound], current: Evidence) -> tuple[PastR
     )
 
 
-def open_round(record: RoundRecord, key: Ed25519PublicKey) -> OpenedRound:
-    """Read a stored round; ``key`` signed its plan."""
-    return OpenedRound(wire.open_plan(record.plan, key).plan, read_evidence(record))
+def open_round(record: RoundRecord, keys: PlanKeys) -> OpenedRound:
+    """Read a stored round; one of ``keys`` signed its plan."""
+    return OpenedRound(keys.open(record.plan).plan, read_evidence(record))
 
 
 def read_evidence(record: RoundRecord) -> Evidence:

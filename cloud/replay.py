@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import msgspec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from cloud import planning
 from cloud.budgeting import with_budget
 from cloud.config import Config
 from cloud.kept import read_kept
+from cloud.keys import PlanKeys
 from cloud.quantising import with_quantisation
 from cloud.rounds import TaskState
 from cloud.store import RoundRecord
@@ -52,14 +52,14 @@ async def replay(config: Config) -> list[ReplayedRound]:
     """
     kept = await read_kept(config)
     config = with_budget(config, kept.bundle.manifest)
-    return list(_replayed(config, kept.bundle, kept.records, kept.key))
+    return list(_replayed(config, kept.bundle, kept.records, kept.keys))
 
 
 def _replayed(
-    config: Config, bundle: Bundle, records: Sequence[RoundRecord], key: Ed25519PublicKey
+    config: Config, bundle: Bundle, records: Sequence[RoundRecord], keys: PlanKeys
 ) -> Iterator[ReplayedRound]:
     features = bundle.manifest.features
-    opened = [planning.open_round(record, key) for record in records]
+    opened = [planning.open_round(record, keys) for record in records]
     for number, round_ in enumerate(opened):
         plan, evidence = round_.plan, round_.evidence
         if plan.state == "finished":

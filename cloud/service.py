@@ -23,6 +23,7 @@ from cloud.budgeting import with_budget
 from cloud.config import Config
 from cloud.download import PatchBook
 from cloud.errors import CloudError, DataError
+from cloud.keyring import Keyring
 from cloud.keys import Keys
 from cloud.making import MadeRound, RoundMaker
 from cloud.members import Members
@@ -65,18 +66,14 @@ class Aggregator:
     def __init__(self, config: Config, bundle: Bundle, *, keys: Keys, folder: Path, surroundings: Surroundings) -> None:
         self.config = config = with_budget(config, bundle.manifest)
         self._bundle = bundle
-        self._keys = keys
         self._folder = folder
-        self._clock, self._report = surroundings.clock, surroundings.report
-        self._database = Database(folder / DATABASE_NAME)
+        self._clock, self._report, entropy = surroundings.clock, surroundings.report, surroundings.entropy
+        self._database = database = Database(folder / DATABASE_NAME)
         self._blobs = Blobs(folder / "blobs")
         self.parts = Parts(folder / "parts")
-        self.members = Members(
-            self._database, keys, clock=self._clock, entropy=surroundings.entropy, report=self._report
-        )
-        self._maker = RoundMaker(
-            config, bundle, keys, database=self._database, blobs=self._blobs, entropy=surroundings.entropy
-        )
+        self.keyring = keyring = Keyring(folder, keys, task=config.task.name, database=database, entropy=entropy)
+        self.members = Members(database, keyring, clock=self._clock, entropy=entropy, report=self._report)
+        self._maker = RoundMaker(config, bundle, keyring, database=database, blobs=self._blobs, entropy=entropy)
         self._lock = asyncio.Lock()
         self._arrivals = Arrivals(self._blobs, self._commit, counts=self._counts)
         self._changed = asyncio.Event()
@@ -105,6 +102,7 @@ class Aggregator:
             identity = Identity(self.config.task.name, self._bundle.digest)
             await self._database.call(self._database.open, identity)
             await self._database.call(self._database.begin_log, identity, self._clock())
+            await self.keyring.start()
             await self.members.start()
             self._history = await self._database.call(self._database.history)
             record = await self._database.call(self._database.last_round)
@@ -112,7 +110,7 @@ class Aggregator:
                 await self._begin()
             else:
                 await self._resume(record)
-            self._leftover = self._destroy_keys  # a kill may have come before it
+            self._leftover = functools.partial(self._destroy_keys, self._record)  # a kill may have come before it
         except BaseException:  # whatever stopped the start, the database's thread must end with it
             await self._database.close()
             raise
@@ -149,7 +147,7 @@ class Aggregator:
         counted = {} if finished else {update.receipt.device: update.receipt for update in updates}
         rules = planning.round_rules(self.config, record.round)
         # The config may have changed; the open round has room for as many devices as its plan said.
-        plan = wire.open_plan(record.plan, self._keys.plan.public_key()).plan
+        plan = self.keyring.known.open(record.plan).plan
         rules = replace(rules, devices_per_round=min(rules.devices_per_round, plan.update.max_devices))
         if finished:
             state = TaskState(rules, record.round, "finished", record.deadline)
@@ -205,10 +203,6 @@ class Aggregator:
             except asyncio.TimeoutError:
                 return None
         raise wire.UnavailableError("the aggregator is shutting down; ask again later")
-
-    def prove(self, signed: wire.SignedPlan, request: wire.SignedRequest) -> str:
-        """What shows a device that a plan is the one in force now: that it answers this request of its."""
-        return wire.sign_answer(signed.digest, request, self._keys.plan)
 
     def blob_path(self, digest: str) -> Path:
         """Where a bundle file or one of the two newest adapters lies.
@@ -339,6 +333,11 @@ class Aggregator:
             elif not self.finished:
                 await self._end(state, None, summary=None)
 
+    async def rotate_plan_key(self) -> wire.PlanKeyRotation:
+        """Have the next round's plan signed with a new key; see :meth:`cloud.keyring.Keyring.rotate`."""
+        async with self._lock:
+            return await self.keyring.rotate(self._state, now=self._clock(), report=self._report)
+
     async def status(self) -> wire.TaskStatus:
         """Everything the operator may want to see."""
         devices = await self.members.statuses()
@@ -444,7 +443,7 @@ class Aggregator:
             self._report(events.TaskFinished(len(self._history), discarded, new.digest, path))
 
     def _enter(self, state: TaskState, record: RoundRecord) -> None:
-        signed = wire.open_plan(record.plan, self._keys.plan.public_key())
+        signed = self.keyring.enter(record.plan)
         if record.round_key is None:
             self._work = None
         else:
@@ -468,7 +467,7 @@ class Aggregator:
 
     async def _tidy_up(self, ended: str, new: MadeRound) -> None:
         """What follows a round whose plan named the adapter ``ended``."""
-        await self._destroy_keys()
+        await self._destroy_keys(new.record)
         # The next round may have begun by the time this is done: what is there is asked for before what is needed.
         await asyncio.to_thread(self.parts.keep_only, new.record.round)
         there = await asyncio.to_thread(self._blobs.files, UPDATES)
@@ -478,7 +477,8 @@ class Aggregator:
         await asyncio.to_thread(self._blobs.keep_only, OBJECTS, {ended, new.digest, new.record.master})
         await asyncio.to_thread(self._publish, new.published, new.digest)
 
-    async def _destroy_keys(self) -> None:
+    async def _destroy_keys(self, record: RoundRecord) -> None:
+        await self.keyring.retire(record.plan)
         await self._database.call(self._database.destroy_keys)
 
     def _publish(self, tensors: dict[str, Array], digest: str) -> None:

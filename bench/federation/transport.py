@@ -14,7 +14,7 @@ from cloud.service import Aggregator
 from edge_runtime.bundle import Manifest, map_tensors
 from edge_runtime.device.records import Pending
 from edge_runtime.device.transport import BlobAnswer, PlanAnswer, Traffic
-from edge_runtime.wire import Capability, Plan, UpdateReceipt, adapter_layout, decode_patch
+from edge_runtime.wire import Capability, Plan, PlanKeyChain, UpdateReceipt, adapter_layout, decode_patch
 from edge_runtime.wire.patch import PatchHead, encode_patch, fewest_bits
 
 _PIECE = 1 << 20
@@ -40,6 +40,10 @@ class MemoryTransport:
         self._plan = signed.plan
         self.traffic.down += len(signed.data)
         return PlanAnswer(signed.data)
+
+    async def plan_keys(self, task: str) -> PlanKeyChain:
+        """Every change of the plan key."""
+        return self._aggregator.keyring.chain
 
     @contextlib.asynccontextmanager
     async def blob(self, digest: str, *, offset: int) -> AsyncIterator[BlobAnswer]:

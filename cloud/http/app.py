@@ -39,6 +39,7 @@ def make_app(aggregator: Aggregator, *, clock: Callable[[], float], report: even
             web.put(resources.DEVICE_KEY, handlers.rekey),
             web.put(resources.CAPABILITY, handlers.tell),
             web.get(resources.PLAN, handlers.plan),
+            web.get(resources.PLAN_KEYS, handlers.plan_keys),
             web.get(resources.BLOB, handlers.blob),
             web.get(resources.PATCH, handlers.patch),
             web.put(resources.UPDATE, handlers.update),
@@ -47,6 +48,7 @@ def make_app(aggregator: Aggregator, *, clock: Callable[[], float], report: even
             web.get(resources.OPERATOR_STATUS, handlers.status),
             web.post(resources.OPERATOR_TOKENS, handlers.make_token),
             web.post(resources.OPERATOR_REVOCATIONS, handlers.revoke),
+            web.post(resources.OPERATOR_PLAN_KEY, handlers.rotate_plan_key),
             web.post(resources.OPERATOR_STOP, handlers.stop),
         ]
     )
@@ -115,8 +117,14 @@ class _Resources:
         self._members.key_of(caller.device)  # it may have been revoked while it waited
         if signed is None:
             return web.Response(status=204, headers={"Retry-After": "0"})
-        proof = {wire.PLAN_ANSWER: self._aggregator.prove(signed, caller)}
+        proof = {wire.PLAN_ANSWER: self._aggregator.keyring.prove(signed, caller)}
         return web.Response(body=signed.data, content_type=_BINARY, headers=proof)
+
+    async def plan_keys(self, request: web.Request) -> web.Response:
+        check_no_body(request, self._device(request))
+        if request.match_info["task"] != self._aggregator.config.task.name:
+            raise wire.NotFoundError(f"task {request.match_info['task'][:80]!r}: not served here")
+        return _message(self._aggregator.keyring.chain)
 
     async def blob(self, request: web.Request) -> web.StreamResponse:
         caller = self._device(request)
@@ -222,6 +230,11 @@ class _Resources:
         answer = await self._members.revoke(wire.decode_message(body, wire.Revocation))
         return _message(answer, status=200 if answer.already else 201)
 
+    async def rotate_plan_key(self, request: web.Request) -> web.Response:
+        check_no_body(request, self._operator(request))
+        answer = await self._aggregator.rotate_plan_key()
+        return _message(answer, status=200 if answer.already else 201)
+
     async def stop(self, request: web.Request) -> web.Response:
         check_no_body(request, self._operator(request))
         await self._aggregator.stop()
@@ -259,6 +272,8 @@ def _message(
     | wire.UpdateProgress
     | wire.TokenAnswer
     | wire.Revoked
+    | wire.PlanKeyChain
+    | wire.PlanKeyRotation
     | wire.TaskStatus,
     *,
     status: int = 200,

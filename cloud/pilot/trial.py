@@ -83,7 +83,7 @@ def _bundle_bytes(bundle: Bundle) -> int:
 
 
 def _rounds(kept: Kept) -> list[TrialRound]:
-    plans = [(record, wire.open_plan(record.plan, kept.key).plan) for record in kept.records]
+    plans = [(record, kept.keys.open(record.plan).plan) for record in kept.records]
     return [
         TrialRound(plan, record.opened, record.deadline, applied=record.state == "applied")
         for record, plan in plans

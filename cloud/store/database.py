@@ -37,7 +37,7 @@ from cloud.store.records import (
     UpdateRecord,
 )
 from cloud.store.space import write_error
-from edge_runtime.wire import Capability, LocalMetrics, RoundStatus, UpdateReceipt
+from edge_runtime.wire import Capability, KeyStatement, LocalMetrics, RoundStatus, UpdateReceipt
 
 DATABASE_NAME = "emberlora.sqlite3"  # in the data folder
 _BUSY_TIMEOUT_MS = 5_000  # somebody else may read: a backup, a replay
@@ -126,6 +126,21 @@ class Database:
         """Log that the operator asked for the end of the task."""
         with self._engine.begin() as connection:
             log.append(connection, now, audit.StopAsked(round_))
+
+    # Plan keys
+
+    def key_statements(self) -> tuple[KeyStatement, ...]:
+        """Every change of the key that signs plans, in order."""
+        columns = [t.plan_keys.c[name] for name in KeyStatement.__struct_fields__]
+        with self._engine.begin() as connection:
+            rows = connection.execute(sa.select(*columns).order_by(t.plan_keys.c.number))
+            return tuple(KeyStatement(**row._mapping) for row in rows)
+
+    def add_key_statement(self, number: int, new: KeyStatement, now: float) -> None:
+        """Store the next change; ``number`` is how many there are before it."""
+        with self._engine.begin() as connection:
+            connection.execute(t.plan_keys.insert().values(number=number, **msgspec.structs.asdict(new)))
+            log.append(connection, now, audit.PlanKeyChanged(new.old, new.new))
 
     # Rounds
 

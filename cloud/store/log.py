@@ -75,6 +75,8 @@ def _facts(connection: sa.Connection) -> Iterator[str]:
         yield audit.task_fact(row.task, row.bundle)
     for row in connection.execute(sa.select(t.revocations)):
         yield audit.revoked_fact(row.device, row.signing_key)
+    for row in connection.execute(sa.select(t.plan_keys)):
+        yield audit.plan_key_fact(row.old, row.new)
     for row in connection.execute(sa.select(*_UPDATE)):
         yield audit.update_fact(row.round, row.device, row.digest, row.weight)
     for row in connection.execute(sa.select(*_ROUND)):

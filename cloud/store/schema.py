@@ -52,6 +52,16 @@ retired_keys = Table(
     Column("device", Text, ForeignKey("devices.name"), nullable=False),
     sqlite_strict=True,
 )
+plan_keys = Table(
+    "plan_keys",
+    metadata,
+    Column("number", Integer, primary_key=True),  # from 0, without gaps: each statement is by the key of the one before
+    Column("task", Text, nullable=False),
+    Column("old", Text, nullable=False),
+    Column("new", Text, nullable=False),
+    Column("signature", Text, nullable=False),  # with the old key; see wire.KeyStatement
+    sqlite_strict=True,
+)
 capabilities = Table(
     "capabilities",
     metadata,

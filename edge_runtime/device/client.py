@@ -36,6 +36,7 @@ from edge_runtime.wire import (
     NewKey,
     NotFoundError,
     NotNowError,
+    PlanKeyChain,
     RequestFormatError,
     SignedRequest,
     UpdateOffsetError,
@@ -56,6 +57,7 @@ from edge_runtime.wire.resources import (
     DEVICE,
     DEVICE_KEY,
     ENROLMENTS,
+    PLAN_KEYS,
     capability_path,
     part_target,
     parts_path,
@@ -183,6 +185,16 @@ class Client:
                 return PlanAnswer(None, _seconds(response.headers.get("Retry-After")))
             proof = response.headers.get(PLAN_ANSWER)
             return PlanAnswer(await self._capped(response, MAX_PLAN_BYTES), request=asked, proof=proof)
+
+    async def plan_keys(self, task: str) -> PlanKeyChain:
+        """Every change of the key that signs plans, nothing checked.
+
+        Raises:
+            NotFoundError, RequestError: the server's refusal; one from before this resource knows no such path.
+            TransportError: no answer.
+        """
+        async with self._answer("GET", PLAN_KEYS.format(task=task)) as response:
+            return await self._message(response, PlanKeyChain)
 
     @contextlib.asynccontextmanager
     async def blob(self, digest: str, *, offset: int) -> AsyncIterator[BlobAnswer]:

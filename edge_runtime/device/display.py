@@ -134,6 +134,8 @@ def _plain_line(event: events.DeviceEvent) -> str:
         return encrypted_line(event)
     if isinstance(event, events.Started):
         return f"{event.device} takes part in task {event.task} at {event.server}"
+    if isinstance(event, events.PlanKeyChanged):
+        return f"plans are signed with a new key now, {event.plan_key[:12]}; the one before has said so"
     if isinstance(event, events.Waiting):
         waited = f" for {duration(event.waited_s)}" if event.waited_s >= 1 else ""
         return f"waiting{waited}: {event.detail}; next try in {duration(event.retry_s)}"

@@ -17,12 +17,16 @@ from edge_runtime.device.rekeying import settle
 from edge_runtime.device.trust import tls_of
 from edge_runtime.wire import (
     DeviceRevokedError,
+    Enrolled,
     Enrolment,
     NotFoundError,
     NotPermittedError,
+    PlanKeyError,
+    RequestError,
     Token,
     UnknownDeviceError,
     check_name,
+    follow_keys,
 )
 from edge_runtime.wire.messages import OPERATOR
 
@@ -61,7 +65,8 @@ async def enrol(
         EnrolledError: this home is a device already.
         RequestFormatError: ``device`` is no name, or a reserved one.
         TokenError, RequestError: the server's refusal.
-        PinMismatchError: the server is not the one the token names; nothing is enrolled here.
+        PinMismatchError: the server is not the one the token names, nor shows that its key follows the token's;
+            nothing is enrolled here.
         UntrustedServerError: its certificate is not to be trusted.
         TransportError: no answer.
     """
@@ -81,7 +86,7 @@ async def enrol(
     public = identity.signing_key().public_key().public_bytes_raw().hex()
     async with Client(server, host, tls=tls_of(identity)) as client:
         answer = await client.enrol(Enrolment(token.secret, device, public))
-    if hashlib.sha256(bytes.fromhex(answer.plan_key)).hexdigest() != token.fingerprint or answer.device != device:
+    if answer.device != device or not await _is_pinned(identity, answer, token.fingerprint, host):
         raise PinMismatchError(
             f"{server}: not the aggregator this token is for: its plan key has another fingerprint; "
             "nothing was enrolled"
@@ -89,6 +94,23 @@ async def enrol(
     enrolled = msgspec.structs.replace(identity, task=answer.task, plan_key=answer.plan_key)
     home.save_identity(enrolled)
     return enrolled
+
+
+async def _is_pinned(identity: Identity, answer: Enrolled, fingerprint: str, host: Host) -> bool:
+    """Whether an answer's plan key is the one the token names, or one to which statements lead from that."""
+    if _fingerprint(answer.plan_key) == fingerprint:
+        return True
+    try:
+        async with Client.of(identity, host) as client:
+            statements = (await client.plan_keys(answer.task)).statements
+        pinned = next((one.old for one in statements if _fingerprint(one.old) == fingerprint), None)
+        return pinned is not None and answer.plan_key in follow_keys(statements, task=answer.task, trusted=pinned)
+    except (RequestError, PlanKeyError):  # whoever answers there has nothing to show for itself
+        return False
+
+
+def _fingerprint(key: str) -> str:
+    return hashlib.sha256(bytes.fromhex(key)).hexdigest()
 
 
 async def leave(home: Home, *, host: Host) -> Identity:

@@ -34,6 +34,12 @@ class Planned(DeviceEvent, frozen=True, tag="plan"):
     personal: tuple[str, ...] = ()  # what this device trains and keeps: "head", "B"
 
 
+class PlanKeyChanged(DeviceEvent, frozen=True, tag="plan-key-changed"):
+    """Plans are signed with another key from now on; the one before has said so."""
+
+    plan_key: str  # Ed25519 public key, hex
+
+
 class Fetched(DeviceEvent, frozen=True, tag="fetched"):
     """Bundle and adapter of the plan are here and verified."""
 

@@ -9,12 +9,14 @@ and waited for; what cannot ends :meth:`Device.run` with its own error.
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from edge_runtime.at_rest import AtRestError
 from edge_runtime.device import events
@@ -35,11 +37,12 @@ from edge_runtime.device.home import Home
 from edge_runtime.device.host import Backoff, Host
 from edge_runtime.device.inspector import Inspector, demand
 from edge_runtime.device.outbox import Outbox, pending_for
+from edge_runtime.device.plan_trust import PlanTrust
 from edge_runtime.device.records import DeviceState, Pending, Published, Settings
 from edge_runtime.device.state import Action, Discard, Poll, Publish, Stop, Train, Upload, accept, decide
 from edge_runtime.device.state import done_with as done
 from edge_runtime.device.trainer import Trainer
-from edge_runtime.device.transport import Transport
+from edge_runtime.device.transport import PlanAnswer, Transport
 from edge_runtime.training.job import (
     FRAME_NAME,
     JOB_PURPOSES,
@@ -121,6 +124,7 @@ class Device:
         self._options = options
         self._vault = home.vault()
         self._outbox = Outbox(home.outbox, self._vault)
+        self._trust = PlanTrust(home, client, tools.report)
         self._store = Store(home, client, tools.inspector, options.settings.floors)
         self._carried = 0  # the tier of the round that is trained
         self._self_report = SelfReport(home, client, self._identity.task, tools.host.clock)
@@ -199,21 +203,25 @@ class Device:
             pause_s = max(answer.retry_after_s or 0.0, at_once_s)
             await self._tools.host.sleep(min(pause_s, self._options.backoff_cap_s))
             return
-        key = self._identity.plan_public_key()
-        floors = self._options.settings.floors
-        state, signed = accept(self._state, answer.data, key=key, task=self._identity.task, floors=floors)
-        if answer.request is not None:
-            check_answer(answer.proof, digest=signed.digest, request=answer.request, key=key)
-        if signed.plan.round <= after:
-            raise PlanOrderError(
-                f"plan: not what was asked for: expected a round after {after}, got {signed.plan.round}"
-            )
+        state, signed = await self._trust.checked(functools.partial(self._accept, answer, after))
         self._home.save_plan(signed.plan.round, signed.data)
         if signed.digest != self._reported:
             self._tools.report(_planned(signed))
         self._reported = signed.digest
         self._save(state)
         self._signed = signed
+
+    def _accept(self, answer: PlanAnswer, after: int, key: Ed25519PublicKey) -> tuple[DeviceState, SignedPlan]:
+        """The state that has seen the plan, and the plan, if ``key`` signed it and the answer it came in."""
+        task, floors = self._identity.task, self._options.settings.floors
+        state, signed = accept(self._state, answer.data or b"", key=key, task=task, floors=floors)
+        if answer.request is not None:
+            check_answer(answer.proof, digest=signed.digest, request=answer.request, key=key)
+        if signed.plan.round <= after:
+            raise PlanOrderError(
+                f"plan: not what was asked for: expected a round after {after}, got {signed.plan.round}"
+            )
+        return state, signed
 
     async def _fetch(self, signed: SignedPlan) -> tuple[Path, Path]:
         """The plan's bundle folder and adapter file, verified."""
@@ -243,7 +251,7 @@ class Device:
         job = TrainingJob(
             plan=str(self._home.plan_path(plan.round)),
             round=plan.round,
-            plan_key=self._identity.plan_key,
+            plan_key=self._trust.plan_key,
             bundle=str(bundle),
             adapter=str(adapter),
             data=self._options.settings.data,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import msgspec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_runtime.device.eligibility import Rules
 from edge_runtime.device.floors import Floors
@@ -58,10 +58,6 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def signing_key(self) -> Ed25519PrivateKey:
         """The key that signs requests."""
         return Ed25519PrivateKey.from_private_bytes(bytes.fromhex(self.private_key))
-
-    def plan_public_key(self) -> Ed25519PublicKey:
-        """The key plans must be signed with."""
-        return Ed25519PublicKey.from_public_bytes(bytes.fromhex(self.plan_key))
 
 
 class PrivateKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

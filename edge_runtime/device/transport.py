@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from edge_runtime.device.records import Pending
-from edge_runtime.wire import Capability, SignedRequest, UpdateReceipt
+from edge_runtime.wire import Capability, PlanKeyChain, SignedRequest, UpdateReceipt
 
 _LEAST_BYTES = 64 << 10  # smaller bodies fit into buffers on the way, and their time is that of the request
 
@@ -82,6 +82,9 @@ class Transport(Protocol):
 
     async def plan(self, task: str, *, after: int, wait_s: int) -> PlanAnswer:
         """Wait, at most ``wait_s`` seconds, for the first plan of a round after ``after``."""
+
+    async def plan_keys(self, task: str) -> PlanKeyChain:
+        """Every change of the key that signs plans."""
 
     def blob(self, digest: str, *, offset: int) -> AbstractAsyncContextManager[BlobAnswer]:
         """Open a blob from byte ``offset`` on."""

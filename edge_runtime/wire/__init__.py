@@ -14,6 +14,7 @@ from edge_runtime.wire.errors import (
     PatchValueError,
     PlanError,
     PlanFormatError,
+    PlanKeyError,
     PlanOrderError,
     PlanSignatureError,
     PlanStaleError,
@@ -56,6 +57,7 @@ from edge_runtime.wire.messages import (
     Enrolled,
     Enrolment,
     Outlier,
+    PlanKeyRotation,
     Revocation,
     Revoked,
     RoundStatus,
@@ -83,6 +85,7 @@ from edge_runtime.wire.plan import (
     plan_problems,
     sign_plan,
 )
+from edge_runtime.wire.plankeys import KeyStatement, PlanKeyChain, follow_keys, state_key
 from edge_runtime.wire.problems import Problem, ProblemDocument, decode_problem, encode_problem, problem_for
 from edge_runtime.wire.quantisation import Quantisation
 from edge_runtime.wire.rekeying import NewKey, check_new_key, new_key
@@ -115,6 +118,7 @@ __all__ = [
     "Enrolment",
     "EnvelopeContext",
     "EnvelopeError",
+    "KeyStatement",
     "Layout",
     "LocalMetrics",
     "ModulePlan",
@@ -132,6 +136,9 @@ __all__ = [
     "Plan",
     "PlanError",
     "PlanFormatError",
+    "PlanKeyChain",
+    "PlanKeyError",
+    "PlanKeyRotation",
     "PlanOrderError",
     "PlanSignatureError",
     "PlanStaleError",
@@ -197,6 +204,7 @@ __all__ = [
     "encode_problem",
     "encode_update",
     "fewest_bits",
+    "follow_keys",
     "layout_for",
     "layout_of",
     "measurement_layout",
@@ -211,6 +219,7 @@ __all__ = [
     "seal",
     "sign_answer",
     "sign_plan",
+    "state_key",
     "tier_layouts",
     "unpack_triangle",
     "unseal",

@@ -5,7 +5,8 @@ WireError
 │   ├── PlanFormatError         not a plan of this schema, or it contradicts itself
 │   ├── PlanSignatureError      not signed by the key this device trusts
 │   ├── PlanOrderError          another task's plan, or an older round than one already seen
-│   └── PlanStaleError          not given as the answer to the request that asked
+│   ├── PlanStaleError          not given as the answer to the request that asked
+│   └── PlanKeyError            no statements lead from the key this device trusts to another
 ├── UpdateError                 an update is not to be counted (device: obey, do not resend)
 │   ├── EnvelopeError           cannot be opened: wrong key, wrong context, or changed bytes
 │   ├── UpdateFormatError       magic, version or length are wrong
@@ -62,6 +63,10 @@ class PlanOrderError(PlanError):
 
 class PlanStaleError(PlanError):
     """Not given as the answer to the request that asked."""
+
+
+class PlanKeyError(PlanError):
+    """No chain of statements leads from the key that is trusted to another."""
 
 
 class UpdateError(WireError):

@@ -73,6 +73,15 @@ class Revoked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     open_round: int | None  # an update of it is counted in this round, which is open, and stays so; None: none is
 
 
+class PlanKeyRotation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The answer to POST /v1/operator/plan-key; the same but for ``already`` until ``round`` begins."""
+
+    old: str  # Ed25519 public keys, hex
+    new: str
+    round: int  # the first whose plan is signed with the new one
+    already: bool  # it was asked for before this request
+
+
 class UpdateReceipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The answer to an update; a second identical upload gets the same one."""
 

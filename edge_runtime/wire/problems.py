@@ -26,6 +26,7 @@ PROBLEMS: dict[type[e.WireError], Problem] = {
     e.PlanSignatureError: Problem("plan-signature", 422),
     e.PlanOrderError: Problem("plan-order", 422),
     e.PlanStaleError: Problem("plan-stale", 422),
+    e.PlanKeyError: Problem("plan-key", 422),
     e.EnvelopeError: Problem("envelope", 422),
     e.UpdateFormatError: Problem("update-format", 422),
     e.UpdateDigestError: Problem("update-digest", 400, retry_s=5.0),

@@ -8,13 +8,14 @@ DELETE  /v1/devices/{device}                                       a device leav
 PUT     /v1/devices/{device}/key                                   a device changes its key
 PUT     /v1/tasks/{task}/devices/{device}/capability               what a device measured of itself
 GET     /v1/tasks/{task}/plan?after=N&wait=S                       long poll: the first plan of a round after N
+GET     /v1/tasks/{task}/plan-keys                                 the changes of the key that signs plans
 GET     /v1/blobs/{digest}                                         bundle files and adapters, with ``Range``
 GET     /v1/tasks/{task}/rounds/{round}/adapter?since=N            a patch to the plan's adapter from that of round N
 PUT     /v1/tasks/{task}/rounds/{round}/updates/{device}           a sealed update
 GET     /v1/…/updates/{device}/parts/{digest}                      how much of one is there that comes in parts
 PATCH   /v1/…/updates/{device}/parts/{digest}?offset=N&of=M        the next part of one
 GET     /v1/operator/status                                        the operator's commands
-POST    /v1/operator/tokens, …/revocations, …/stop                 the same
+POST    /v1/operator/tokens, …/revocations, …/plan-key, …/stop      the same
 GET     /v1/health                                                 alive and serving (not signed)
 ======  =========================================================  ==================================================
 """
@@ -26,6 +27,7 @@ DEVICE = "/v1/devices/{device}"
 DEVICE_KEY = "/v1/devices/{device}/key"
 CAPABILITY = "/v1/tasks/{task}/devices/{device}/capability"
 PLAN = "/v1/tasks/{task}/plan"
+PLAN_KEYS = "/v1/tasks/{task}/plan-keys"
 BLOB = "/v1/blobs/{digest}"
 PATCH = "/v1/tasks/{task}/rounds/{round}/adapter"
 UPDATE = "/v1/tasks/{task}/rounds/{round}/updates/{device}"
@@ -33,6 +35,7 @@ UPDATE_PARTS = UPDATE + "/parts/{digest}"
 OPERATOR_STATUS = "/v1/operator/status"
 OPERATOR_TOKENS = "/v1/operator/tokens"
 OPERATOR_REVOCATIONS = "/v1/operator/revocations"
+OPERATOR_PLAN_KEY = "/v1/operator/plan-key"
 OPERATOR_STOP = "/v1/operator/stop"
 HEALTH = "/v1/health"
 

@@ -22,6 +22,7 @@ from edge_runtime.device.transport import BlobAnswer, PlanAnswer, Traffic
 from edge_runtime.wire import (
     Capability,
     NotNowError,
+    PlanKeyChain,
     SignatureError,
     SignedPlan,
     UnknownDeviceError,
@@ -223,6 +224,18 @@ class Link:
             self._weather.old_plan, data = False, network.first_plan
         self.traffic.down += len(data)
         return PlanAnswer(_spoilt(data) if spoilt else data)
+
+    async def plan_keys(self, task: str) -> PlanKeyChain:
+        """Every change of the plan key."""
+        name, key = self._owner.name, self._owner.key
+
+        async def ask(aggregator: Aggregator) -> PlanKeyChain:
+            check_caller(aggregator, name, key)
+            return aggregator.keyring.chain
+
+        chain, _ = await self._exchange("plan", ask)
+        assert isinstance(chain, PlanKeyChain), "which is what the handler gives"
+        return chain
 
     @contextlib.asynccontextmanager
     async def blob(self, digest: str, *, offset: int) -> AsyncIterator[BlobAnswer]:

@@ -203,6 +203,11 @@ class StopTask(Op):
 
 
 @dataclass(frozen=True, repr=False)
+class RotatePlanKey(Op):
+    """The operator has a new plan key made."""
+
+
+@dataclass(frozen=True, repr=False)
 class Work(Op):
     """:class:`Train` and :class:`Upload` in one."""
 
@@ -323,4 +328,5 @@ _STORIES: tuple[tuple[Story, float], ...] = (
     (lambda rng, _: (Advance(rng.choice((0.01, 0.3, 1.0, 1.0, 3.0, 8.0, 30.0))),), 8),
     (lambda rng, d: (SetClock(rng.choice((-3600.0, -5.0, 5.0, 3600.0)), rng.choice((None, d))),), 1.5),
     (lambda rng, _: (StopTask(then=_pause(rng)),), 0.3),
+    (lambda rng, _: (RotatePlanKey(then=_pause(rng)),), 0.5),
 )

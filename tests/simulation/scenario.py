@@ -18,7 +18,6 @@ from safetensors.numpy import load_file
 
 from cloud.config import parse_config
 from cloud.init import init_folder
-from cloud.keys import KEYS_FOLDER, load_keys
 from cloud.store import Database, Identity
 from edge_runtime.device import capability
 from edge_runtime.wire import Capability, WireError
@@ -66,7 +65,7 @@ def make_task(folder: Path) -> Task:
     database.open(identity)
     database.begin_log(identity, START)
     asyncio.run(database.close())
-    return Task(config, bundle, load_keys(config.data_path / KEYS_FOLDER), config.data_path)
+    return Task(config, bundle, config.data_path)
 
 
 def _ruled(task: Task, seed: int) -> Task:
@@ -200,6 +199,11 @@ async def _stop_task(world: World, _op: o.StopTask) -> None:
         await world.server.call(lambda aggregator: aggregator.stop())
 
 
+async def _rotate_plan_key(world: World, _op: o.RotatePlanKey) -> None:
+    with contextlib.suppress(ServerDownError, WireError):
+        await world.server.call(lambda aggregator: aggregator.rotate_plan_key())
+
+
 async def _kill(world: World, op: o.KillServer | o.KillDevice) -> None:
     process = world.place(op.device if isinstance(op, o.KillDevice) else None).process
     if process is not None:
@@ -261,6 +265,7 @@ _PERFORM: dict[type[o.Op], Callable[[World, Any], Awaitable[None]]] = {
     o.CloseServer: lambda world, _: world.server.close(),
     o.Replay: _replay,
     o.StopTask: _stop_task,
+    o.RotatePlanKey: _rotate_plan_key,
     o.Advance: lambda _, op: asyncio.sleep(op.seconds),
 }
 

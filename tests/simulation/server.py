@@ -17,7 +17,7 @@ from cloud import audit, events
 from cloud.config import Config
 from cloud.errors import CloudError, DataError, DataFullError
 from cloud.http.parts import PartsDesk
-from cloud.keys import Keys
+from cloud.keys import KEYS_FOLDER, load_keys
 from cloud.service import Aggregator, Surroundings
 from edge_runtime.bundle import Bundle
 from edge_runtime.wire import StorageFullError, UnavailableError, WireError
@@ -33,11 +33,10 @@ _ROUNDS = "SELECT round, state, round_key FROM rounds ORDER BY round"
 
 @dataclass(frozen=True)
 class Task:
-    """What all scenarios share: config, bundle and keys."""
+    """What all scenarios share: config, bundle and a data folder, keys in it."""
 
     config: Config
     bundle: Bundle
-    keys: Keys
     folder: Path  # what a server's data folder begins as
 
 
@@ -99,7 +98,9 @@ class Server:
         surroundings = Surroundings(self.clock, self._rng.randbytes, self._report)
         self.aggregator = None
         task = self._task
-        make = functools.partial(Aggregator, keys=task.keys, folder=self.folder, surroundings=surroundings)
+        make = functools.partial(
+            Aggregator, keys=load_keys(self.folder / KEYS_FOLDER), folder=self.folder, surroundings=surroundings
+        )
         aggregator = process.run(make, task.config, task.bundle)
         self.desk = PartsDesk(aggregator)
         _share_compiled(aggregator._database._engine)

@@ -32,6 +32,7 @@ from tests.simulation.ops import (
     OldPlan,
     Op,
     Replay,
+    RotatePlanKey,
     SetClock,
     StartDevice,
     StartServer,
@@ -123,6 +124,36 @@ def test_a_server_killed_while_it_counts_counts_once(task: Task, at: str) -> Non
 def test_a_device_killed_at_any_write_contributes_once(task: Task, nth: int) -> None:
     world = run(task, (*FLEET, KillDevice(1, "fsync", nth), Work(1), Advance(3.0), StartDevice(1), Work(1), Upload(1)))
     assert world.devices[1].home.folder.suffix == ".1"
+
+
+WRITES = [
+    (at, nth)
+    for at, most in {"fsync": 6, "replace": 3, "sql COMMIT": 6, "unlink": 5}.items()
+    for nth in range(1, most + 1)
+]
+
+
+@pytest.mark.parametrize(("at", "nth"), WRITES)
+@pytest.mark.parametrize("again", [(), (RotatePlanKey(),)])
+def test_a_server_killed_at_any_write_of_a_new_plan_key_goes_on(
+    task: Task, at: str, nth: int, again: tuple[Op, ...]
+) -> None:
+    """From the request to the round after the one that is open; devices follow whatever key came of it."""
+    change = (KillServer(at, nth), RotatePlanKey(), StartServer(), *again)
+    world = run(task, (*FLEET, *change, Work(1), Work(2), Advance(1.0), StartServer(), Advance(2.0)))
+    assert world.starts == 2
+    assert world.server.aggregator is not None
+    keys = len(world.server.aggregator.keyring.known.public)
+    assert keys == 2 if again else keys in (1, 2)
+
+
+@pytest.mark.parametrize(("at", "nth"), WRITES)
+def test_a_server_killed_at_any_write_of_the_round_after_a_new_plan_key_goes_on(task: Task, at: str, nth: int) -> None:
+    ops = (*FLEET, Work(1), RotatePlanKey(), KillServer(at, nth), Work(2), Advance(1.0), StartServer(), Advance(2.0))
+    world = run(task, ops)
+    assert world.starts == 2
+    assert world.server.aggregator is not None
+    assert len(world.server.aggregator.keyring.known.public) == 2
 
 
 def test_replays_are_answered_and_change_nothing(task: Task) -> None:

@@ -62,6 +62,8 @@ class Aggregator:
         self.personal: tuple[wire.Personal, ...] = ()  # the same
         self.tiers: tuple[wire.Tier, ...] = ()  # of the plans to come; all of a round's devices then carry the same
         self.key = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+        self.next_key: Ed25519PrivateKey | None = None  # of the next plan, if another
+        self.statements: list[wire.KeyStatement] | None = None  # None: as an aggregator from before there were any
         self.faults = Faults()
         self.blobs: dict[str, bytes] = dict(bundle.blobs)
         self.adapter = self.store(bundle.adapter)
@@ -136,6 +138,7 @@ class Aggregator:
         return wire.tier_layouts(self.plans[-1].plan, features=FEATURES, places=PLACES, head={})
 
     def _open(self) -> None:
+        self.key = self.next_key or self.key
         self.plans.append(wire.sign_plan(self.next_plan(), self.key))
         self.news.set()
         self.news = asyncio.Event()
@@ -149,6 +152,7 @@ class Aggregator:
         app.router.add_put(resources.DEVICE_KEY, self._rekey)
         app.router.add_put(resources.CAPABILITY, self._tell)
         app.router.add_get(resources.PLAN, self._plan)
+        app.router.add_get(resources.PLAN_KEYS, self._plan_keys)
         app.router.add_get(resources.BLOB, self._blob)
         app.router.add_get(resources.PATCH, self._patch)
         app.router.add_put(resources.UPDATE, self._update)
@@ -260,6 +264,17 @@ class Aggregator:
             proof = wire.sign_answer(hashlib.sha256(data).hexdigest(), asked, self.key)
         self.proofs.append(proof)
         return web.Response(body=data, headers={wire.PLAN_ANSWER: proof} if proof else {})
+
+    async def _plan_keys(self, request: web.Request) -> web.Response:
+        self._verify(request)
+        if self.statements is None:
+            raise wire.NotFoundError(f"GET {request.path}: Not Found")
+        return web.Response(body=wire.encode_message(wire.PlanKeyChain(tuple(self.statements))))
+
+    def rotate(self) -> None:
+        """Plans from the next one on are signed with a new key."""
+        self.next_key = Ed25519PrivateKey.generate()
+        self.statements = [*(self.statements or ()), wire.state_key(TASK, self.key, self.next_key.public_key())]
 
     async def _blob(self, request: web.Request) -> web.StreamResponse:
         self._verify(request)

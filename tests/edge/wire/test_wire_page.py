@@ -15,8 +15,10 @@ from edge_runtime.wire import (
     Capability,
     Enrolled,
     Enrolment,
+    KeyStatement,
     ModulePlan,
     Plan,
+    PlanKeyRotation,
     Quantisation,
     Tier,
     TokenAnswer,
@@ -31,6 +33,7 @@ from edge_runtime.wire import (
     resources,
 )
 from edge_runtime.wire import update as frame
+from edge_runtime.wire.plankeys import MAX_STATEMENTS
 from edge_runtime.wire.problems import PROBLEMS
 
 PAGE = (Path(__file__).parents[3] / "docs" / "wire.md").read_text(encoding="utf-8")
@@ -71,10 +74,16 @@ def test_module_fields() -> None:
     assert [name for name in re.findall(r"`(\w+)`", row[2]) if name.islower()] == list(ModulePlan.__struct_fields__)
 
 
-@pytest.mark.parametrize("kind", [Enrolment, Enrolled, TokenRequest, TokenAnswer, UpdateReceipt])
+@pytest.mark.parametrize("kind", [Enrolment, Enrolled, TokenRequest, TokenAnswer, PlanKeyRotation, UpdateReceipt])
 def test_message_fields(kind: type[msgspec.Struct]) -> None:
     said = {row[0]: re.findall(r"`(\w+)`", row[1]) for row in rows(section("## Enrolment token"))}
     assert said[f"`{kind.__name__}`"] == list(kind.__struct_fields__)
+
+
+def test_key_statement_fields() -> None:
+    said = [row[0].strip("`") for row in rows(section("## Change of the plan key"))]
+    assert said == list(KeyStatement.__struct_fields__)
+    assert f"0 to {MAX_STATEMENTS} `KeyStatement`" in PAGE
 
 
 def test_capability_fields() -> None:
@@ -113,7 +122,7 @@ def _single(code: str) -> list[str]:
 def test_resources() -> None:
     said = " ".join(row[0] for row in rows(section("## Resources")))
     paths = [value for name, value in vars(resources).items() if name.isupper() and isinstance(value, str)]
-    assert len(paths) == 14
+    assert len(paths) == 16
     for path in paths:
         assert re.search(rf"{re.escape(path)}[?`]", said), path
     assert resources.plan_target("sst2", after=-1, wait_s=60) == "/v1/tasks/sst2/plan?after=-1&wait=60"
