@@ -54,9 +54,9 @@ class Traffic:
     head_trained: bool
     upload: PatchBits
     download: PatchBits
-    upload_density: float = 1.0
     # An update of any other tier than 0 is smaller, so these only make plans longer.
     tiers: Tiers = field(default_factory=Tiers)
+    upload_density: float = 1.0
 
     @cached_property
     def components(self) -> tuple[Component, ...]:
