@@ -26,6 +26,7 @@ EVENTS: list[events.Event] = [
     events.WorkFailed("round 0", "disk"),
     events.DeviceRevoked("a"),
     events.DeviceRekeyed("a"),
+    events.PlanKeyChanged("ab" * 32, 3),
 ]
 
 
