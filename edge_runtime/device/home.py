@@ -5,7 +5,7 @@ elsewhere: see :mod:`edge_runtime.at_rest` and :mod:`edge_runtime.device.storage
 
 identity.json               name, server, its CA, task, plan key, and (*) private keys
 storage.json                where the storage key is, and which one it is
-settings.json               data and evaluation files
+settings.json               data and evaluation files, when to train, what no plan can ask
 capability.json             what the device measured of itself
 state.json                  last round seen and done, bytes, newest and published adapter
 plans/round-N.plan          the signed plan in force
