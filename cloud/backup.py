@@ -65,7 +65,7 @@ async def back_up(config: Config, config_path: Path, out: Path) -> Backup:
     if not (data / DATABASE_NAME).exists():
         raise DataMissingError(f"{data}: holds no rounds: start the task with `emberlora cloud serve` first")
     identity = Identity(config.task.name, open_bundle(config.bundle_path, verify=False).digest)
-    load_keys(data / KEYS_FOLDER)
+    load_keys(data / KEYS_FOLDER)  # keys that are missing are told of before anything is written
     staging: Path | None = None
     try:
         if out.exists() and any(out.iterdir()):

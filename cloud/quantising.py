@@ -33,5 +33,5 @@ def with_quantisation(config: Config, bundle: Bundle, plan: wire.Plan, past: Seq
     names = [name for name, _ in plan_layout(bundle, plain).blocks]
     ranges = update_ranges(names, plan.training, past, max_abs=plan.update.max_abs)
     task = config.task
-    density = task.upload_density if task.upload_density < 1 else msgspec.UNSET
-    return msgspec.structs.replace(plain, quantisation=wire.Quantisation(_BITS[task.upload], ranges, density))
+    quantisation = wire.Quantisation.of(_BITS[task.upload], ranges, task.upload_density)
+    return msgspec.structs.replace(plain, quantisation=quantisation)

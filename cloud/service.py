@@ -185,7 +185,7 @@ class Aggregator:
             RoundAheadError: ``after`` is a later round than the current one.
             UnavailableError: the server is shutting down.
         """
-        self._check_task(task)
+        self.check_task(task)
         if after > (current := self._signed.plan.round):
             raise wire.RoundAheadError(
                 f"device {device} is done with round {after}, and this aggregator is at {current}: was it restored?"
@@ -227,7 +227,7 @@ class Aggregator:
             RoundClosedError: a round that has ended.
             RequestFormatError: ``since`` is not before the round.
         """
-        self._check_task(task)
+        self.check_task(task)
         current, patches = self._signed.plan.round, self._patches
         if round_ != current:
             error = wire.RoundClosedError if round_ < current else wire.NotFoundError
@@ -246,7 +246,7 @@ class Aggregator:
         Raises:
             NotFoundError: another task.
         """
-        self._check_task(task)
+        self.check_task(task)
         await self.members.tell(device, capability)
 
     async def admit(self, device: str, *, task: str, round_: int, digest: str) -> wire.UpdateReceipt | tuple[int, ...]:
@@ -260,7 +260,7 @@ class Aggregator:
             NotFoundError: another task.
             UpdateConflictError, RoundClosedError, TaskFinishedError: the round's state forbids it.
         """
-        self._check_task(task)
+        self.check_task(task)
         try:
             known = check_update(self._state, device=device, round_=round_, digest=digest)
         except (wire.RoundClosedError, wire.TaskFinishedError):
@@ -489,7 +489,8 @@ class Aggregator:
             raise wire.TaskFinishedError(f"task {self.config.task.name}: has ended")
         return self._work
 
-    def _check_task(self, task: str) -> None:
+    def check_task(self, task: str) -> None:
+        """Demand that a request is about this task; raises NotFoundError."""
         if task != self.config.task.name:
             raise wire.NotFoundError(f"task {task[:80]!r}: not served here")
 

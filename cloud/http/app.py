@@ -122,8 +122,7 @@ class _Resources:
 
     async def plan_keys(self, request: web.Request) -> web.Response:
         check_no_body(request, self._device(request))
-        if request.match_info["task"] != self._aggregator.config.task.name:
-            raise wire.NotFoundError(f"task {request.match_info['task'][:80]!r}: not served here")
+        self._aggregator.check_task(request.match_info["task"])
         return _message(self._aggregator.keyring.chain)
 
     async def blob(self, request: web.Request) -> web.StreamResponse:

@@ -92,8 +92,7 @@ class Traffic:
         """As plans have it, but for the ranges."""
         if self.upload == 32:
             return msgspec.UNSET
-        density = self.upload_density if self.upload_density < 1 else msgspec.UNSET
-        return wire.Quantisation(self.upload, (), density)
+        return wire.Quantisation.of(self.upload, (), self.upload_density)
 
 
 def update_bytes(traffic: Traffic, modules: Sequence[wire.ModulePlan]) -> int:

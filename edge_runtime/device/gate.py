@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from edge_runtime.device import events
+from edge_runtime.device.display import duration
 from edge_runtime.device.eligibility import Conditions, Obstacle, Rules, obstacles, rest_left, unknown
 from edge_runtime.device.errors import HeldError
 from edge_runtime.device.host import Backoff, Host
@@ -48,10 +49,11 @@ class Gate:
             await self._host.sleep(self._pause_s)
             self._pause_s = 0.0
         while True:
-            left_s = rest_left(self._rules(), counted_at=counted_at, now=self._host.clock())
-            found = obstacles(self._rules(), self._conditions(), held=waited)
+            rules = self._rules()
+            left_s = rest_left(rules, counted_at=counted_at, now=self._host.clock())
+            found = obstacles(rules, self._conditions(rules), held=waited)
             if left_s > 0:
-                found = (*found, Obstacle("rest", f"it rests after its last update for {_duration(left_s)} more"))
+                found = (*found, Obstacle("rest", f"it rests after its last update for {duration(left_s)} more"))
             if not found:
                 return waited
             if (names := frozenset(obstacle.rule for obstacle in found)) != said:
@@ -77,7 +79,8 @@ class Gate:
                 if task.done():
                     self._backoff.reset()
                     return task.result()
-                if found := obstacles(self._rules(), self._conditions()):
+                rules = self._rules()
+                if found := obstacles(rules, self._conditions(rules)):
                     break
         except BaseException:
             await _ended(task)
@@ -90,8 +93,7 @@ class Gate:
         self._report(events.Held(round_, found, self._pause_s))
         raise error
 
-    def _conditions(self) -> Conditions:
-        rules = self._rules()
+    def _conditions(self, rules: Rules) -> Conditions:
         if rules == Rules(rest_s=rules.rest_s):
             return Conditions()  # nothing is measured that no rule asks for
         now = self._host.conditions()
@@ -106,7 +108,3 @@ async def _ended(task: asyncio.Future[Any]) -> None:
     """Cancel and wait for the end, whatever it is."""
     task.cancel()
     await asyncio.wait({task})
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{max(1, round(seconds / 60))} min"

@@ -40,6 +40,11 @@ class Quantisation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ranges: tuple[float, ...]
     density: float | msgspec.UnsetType = msgspec.UNSET
 
+    @classmethod
+    def of(cls, bits: Bits, ranges: tuple[float, ...], density: float) -> Quantisation:
+        """With the spelling that plans have of a density of 1."""
+        return cls(bits, ranges, density if density < 1 else msgspec.UNSET)
+
     def held(self, count: int) -> int:
         """How many of ``count`` values an update holds: at least one where there are any."""
         return count if self.density is msgspec.UNSET else math.ceil(self.density * count)
