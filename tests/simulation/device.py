@@ -28,7 +28,7 @@ from edge_runtime.device.records import Identity, Settings
 from edge_runtime.training.job import Done, Event, Stepped, TrainingJob
 from edge_runtime.training.round import write_frame
 from edge_runtime.wire import LocalMetrics, SignedPlan, Update, encode_update, open_plan, tier_layouts
-from tests.simulation.ledger import WEIGHTS, Ledger, Seen
+from tests.simulation.ledger import WEIGHTS, Forged, Ledger, Seen
 from tests.simulation.link import Link, Network, Weather, check_caller
 from tests.simulation.loop import Process, SimulatedLoop
 from tests.simulation.server import START, ServerDownError
@@ -87,7 +87,7 @@ class Actor:
         self.training, self.uploading = Gate(), Gate()
         self.in_parts = False
         self.enrolled = False  # as its identity says
-        self.forge: str = ""
+        self.forge: Forged | None = None
         self.full = self.was_full = False
         self.process: Process | None = None
         self.home = Home(folder / f"{self.name}.0", KEY)
@@ -223,13 +223,15 @@ class Actor:
             self._network.ledger.obeys(self.number, self.home.state().seen_round, "has seen")
 
     def contribute(self, job: TrainingJob, signed: SignedPlan) -> Done:
-        """Write the frame of a one-hot change, or of a bad one."""
+        """Write the frame of the ledger's contribution, or of a bad one."""
         bundle, ledger, round_ = self._network.server.bundle, self._network.ledger, signed.plan.round
         layout = tier_layouts(signed.plan, features=bundle.manifest.features, places={}, head={})[0]
-        forge, self.forge = self.forge, ""
-        training = ledger.trained(self.number, round_, forged=bool(forge))
+        forge, self.forge = self.forge, None
+        training = ledger.trained(self.number, round_, forge)
         values = np.zeros(layout.count, np.float32)
-        values[self.number] = np.nan if forge == "nan" else training.value
+        training.write(values)
+        if forge == "nan":
+            values[self.number] = np.nan
         weight = 0 if forge == "weight" else WEIGHTS[self.number]
         update = Update(values, weight, LocalMetrics(steps=1, loss_start=2.0, loss_end=1.0, seconds=0.5))
         if forge == "plan":

@@ -24,6 +24,11 @@ After healing, when faults have ended, disks have room and everything runs:
     round key in any file of it; no update, sealed or not, lies in a device's home.
 13. *No surprise.* Server and devices raised nothing but the errors that they name.
 14. *The operator is told so*, by ``cloud status``, also after one more restart.
+15. *Outliers by the rule.* Where the task has one, an applied round has set aside who is beyond it by cosines and norms
+    that are computed here, as many as may go, the largest first; elsewhere nobody. After a restart it is the same.
+
+A contribution is one-hot, and twice that at one more place, which all share: so honest ones are alike (cosine 0.8),
+one that is turned around opposes the others, and one that is 64 times as large is the largest of any.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +45,12 @@ Array = npt.NDArray[np.float32]
 WEIGHTS = (1, 2, 3, 8)  # of device 0, 1, …
 WEIGHT_CAP = 6
 FIRST_MODULE = "layer.0.q"  # of the tiny bundle, whose two factors have room for more devices
+SHARED = len(WEIGHTS)  # the place where all contribute
+NORM_FACTOR, MIN_COSINE, JUDGED_FROM = 5.0, -0.15, 4  # the rule of tasks that have one
+Refused = Literal["nan", "weight", "plan", "short", "sealed"]  # ways to be wrong that the server sees at once
+Outlying = Literal["large", "turned"]  # and such that are well-formed
+Forged = Refused | Outlying
+_TIMES = {"large": 64.0, "turned": -1.0}
 
 
 class BrokenError(Exception):
@@ -69,12 +80,16 @@ class Round(NamedTuple):
 
 
 class Training(NamedTuple):
-    """What a device contributes: ``value`` at the index of its number, 0 elsewhere."""
+    """What a device contributes: ``value`` at the index of its number, twice that at ``SHARED``, 0 elsewhere."""
 
     device: int
     round: int
     value: float
-    forged: bool
+    forged: bool  # and must be refused
+
+    def write(self, line: npt.NDArray[np.floating]) -> None:
+        """Write it over zeros, shape (n,)."""
+        line[self.device], line[SHARED] = self.value, 2 * self.value
 
 
 @dataclass
@@ -101,6 +116,7 @@ class Ledger:
 
     initial: Mapping[str, Array]
     names: Mapping[str, int]  # number of every device
+    least: int | None = None  # devices that a round keeps of its outliers; None: there is no rule for these
     made: int = 0  # trainings
     trainings: dict[tuple[int, int], Training] = field(default_factory=dict)  # newest by device and round
     sent: dict[str, Training] = field(default_factory=dict)  # by digest
@@ -113,10 +129,12 @@ class Ledger:
     device_rounds: dict[int, int] = field(default_factory=dict)
     stopped: bool = False  # the operator asked for the end
     surprises: list[str] = field(default_factory=list)
+    aside: frozenset[tuple[int, str]] | None = None  # round and device of the updates that were set aside
 
-    def trained(self, device: int, round_: int, *, forged: bool = False) -> Training:
+    def trained(self, device: int, round_: int, how: Forged | None = None) -> Training:
         """A training begins to write its contribution; no two have the same value. Exact in float32."""
-        training = Training(device, round_, 1.0 + (self.made % 1024) / 1024, forged)
+        value = (1.0 + (self.made % 1024) / 1024) / 32  # a large one is within the plan's bound, too
+        training = Training(device, round_, value * _TIMES.get(how or "", 1.0), how in get_args(Refused))
         self.made += 1
         self.trainings[device, round_] = training
         return training
@@ -177,6 +195,12 @@ class Ledger:
             if one.key is not None:
                 self.keys[one.round] = one.key
 
+    def told(self, aside: Iterable[tuple[int, str]]) -> None:
+        """The server says whom it has set aside, once the task has ended."""
+        found = frozenset(aside)
+        demand(self.aside in (None, found), f"15: set aside: {sorted(found)}, before: {sorted(self.aside or ())}")
+        self.aside = found
+
     def check_end(self, published: Mapping[str, Array]) -> None:
         """Check the sums and the names, once the task has ended."""
         states = [one.state for one in self.rounds]
@@ -184,6 +208,8 @@ class Ledger:
         discarded = [number for number, state in enumerate(states) if state == "discarded"]
         allowed = ([], [len(states) - 2]) if self.stopped else ([],)
         demand(discarded in allowed, f"10: discarded: {discarded} of {states}, stopped: {self.stopped}")
+        for one in self.rounds[:-1]:
+            self._check_aside(one)
         expected = self.adapters()
         for one in self.seen:
             _compare(one.tensors, expected[one.round], f"9: device {one.device} trained round {one.round} from")
@@ -195,17 +221,35 @@ class Ledger:
         adapter = dict(self.initial)
         found = [adapter]
         for one in self.rounds[:-1]:
-            rows = [row for row in self.rows if row.round == one.round] if one.state == "applied" else []
+            rows = [row for row in self._applied(one) if (row.round, row.device) not in (self.aside or ())]
             name = f"{FIRST_MODULE}.lora_{'ab'[one.round % 2 == 0]}"  # factors alternate, B first
             hot = np.zeros((len(rows), adapter[name].size))
             for line, row in zip(hot, rows, strict=True):
-                line[self.names[row.device]] = self.sent[row.digest].value
+                self.sent[row.digest].write(line)
             if rows:
                 mean = np.average(hot, axis=0, weights=[row.weight for row in rows])
                 moved = (adapter[name].astype(np.float64).ravel() + mean).astype(np.float32)
                 adapter = {**adapter, name: moved.reshape(adapter[name].shape)}
             found.append(adapter)
         return found
+
+    def _applied(self, one: Round) -> list[Row]:
+        """The counted updates of a round, those among them that were set aside; none of a round that was discarded."""
+        return sorted(row for row in self.rows if row.round == one.round and one.state == "applied")
+
+    def _check_aside(self, one: Round) -> None:
+        rows = self._applied(one)
+        gone = {device for round_, device in self.aside or () if round_ == one.round}
+        hot = np.zeros((len(rows), SHARED + 1))
+        for line, row in zip(hot, rows, strict=True):
+            self.sent[row.digest].write(line)
+        large, opposed = _beyond(hot) if self.least is not None and len(rows) >= JUDGED_FROM else ([], [])
+        room = max(len(rows) - max(self.least or 0, len(rows) // 2 + 1), 0)
+        names = [row.device for row in rows]
+        first, others = {names[at] for at in large}, {names[at] for at in opposed}
+        text = f"15: round {one.round} has set {sorted(gone)} aside; large: {sorted(first)}, opposed: {sorted(others)}"
+        demand(gone <= first | others and len(gone) == min(room, len(first) + len(others)), text)
+        demand(len(gone & first) == min(room, len(first)), text)
 
     def check_folder(self, folder: Path) -> None:
         """Check that nothing is left in the server's folder that must not be."""
@@ -217,6 +261,19 @@ class Ledger:
         for round_, key in self.keys.items():
             where = [str(path.relative_to(folder)) for path, data in files.items() if key in data]
             demand(not where, f"12: the private key of round {round_} is left in {where}")
+
+
+def _beyond(hot: npt.NDArray[np.float64]) -> tuple[list[int], list[int]]:
+    """Which contributions, shape (devices, n), are too large for the rule, and which of the others oppose these."""
+    norms = [float(np.linalg.norm(line)) for line in hot]
+    large = [at for at, norm in enumerate(norms) if norm > NORM_FACTOR * np.median(norms)]
+    units = {at: hot[at] / norms[at] for at in range(len(hot)) if at not in large}
+    opposed = []
+    for at, unit in units.items():
+        rest = np.sum([other for place, other in units.items() if place != at], axis=0)
+        if unit @ rest < MIN_COSINE * np.linalg.norm(rest):
+            opposed.append(at)
+    return large, opposed
 
 
 def check_home(home: Path) -> None:

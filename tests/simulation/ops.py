@@ -10,7 +10,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
+
+from tests.simulation.ledger import Forged, Outlying, Refused
 
 SETTLE_S = 0.05
 Part = Literal["plan", "patch", "blob", "upload", "tell", "enrol", "leave"]  # of the traffic
@@ -65,10 +67,13 @@ class Upload(Op):
 
 @dataclass(frozen=True, repr=False)
 class Forge(Op):
-    """The device's next training makes a bad update: NaN, weight 0, another plan's, too short, or not to be opened."""
+    """The device's next training makes a bad update: NaN, weight 0, another plan's, too short, or not to be opened.
+
+    Or one that is well-formed: 64 times as large as others, or turned around.
+    """
 
     device: int
-    how: Literal["nan", "weight", "plan", "short", "sealed"]
+    how: Forged
 
 
 @dataclass(frozen=True, repr=False)
@@ -254,7 +259,8 @@ DEVICE_INSTANTS = (
     "response",
 )
 _PARTS: tuple[Part, ...] = ("plan", "patch", "blob", "upload", "upload", "upload", "tell", "enrol", "leave")
-_FORGED: tuple[Literal["nan", "weight", "plan", "short", "sealed"], ...] = ("nan", "weight", "plan", "short", "sealed")
+_REFUSED: tuple[Refused, ...] = get_args(Refused)
+_OUTLYING: tuple[Outlying, ...] = get_args(Outlying)
 Story = Callable[[random.Random, int], tuple[Op, ...]]
 
 
@@ -318,7 +324,8 @@ _STORIES: tuple[tuple[Story, float], ...] = (
     (_kill_device, 9),
     (_fill, 2),
     (lambda rng, d: (Replay(rng.randint(1, 4), rng.choice((None, None, d)), then=_pause(rng)),), 4),
-    (lambda rng, d: (Forge(d, rng.choice(_FORGED)), *_work(rng, d)), 2),
+    (lambda rng, d: (Forge(d, rng.choice(_REFUSED)), *_work(rng, d)), 2),
+    (lambda rng, d: (Forge(d, rng.choice(_OUTLYING)), *_work(rng, d)), 3),
     (lambda rng, d: (OldPlan(d),), 1.5),
     (lambda rng, d: (Join(d, then=_pause(rng)),), 2),
     (lambda rng, d: (Leave(d, then=_pause(rng)), Join(d, then=_pause(rng))), 2),

@@ -18,20 +18,34 @@ from safetensors.numpy import load_file
 
 from cloud.config import parse_config
 from cloud.init import init_folder
+from cloud.outliers import Outliers
 from cloud.store import Database, Identity
 from edge_runtime.device import capability
 from edge_runtime.wire import Capability, WireError
 from tests.cloud.cloud_fleet import make_bundle
 from tests.simulation import ops as o
 from tests.simulation.device import Actor
-from tests.simulation.ledger import WEIGHT_CAP, WEIGHTS, Ledger, check_home, demand
+from tests.simulation.ledger import (
+    JUDGED_FROM,
+    MIN_COSINE,
+    NORM_FACTOR,
+    WEIGHT_CAP,
+    WEIGHTS,
+    Ledger,
+    check_home,
+    demand,
+)
 from tests.simulation.link import Network
 from tests.simulation.loop import SimulatedLoop, disk
 from tests.simulation.server import START, Server, ServerDownError, Task
 
 DEVICES = len(WEIGHTS)  # at most
-NEEDED = 2  # devices a round
+NEEDED = 2  # devices a round, where nobody is judged
+_RULE = Outliers(enabled=True, norm_factor=NORM_FACTOR, min_cosine=MIN_COSINE, min_devices=JUDGED_FROM)
 _HEAL_S, _HEAL_STEPS = 2.0, 300
+# Where a round needs all devices, nobody can stand in for one that was refused: it waits for its deadline, which a
+# wrong clock may have set an hour too late.
+_HEAL_ALL_S = 15.0
 _TICKS_S = 1.1  # in which the server tries again what failed
 _CONFIG = f"""
 [task]
@@ -69,9 +83,16 @@ def make_task(folder: Path) -> Task:
 
 
 def _ruled(task: Task, seed: int) -> Task:
-    """The task with two rounds or, seldom, three, which a device may have to close with others or may alone."""
+    """The task with two rounds or, seldom, three, which a device may have to close with others or may alone.
+
+    One task in four has a rule for outliers, and rounds for as many devices as that needs.
+    """
     rules = msgspec.structs.replace(task.config.task, rounds=3 if seed % 4 == 3 else 2, min_devices=1 + seed % 2)
-    return replace(task, config=msgspec.structs.replace(task.config, task=rules))
+    config = msgspec.structs.replace(task.config, task=rules)
+    if seed % 4 == 1:
+        rules = msgspec.structs.replace(rules, devices_per_round=JUDGED_FROM, min_devices=1 + seed % 8 // 4)
+        config = msgspec.structs.replace(config, task=rules, outliers=_RULE)
+    return replace(task, config=config)
 
 
 class World:
@@ -80,7 +101,10 @@ class World:
     def __init__(self, task: Task, folder: Path, loop: SimulatedLoop, rng: random.Random) -> None:
         names = {f"device-{number}": number for number in range(DEVICES)}
         stored = load_file(task.bundle.path("adapter.safetensors"))
-        self.ledger = Ledger({name: array for name, array in stored.items() if not name.startswith("__pad")}, names)
+        initial = {name: array for name, array in stored.items() if not name.startswith("__pad")}
+        rules = task.config.task
+        self.ledger = Ledger(initial, names, rules.min_devices if task.config.outliers.enabled else None)
+        self._needed = rules.devices_per_round
         self.server = Server(task, folder, loop, rng, self.ledger)
         self.network = Network(self.server, self.ledger)
         self.starts = 0  # of the server, until the task had ended
@@ -119,14 +143,15 @@ class World:
             device.weather.faults.clear()
             device.training.open_up()
             device.uploading.open_up()
+        pause_s = _HEAL_S if self._needed < DEVICES else _HEAL_ALL_S
         for step in range(_HEAL_STEPS):
             await self._help(more=step // 20)
             if await self._finished():
                 break
-            await asyncio.sleep(_HEAL_S)
+            await asyncio.sleep(pause_s)
             self.check()
         await asyncio.sleep(_TICKS_S)
-        demand(await self._finished(), f"8: not finished after {_HEAL_S * _HEAL_STEPS:.0f} s: {self._where()}")
+        demand(await self._finished(), f"8: not finished after {pause_s * _HEAL_STEPS:.0f} s: {self._where()}")
 
     async def _help(self, *, more: int) -> None:
         """What people do: start what is down, have those who left and do not know it leave, find enough devices.
@@ -138,7 +163,7 @@ class World:
             if device.name in self.network.left:
                 await device.leave()
         for device in self.devices:
-            if sum(one.enrolled for one in self.devices) < NEEDED + more:
+            if sum(one.enrolled for one in self.devices) < self._needed + more:
                 await device.join()
             if not device.home.state().finished:
                 await device.start()
@@ -158,12 +183,12 @@ class World:
         self.starts = len(self.server.processes)
         self.check()
         self.ledger.check_folder(self.server.folder)
+        await self._check_status()
         self.ledger.check_end(self.server.published())
         for device in self.devices:
             if device.enrolled:
                 check_home(device.home.folder)
         self.server.check_audit()
-        await self._check_status()
         await self.server.close()
         self.ledger.check_folder(self.server.folder)
         await self.server.start()
@@ -179,6 +204,7 @@ class World:
         names = {device.name for device in status.devices if not device.left}
         known = {device.name for device in self.devices if device.enrolled}
         demand(known <= names, f"14: of {known} the operator is told {names}")
+        self.ledger.told((one.round, out.device) for one in status.history for out in one.outliers if not out.kept)
 
 
 async def _replay(world: World, op: o.Replay) -> None:

@@ -11,7 +11,9 @@ from collections.abc import Callable
 
 import pytest
 
+from cloud import work
 from cloud.aggregate import RoundSum
+from cloud.outliers import Verdict
 from cloud.service import Aggregator
 from cloud.store import Database
 from tests.simulation.ledger import BrokenError
@@ -222,6 +224,54 @@ def test_a_full_disk_refuses_and_forgets(task: Task) -> None:
     assert outcomes(world)["DataFullError"] == 1
 
 
+# Outliers: tasks of every fourth seed have a rule for them
+
+ALL = (Join(0), Join(1), Join(2), Join(3))
+WORKED = (Work(0), Work(1), Work(2), Work(3), Advance(1.0))
+
+
+def aside(world: World) -> set[tuple[int, str]]:
+    """Round and device of what was set aside."""
+    assert world.ledger.aside is not None, "the operator was told"
+    return set(world.ledger.aside)
+
+
+@pytest.mark.parametrize("seed", [1, 5])
+@pytest.mark.parametrize("how", ["large", "turned"])
+def test_an_outlier_is_acknowledged_and_set_aside(task: Task, how: str, seed: int) -> None:
+    world = run(task, (*ALL, Forge(1, how), *WORKED), seed=seed)  # type: ignore[arg-type]
+    assert aside(world) == {(0, "device-1")}
+    assert (0, "device-1") in {(row.round, row.device) for row in world.ledger.rows}
+
+
+def test_of_two_outliers_the_larger_one_goes(task: Task) -> None:
+    """One of four may go."""
+    world = run(task, (*ALL, Forge(1, "turned"), Forge(2, "large"), *WORKED), seed=1)
+    assert aside(world) == {(0, "device-2")}
+
+
+def test_a_majority_has_its_way(task: Task) -> None:
+    world = run(task, (*ALL, *(Forge(device, "turned") for device in (1, 2, 3)), *WORKED), seed=1)
+    assert aside(world) == {(0, "device-0")}
+
+
+@pytest.mark.parametrize(
+    ("at", "nth"),
+    [
+        *((at, nth) for at, most in {"fsync": 8, "replace": 2, "sql COMMIT": 6}.items() for nth in range(1, most + 1)),
+        ("before end_round", 1),
+        ("after end_round", 1),
+    ],
+)
+def test_a_server_killed_as_it_judges_gives_the_same_verdict(task: Task, at: str, nth: int) -> None:
+    """From the last update of the round on."""
+    kill = KillServer(at, nth)
+    ops = (*ALL, Forge(2, "turned"), Work(0), Work(1), Work(2), kill, Work(3), Advance(1.0), StartServer(), Upload(3))
+    world = run(task, (*ops, Advance(3.0)), seed=1)
+    assert world.starts == 2
+    assert aside(world) == {(0, "device-2")}
+
+
 # The simulation itself
 
 
@@ -250,6 +300,14 @@ def _careless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Database, "destroy_keys", lambda self: None)
 
 
+def _blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "judge", lambda imprints, rule, *, least: Verdict(len(imprints)))
+
+
+def _lenient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RoundSum, "without", lambda self, updates: self)
+
+
 KILLED = (*FLEET, Work(1), KillServer(), StartServer(), Work(2), Advance(1.0))
 
 
@@ -260,6 +318,8 @@ KILLED = (*FLEET, Work(1), KillServer(), StartServer(), Work(2), Advance(1.0))
         (_forgetful, KILLED, "9: "),
         (_hasty, ROUND, "1: acknowledged and not in the database"),
         (_careless, ROUND, "12: the private key"),
+        (_blind, (*ALL, Forge(1, "turned"), *WORKED), "15: "),
+        (_lenient, (*ALL, Forge(1, "turned"), *WORKED), "9: "),
     ],
 )
 def test_a_fault_in_the_code_is_found(
@@ -269,10 +329,11 @@ def test_a_fault_in_the_code_is_found(
     ops: tuple[Op, ...],
     broken: str,
 ) -> None:
-    run(task, ops)
+    seed = 1 if fault in (_blind, _lenient) else 0
+    run(task, ops, seed=seed)
     fault(monkeypatch)
     with pytest.raises(BrokenError, match=broken):
-        run(task, ops)
+        run(task, ops, seed=seed)
 
 
 def test_a_failing_list_becomes_short(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
