@@ -54,8 +54,8 @@ class Arrival:
 class Arrivals:
     """Updates on their way; all of them on one event loop."""
 
-    def __init__(self, blobs: Blobs, commit: Commit, *, counts: Callable[[str], bool]) -> None:
-        """``counts`` says whether an update with this digest counts in the open round, so that its blob is needed."""
+    def __init__(self, blobs: Blobs, commit: Commit, *, counts: Callable[[UpdateReceipt], bool]) -> None:
+        """``counts`` says whether this update is the one that counts of its device, so that its blob is needed."""
         self._blobs = blobs
         self._commit = commit
         self._counts = counts
@@ -75,7 +75,8 @@ class Arrivals:
             WireError: it is refused; its blob is gone again.
             DataError: the disk does not take it; the same.
         """
-        digest = arrival.record.receipt.digest
+        receipt = arrival.record.receipt
+        digest = receipt.digest
         self._landing[digest] += 1
         try:
             await asyncio.to_thread(self._blobs.put, UPDATES, sealed, digest)
@@ -84,7 +85,7 @@ class Arrivals:
             self._landing[digest] -= 1
             if not self._landing[digest]:  # the same update may be sent twice at once
                 del self._landing[digest]
-                if not self._counts(digest):  # nothing is awaited since, so this still holds
+                if not self._counts(receipt):  # nothing is awaited since, so this still holds
                     self._blobs.drop(UPDATES, digest)
 
     async def _next_commit(self, arrival: Arrival) -> Counted:

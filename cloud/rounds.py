@@ -45,6 +45,10 @@ class TaskState:
     counted: Mapping[str, UpdateReceipt] = field(default_factory=dict)
     stopping: bool = False
 
+    def counts(self, receipt: UpdateReceipt) -> bool:
+        """Whether this update is the one of its device that counts in the round."""
+        return self.counted.get(receipt.device) == receipt
+
 
 @dataclass(frozen=True)
 class UpdateArrived:

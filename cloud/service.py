@@ -75,7 +75,7 @@ class Aggregator:
         self.members = Members(database, keyring, clock=self._clock, entropy=entropy, report=self._report)
         self._maker = RoundMaker(config, bundle, keyring, database=database, blobs=self._blobs, entropy=entropy)
         self._lock = asyncio.Lock()
-        self._arrivals = Arrivals(self._blobs, self._commit, counts=self._counts)
+        self._arrivals = Arrivals(self._blobs, self._commit, counts=lambda receipt: self._state.counts(receipt))
         self._changed = asyncio.Event()
         self._kick = asyncio.Event()
         self._closing = False
@@ -315,9 +315,6 @@ class Aggregator:
             (receipt, outcome) if isinstance(outcome, bool) else outcome
             for receipt, outcome in zip(receipts, found, strict=True)
         ]
-
-    def _counts(self, digest: str) -> bool:
-        return any(receipt.digest == digest for receipt in self._state.counted.values())
 
     # Operator
 
