@@ -1,7 +1,8 @@
 """From an update that was opened to one that counts: its blob is made durable, then it waits for the next commit.
 
-Blobs are written side by side. A commit takes all that are durable by then: it costs a wait for the disk whether it
-counts one update or fifty. Nobody waits for company: what arrives while no commit runs is committed at once and alone.
+Blobs are written side by side. A commit takes all that are on the disk by then, and waits for it twice, for their names
+and for their rows, whether it counts one update or fifty. Nobody waits for company: what arrives while no commit runs
+is committed at once and alone.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Arrivals:
         digest = receipt.digest
         self._landing[digest] += 1
         try:
-            await asyncio.to_thread(self._blobs.put, UPDATES, sealed, digest)
+            await asyncio.to_thread(self._blobs.write, UPDATES, sealed, digest)
             return await self._next_commit(arrival)
         finally:
             self._landing[digest] -= 1
@@ -112,6 +113,7 @@ class Arrivals:
 
     async def _outcomes(self, arrivals: Sequence[Arrival]) -> Sequence[Counted | Exception]:
         try:
+            await asyncio.to_thread(self._blobs.sync_names, UPDATES)
             return await self._commit(arrivals)
         except Exception as error:  # noqa: BLE001 - whatever it is, each of those who wait must hear of it
             return [error] * len(arrivals)

@@ -60,15 +60,32 @@ class Blobs:
             DataFullError: the disk has no room for them.
             DataError: it does not take them for another reason.
         """
+        digest = self.write(kind, data, digest)
+        self.sync_names(kind)
+        return digest
+
+    def write(self, kind: Kind, data: bytes, digest: str | None = None) -> str:
+        """The same without waiting for the name to be on the disk: :meth:`sync_names` does, for many at once."""
         digest = digest or hashlib.sha256(data).hexdigest()
         try:
             # obstore writes aside and renames; it does not sync, so that is done here, file first, then folder.
             obstore.put(self._store, f"{kind}/{digest}", data)
-            for path in (self.path(kind, digest), self._folder / kind):
-                sync_path(path)
+            sync_path(self.path(kind, digest))
         except (BaseError, OSError) as error:
             raise write_error(f"blob {digest[:12]}: cannot be stored", error) from error
         return digest
+
+    def sync_names(self, kind: Kind) -> None:
+        """Wait until the names of all blobs that were written are on the disk.
+
+        Raises:
+            DataFullError: the disk has no room for them.
+            DataError: it does not take them for another reason.
+        """
+        try:
+            sync_path(self._folder / kind)
+        except OSError as error:
+            raise write_error(f"{kind}: the names of blobs cannot be stored", error) from error
 
     def drop(self, kind: Kind, digest: str) -> None:
         """Delete a blob, if it is there and the disk lets it go; what stays is tidied away later."""

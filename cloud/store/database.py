@@ -395,11 +395,12 @@ class Database:
             now: Unix seconds.
         """
         with self._engine.begin() as connection:
-            for device, seen, sent in traffic:
-                values = {"last_seen": seen, "bytes_down": t.devices.c.bytes_down + sent}
-                connection.execute(t.devices.update().where(t.devices.c.name == device).values(values))
-            for (round_, device), seconds in arrivals.items():
-                connection.execute(t.arrivals.insert().values(round=round_, device=device, seconds=seconds))
+            seen_now = [{"device": device, "seen": seen, "sent": sent} for device, seen, sent in traffic]
+            if seen_now:
+                connection.execute(_SEEN, seen_now)
+            took = [{"round": round_, "device": name, "seconds": took} for (round_, name), took in arrivals.items()]
+            if took:
+                connection.execute(t.arrivals.insert(), took)
             for (device, problem), count in refusals.items():
                 row = t.refusals.c.device == device, t.refusals.c.problem == problem
                 more = t.refusals.update().where(*row).values(updates=t.refusals.c.updates + count)
@@ -419,6 +420,13 @@ class Database:
             for row in connection.execute(sa.select(t.refusals)):
                 found.setdefault(row.device, {})[row.problem] = row.updates
         return found
+
+
+_SEEN = (
+    t.devices.update()
+    .where(t.devices.c.name == sa.bindparam("device"))
+    .values(last_seen=sa.bindparam("seen"), bytes_down=t.devices.c.bytes_down + sa.bindparam("sent"))
+)
 
 
 def _round(row: sa.Row[Any]) -> RoundRecord:

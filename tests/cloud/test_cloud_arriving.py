@@ -13,6 +13,7 @@ import pytest
 from cloud.arriving import Arrival, Arrivals, Counted
 from cloud.errors import DataFullError
 from cloud.store import UPDATES, Blobs, UpdateRecord
+from cloud.store.blobs import Kind
 from edge_runtime import wire
 
 
@@ -33,7 +34,7 @@ class Round:
         self.fault: Exception | None = None
         self.go = asyncio.Event()
         self.blobs = Blobs(folder)
-        self.arrivals = Arrivals(self.blobs, self.commit, counts=self.counted.__contains__)
+        self.arrivals = Arrivals(self.blobs, self.commit, counts=lambda receipt: receipt.digest in self.counted)
 
     async def commit(self, arrivals: Sequence[Arrival]) -> Sequence[Counted | Exception]:
         receipts = [arrival.record.receipt for arrival in arrivals]
@@ -113,9 +114,41 @@ async def test_a_blob_that_cannot_be_written_does_not_take_away_one_that_counts(
     def full(*_: object) -> str:
         raise DataFullError("no room")
 
-    monkeypatch.setattr(Blobs, "put", full)
+    monkeypatch.setattr(Blobs, "write", full)
     with pytest.raises(DataFullError):
         await round_.add("a")
+    assert round_.blobs.files(UPDATES) == round_.counted
+
+
+async def test_names_of_a_group_are_on_the_disk_before_it_is_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for all of it; where the disk does not take them, nobody counts and nothing is left."""
+    round_, synced = Round(tmp_path), list[frozenset[str]]()
+    real = Blobs.sync_names
+
+    def sync_names(self: Blobs, kind: Kind) -> None:
+        real(self, kind)
+        synced.append(self.files(kind))
+
+    monkeypatch.setattr(Blobs, "sync_names", sync_names)
+    first = round_.add("a")
+    await round_.until_committing(1)
+    later = [round_.add(name) for name in "bcd"]
+    while len(round_.arrivals._waiting) < 3:
+        await asyncio.sleep(0.001)
+    assert [len(names) for names in synced] == [1]
+    round_.go.set()
+    await asyncio.gather(first, *later)
+    assert [len(names) for names in synced] == [1, 4]
+
+    def full(*_: object) -> None:
+        raise DataFullError("no room")
+
+    monkeypatch.setattr(Blobs, "sync_names", full)
+    with pytest.raises(DataFullError):
+        await round_.add("e")
+    assert len(round_.commits) == 2
     assert round_.blobs.files(UPDATES) == round_.counted
 
 

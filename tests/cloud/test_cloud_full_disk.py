@@ -102,9 +102,9 @@ async def test_a_round_that_does_not_fit_is_applied_once_there_is_room(
     signed = await devices[0].plan()
     assert signed is not None
     tried = asyncio.Event()
-    real = Blobs.put
+    real = Blobs.write
 
-    def put(self: Blobs, kind: Kind, data: bytes, digest: str | None = None) -> str:
+    def write(self: Blobs, kind: Kind, data: bytes, digest: str | None = None) -> str:
         if kind == OBJECTS and not tried.is_set():
             disk.fill()  # between the last update and the adapter
         try:
@@ -114,7 +114,7 @@ async def test_a_round_that_does_not_fit_is_applied_once_there_is_room(
             raise
 
     loop = asyncio.get_running_loop()
-    monkeypatch.setattr(Blobs, "put", put)
+    monkeypatch.setattr(Blobs, "write", write)
     for number, device in enumerate(devices):
         assert (await device.put(signed, contribution(device, signed, number))).status == 201
     await asyncio.wait_for(tried.wait(), 10)

@@ -106,14 +106,14 @@ async def test_failed_write_changes_nothing_and_is_retried(
     signed = await one.plan()
     sealed = one.seal(signed, one.frame(signed, values_for(site, signed, 1)))
     full = True
-    real = Blobs.put
+    real = Blobs.write
 
-    def put(self: Blobs, kind, data: bytes, digest: str | None = None) -> str:
+    def write(self: Blobs, kind, data: bytes, digest: str | None = None) -> str:
         if full:
             raise DataError("blob: cannot be stored: no space left")
         return real(self, kind, data, digest)
 
-    monkeypatch.setattr(Blobs, "put", put)
+    monkeypatch.setattr(Blobs, "write", write)
     refused = await one.put(signed, sealed)
     assert (refused.status, refused.problem(), refused.headers["Retry-After"]) == (503, "UnavailableError", "5")
     assert b"no space" not in refused.body
@@ -131,16 +131,16 @@ async def test_round_that_cannot_be_applied_is_tried_again(
     devices = [await site.device(session, name) for name in ("one", "two")]
     signed = await devices[0].plan()
     failures = 2
-    real = Blobs.put
+    real = Blobs.write
 
-    def put(self: Blobs, kind, data: bytes, digest: str | None = None) -> str:
+    def write(self: Blobs, kind, data: bytes, digest: str | None = None) -> str:
         nonlocal failures
         if kind == OBJECTS and failures:
             failures -= 1
             raise DataError("blob: cannot be stored: no space left")
         return real(self, kind, data, digest)
 
-    monkeypatch.setattr(Blobs, "put", put)
+    monkeypatch.setattr(Blobs, "write", write)
     for device in devices:
         await device.put(signed, device.seal(signed, device.frame(signed, values_for(site, signed, 1))))
     assert (await devices[0].plan(after=0)).plan.round == 1

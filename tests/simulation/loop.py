@@ -259,12 +259,19 @@ class Connection(sqlite3.Connection):
 
 class _Cursor(sqlite3.Cursor):
     def execute(self, sql: str, *args: Any) -> sqlite3.Cursor:
+        self._tell(sql)
+        return super().execute(sql, *args)
+
+    def executemany(self, sql: str, *args: Any) -> sqlite3.Cursor:
+        self._tell(sql)
+        return super().executemany(sql, *args)
+
+    def _tell(self, sql: str) -> None:
         process = self.connection.process
         if process is not None:
             process.instant(f"sql {sql}")
             if process.full and sql.startswith("PRAGMA wal_checkpoint"):
                 raise sqlite3.OperationalError("database or disk is full")
-        return super().execute(sql, *args)
 
 
 @contextmanager
