@@ -90,7 +90,7 @@ class OperatorClient:
         timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
         try:
             async with (
-                aiohttp.ClientSession(timeout=timeout) as session,
+                aiohttp.ClientSession(timeout=timeout, middlewares=[_once]) as session,
                 session.request(
                     method, self._url + target, data=body or None, headers=headers, ssl=self._tls
                 ) as response,
@@ -105,3 +105,15 @@ class OperatorClient:
         if status >= 400:
             raise ServerRefusedError(str(wire.decode_problem(data, status=status)))
         return msgspec.json.decode(data, type=kind)
+
+
+async def _once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    """Tell of a connection that breaks; aiohttp would send the same nonce again, and be refused for it."""
+    try:
+        return await send(request)
+    except aiohttp.ServerDisconnectedError as error:
+        raise aiohttp.ClientPayloadError("the connection broke") from error
+    except aiohttp.ClientOSError as error:
+        if isinstance(error, aiohttp.ClientConnectorError):  # this one is not repeated, and names the certificate
+            raise
+        raise aiohttp.ClientPayloadError(str(error)) from error
