@@ -98,6 +98,13 @@ class PlanKeyChanged(_Entry, frozen=True, tag="plan-key-changed"):
     new: Hex32
 
 
+class OperatorKeyChanged(_Entry, frozen=True, tag="operator-key-changed"):
+    """Whoever has the server's disk replaced the key that the operator's requests are signed with."""
+
+    old: Hex32
+    new: Hex32
+
+
 class UpdateCounted(_Entry, frozen=True, tag="update-counted"):
     """A contribution counts; ``digest`` is that of its sealed bytes, ``weight`` as counted."""
 
@@ -167,6 +174,7 @@ Entry = (
     | DeviceRevoked
     | PlanSigned
     | PlanKeyChanged
+    | OperatorKeyChanged
     | UpdateCounted
     | UpdateRefused
     | OutlierSetAside

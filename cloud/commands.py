@@ -29,6 +29,7 @@ from cloud.console import json_reporter, status_view, text_reporter
 from cloud.errors import ConfigError
 from cloud.init import init_folder
 from cloud.operator import OperatorClient
+from cloud.operator_key_command import rotate_operator_key
 from cloud.plan_key_command import rotate_plan_key
 from cloud.publish import copy_published
 from cloud.revoke_command import revoke
@@ -313,6 +314,7 @@ def pilot(config_path: Path, page: Path | None, as_json: bool, **wishes: float |
 cloud.add_command(audit)
 cloud.add_command(backup)
 cloud.add_command(revoke)
+cloud.add_command(rotate_operator_key)
 cloud.add_command(rotate_plan_key)
 
 

@@ -25,6 +25,7 @@ KEYS_FOLDER = "keys"  # in the data folder
 PLAN_KEY = "plan.pem"
 NEXT_PLAN_KEY = "plan-next.pem"  # from its statement until the first round that it signs
 OPERATOR_KEY = "operator.pem"
+NEXT_OPERATOR_KEY = "operator-next.pem"  # while a change is under way; see :mod:`cloud.operator_key`
 
 
 @dataclass(frozen=True)
@@ -130,19 +131,20 @@ def load_keys(folder: Path) -> Keys:
     """
     waiting = folder / NEXT_PLAN_KEY
     try:
-        next_plan = _load(waiting)
+        next_plan = load_key(waiting)
     except DataMissingError:
         if waiting.exists():
             raise
         next_plan = None  # none waits, or it has taken the other's place just now
-    return Keys(plan=_load(folder / PLAN_KEY), operator=_load(folder / OPERATOR_KEY), next_plan=next_plan)
+    return Keys(plan=load_key(folder / PLAN_KEY), operator=load_key(folder / OPERATOR_KEY), next_plan=next_plan)
 
 
 def _public(key: Ed25519PrivateKey) -> str:
     return key.public_key().public_bytes_raw().hex()
 
 
-def _load(path: Path) -> Ed25519PrivateKey:
+def load_key(path: Path) -> Ed25519PrivateKey:
+    """Read one key; raises as :func:`load_keys` does."""
     try:
         key = load_pem_private_key(path.read_bytes(), password=None)
     except OSError as error:

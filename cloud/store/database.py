@@ -127,6 +127,12 @@ class Database:
         with self._engine.begin() as connection:
             log.append(connection, now, audit.StopAsked(round_))
 
+    def note_operator_key(self, change: audit.OperatorKeyChanged, now: float) -> None:
+        """Log that the operator has another key, unless that is logged already."""
+        with self._engine.begin() as connection:
+            if not log.holds(connection, change):
+                log.append(connection, now, change)
+
     # Plan keys
 
     def key_statements(self) -> tuple[KeyStatement, ...]:

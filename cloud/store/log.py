@@ -58,6 +58,12 @@ def append_refused(connection: sa.Connection, now: float, device: str, problem: 
         append(connection, now, audit.UpdateRefused(round_, device, problem))
 
 
+def holds(connection: sa.Connection, entry: audit.Entry) -> bool:
+    """Whether there is this very entry already, of whatever time."""
+    same = sa.select(t.audit.c.number).where(t.audit.c.text == audit.encode_entry(entry)).limit(1)
+    return connection.execute(same).first() is not None
+
+
 def last_link(connection: sa.Connection) -> audit.Link | None:
     """The newest entry."""
     row = connection.execute(sa.select(t.audit).order_by(t.audit.c.number.desc()).limit(1)).one_or_none()

@@ -74,6 +74,7 @@ GOLDEN_TEXTS = [
     (audit.DeviceLeft("one", "operator"), '"device-left","device":"one","by":"operator"'),
     (audit.DeviceRevoked("one", ONE), '"device-revoked","device":"one","signing_key":"11…"'),
     (audit.PlanKeyChanged(ONE, TWO), '"plan-key-changed","old":"11…","new":"22…"'),
+    (audit.OperatorKeyChanged(ONE, TWO), '"operator-key-changed","old":"11…","new":"22…"'),
     (audit.PlanSigned(0, ONE, TWO, False), '"plan-signed","round":0,"plan":"11…","adapter":"22…","finished":false'),
     (audit.UpdateRefused(0, "one", "envelope"), '"update-refused","round":0,"device":"one","problem":"envelope"'),
     (
