@@ -138,7 +138,8 @@ class Runner:
         scales_of = {name + SCALE_SUFFIX for name in in_int8}
         inputs |= self._weights(tuple(n for n in kind.weights if n not in {*in_int8, *scales_of}), f"{prefix}.")
         for name in in_int8:
-            form = int8_products(f"{prefix}.{name}", self.weights)
+            # In 7 bits the products are right on every processor; a device uses all 8 where its own bears them.
+            form = int8_products(f"{prefix}.{name}", self.weights, narrow=True)
             inputs |= {f"{part}:{name}": array for part, array in form.items()}
         for slot in kind.slots:
             module = f"{prefix}.{slot.name}"
