@@ -29,7 +29,7 @@ _ROUNDING_CAP = 1e-2
 # Standard deviation of B times the root of the rank: an adapter as training makes it. Five times as much makes a deep
 # decoder so sensitive that the rounding of float32 shows in single gradients (4e-4 on SmolLM2 in int4).
 _B_SIZE = 0.02
-FAST_TOLERANCE = 0.2  # of a block with int8 products: 0.06 to 0.11 with weights of 7 bits; what is wrong is 0.3 to 1
+FAST_TOLERANCE = 0.2  # of a block with int8 products: 0.06 to 0.11 with weights of 7 bits; what is wrong is above 0.25
 _SHAPES = ((2, 12), (1, 20))  # (batch, seq); the first has a padded example
 _FLOOR = 1e-2  # a gradient this small beside the whole is measured against the whole: deep models amplify rounding
 
@@ -98,8 +98,8 @@ def verified(case: Case, errors: Mapping[str, float], rounding: Mapping[str, flo
 def verify_fast(bundle: Bundle, *, seed: int) -> float | None:
     """Compare one block of every kind with int8 products with its exact form; None when the bundle has none.
 
-    With weights of 7 bits, so that every processor finds the same. Block by block, because a deep decoder turns rounding of any kind into much larger differences of its gradients:
-    whether training bears that is a question for training.
+    With weights of 7 bits, so that every processor finds the same. Block by block, because a deep decoder turns rounding
+    of any kind into much larger differences of its gradients: whether training bears that is a question for training.
 
     Returns:
         The worst root mean square of ‖x − x*‖ / ‖x*‖ over the outputs of a block.
