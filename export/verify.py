@@ -99,7 +99,8 @@ def verify_fast(bundle: Bundle, *, seed: int) -> float | None:
     """Compare one block of every kind with int8 products with its exact form; None when the bundle has none.
 
     With weights of 7 bits, so that every processor finds the same. Block by block, because a deep decoder turns
-    rounding of any kind into much larger differences of its gradients: whether training bears that is a question for training.
+    rounding of any kind into much larger differences of its gradients: whether training bears that is a question
+    for training.
 
     Returns:
         The worst root mean square of ‖x − x*‖ / ‖x*‖ over the outputs of a block.
