@@ -23,6 +23,7 @@ from edge_runtime.data import Batch
 from edge_runtime.engine.errors import EngineInputError
 from edge_runtime.engine.interface import Gradients
 from edge_runtime.engine.model import BlockEngine
+from edge_runtime.engine.saturation import saturates
 from edge_runtime.training.session import WorkingBundle
 
 RNG_SEED = 3
@@ -59,12 +60,15 @@ def whole(made: Gradients) -> Array:
 
 @pytest.mark.parametrize("budget_mb", [None, 0])
 def test_int8_products_are_near_the_exact_ones(bundle: Bundle, budget_mb: int | None) -> None:
-    """Kept or recomputed: all gradients together within 10 %, not equal, and evaluation is exact."""
+    """Kept or recomputed: all gradients together within 10 %, not equal, and evaluation is exact.
+
+    Within 20 % on a processor that has a bit less for the weights; what saturated would be 28 % off.
+    """
     exact = BlockEngine(bundle)
     fast = BlockEngine(bundle, memory_budget_mb=budget_mb, products="int8")
     wanted, found = whole(gradients(exact, bundle)), whole(gradients(fast, bundle))
     error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
-    assert 1e-4 < error < 0.1
+    assert 1e-4 < error < (0.2 if saturates() else 0.1)
     np.testing.assert_array_equal(fast.logits(some_batch(bundle)), exact.logits(some_batch(bundle)))
 
 
