@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # import mode "importlib" leaves it out; cloud_fleet.py lies there
 
-from cloud_fleet import Site
+from cloud_fleet import Clock, Site
 
 
 @pytest.fixture
@@ -19,9 +19,16 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
 
 
 @pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Site]:
+def began() -> int:
+    """Unix seconds at which the site's clock stands at first."""
+    return int(Clock.now)
+
+
+@pytest.fixture
+async def site(tmp_path: Path, began: int) -> AsyncIterator[Site]:
     """A running aggregator: three rounds, two devices a round."""
     site = Site.make(tmp_path)
+    site.clock.now = began
     await site.start()
     yield site
     await site.close()

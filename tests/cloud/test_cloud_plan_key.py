@@ -8,7 +8,7 @@ import json
 import shutil
 import stat
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import aiohttp
@@ -32,12 +32,8 @@ CHAIN = resources.PLAN_KEYS.format(task="tiny")
 
 
 @pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    site = Site.make(tmp_path)
-    site.clock.now = int(time.time())  # commands have the real clock
-    await site.start()
-    yield site
-    await site.close()
+def began() -> int:
+    return int(time.time())  # commands have the real clock
 
 
 @pytest.fixture
