@@ -68,8 +68,8 @@ test: $(STAMP) $(ORT_STAMP)
 	$(PY) -m pytest $(TEST_ARGS)
 
 # 100,000 random scenarios of rounds with faults: two hours of a fast core, nine of a slow one; 1,000,000 hostile inputs,
-# and 200 scenarios of real processes that are killed: a quarter of an hour each, or more. What fails is printed as a case to be kept; of kills, where its
-# folder lies.
+# and 200 scenarios of real processes that are killed: a quarter of an hour each, or more. What fails is printed as a
+# case to be kept; of kills, where its folder lies.
 soak: $(STAMP)
 	$(PY) -m tests.crash.soak $(CRASH_ARGS)
 	$(PY) -m tests.fuzz.soak $(FUZZ_ARGS)

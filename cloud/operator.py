@@ -111,9 +111,7 @@ async def _once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType)
     """Tell of a connection that breaks; aiohttp would send the same nonce again, and be refused for it."""
     try:
         return await send(request)
-    except aiohttp.ServerDisconnectedError as error:
-        raise aiohttp.ClientPayloadError("the connection broke") from error
-    except aiohttp.ClientOSError as error:
-        if isinstance(error, aiohttp.ClientConnectorError):  # this one is not repeated, and names the certificate
-            raise
-        raise aiohttp.ClientPayloadError(str(error)) from error
+    except aiohttp.ClientConnectorError:  # this one it does not repeat, and the certificate is told from it
+        raise
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+        raise aiohttp.ClientConnectionError(str(error)) from error

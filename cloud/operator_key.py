@@ -43,15 +43,15 @@ async def rotate(config: Config, identity: Identity, *, now: float) -> OperatorK
     Raises:
         DataLockedError: a server runs on the folder.
         DataMissingError: the task has no keys, or no database yet.
-        DataError: the disk or the database does not take it; the old key is in force then.
+        DataError: the disk or the database does not take it; the next call goes on from there.
     """
     data, folder = config.data_path, config.data_path / KEYS_FOLDER
-    old = _public(load_keys(folder).operator)
     if not (data / DATABASE_NAME).exists():
         raise DataMissingError(f"{data}: holds no rounds: start the task with `emberlora cloud serve` first")
     lock = FolderLock(data)
     database = Database(data / DATABASE_NAME)
     try:
+        old = _public(load_keys(folder).operator)
         await database.call(database.open, identity)
         key, resumed = _next(folder)
         new = _public(key)

@@ -20,7 +20,7 @@ _SLICE_S = 60
 class NonceMemory:
     """Nonces of verified requests, for as long as their time stamp passes and a little longer, in this process.
 
-    What is kept of one is 60 bits of a hash: 70 bytes, and all that a request leaves behind. Where two fall together
+    What is kept of one is 60 bits of a hash: 90 bytes, and all that a request leaves behind. Where two fall together
     (with a full memory, one in 10^12), a device has one request refused; nobody can bring that about, as nobody knows
     another's next nonce. They lie in slices by the minute until which they pass, so that old ones go all at once.
 
@@ -28,7 +28,7 @@ class NonceMemory:
     """
 
     def __init__(self, clock: Callable[[], float], *, capacity: int = 200_000, per_device: int = 5_000) -> None:
-        """``capacity`` nonces take about 14 MB. ``per_device`` of them are twelve requests a second all the time."""
+        """``capacity`` nonces take about 18 MB. ``per_device`` of them are twelve requests a second all the time."""
         self._clock = clock
         self._capacity = capacity
         self._per_device = per_device

@@ -44,6 +44,11 @@ _BUSY_TIMEOUT_MS = 5_000  # somebody else may read: a backup, a replay
 P = ParamSpec("P")
 R = TypeVar("R")
 Judge = Callable[[TokenRecord | None, DeviceRecord | None, Sequence[RevocationRecord]], DeviceRecord]
+_HEARD = (
+    t.devices.update()
+    .where(t.devices.c.name == sa.bindparam("device"))
+    .values(last_seen=sa.bindparam("seen"), bytes_down=t.devices.c.bytes_down + sa.bindparam("sent"))
+)
 
 
 @dataclass(frozen=True)
@@ -401,12 +406,12 @@ class Database:
             now: Unix seconds.
         """
         with self._engine.begin() as connection:
-            seen_now = [{"device": device, "seen": seen, "sent": sent} for device, seen, sent in traffic]
-            if seen_now:
-                connection.execute(_SEEN, seen_now)
-            took = [{"round": round_, "device": name, "seconds": took} for (round_, name), took in arrivals.items()]
-            if took:
-                connection.execute(t.arrivals.insert(), took)
+            heard = [{"device": device, "seen": seen, "sent": sent} for device, seen, sent in traffic]
+            if heard:
+                connection.execute(_HEARD, heard)
+            came = [{"round": round_, "device": name, "seconds": took} for (round_, name), took in arrivals.items()]
+            if came:
+                connection.execute(t.arrivals.insert(), came)
             for (device, problem), count in refusals.items():
                 row = t.refusals.c.device == device, t.refusals.c.problem == problem
                 more = t.refusals.update().where(*row).values(updates=t.refusals.c.updates + count)
@@ -426,13 +431,6 @@ class Database:
             for row in connection.execute(sa.select(t.refusals)):
                 found.setdefault(row.device, {})[row.problem] = row.updates
         return found
-
-
-_SEEN = (
-    t.devices.update()
-    .where(t.devices.c.name == sa.bindparam("device"))
-    .values(last_seen=sa.bindparam("seen"), bytes_down=t.devices.c.bytes_down + sa.bindparam("sent"))
-)
 
 
 def _round(row: sa.Row[Any]) -> RoundRecord:
