@@ -57,6 +57,8 @@ def describe(event: events.Event) -> str:
 
 
 def _describe_rest(event: events.Event) -> str:
+    if isinstance(event, events.DatabaseMigrated):
+        return f"database migrated from schema {event.found} to {event.schema}"
     if isinstance(event, events.DeviceEnrolled):
         return f"device {event.device} enrolled"
     if isinstance(event, events.DeviceLeft):

@@ -23,6 +23,13 @@ class ServerStarted(_Event, frozen=True, tag="server-started"):
     received: int
 
 
+class DatabaseMigrated(_Event, frozen=True, tag="database-migrated"):
+    """Tables of an older version are those of this one now."""
+
+    found: int
+    schema: int
+
+
 class DeviceEnrolled(_Event, frozen=True, tag="device-enrolled"):
     """A device became known."""
 
@@ -110,6 +117,7 @@ class WorkFailed(_Event, frozen=True, tag="work-failed"):
 
 Event = (
     ServerStarted
+    | DatabaseMigrated
     | DeviceEnrolled
     | DeviceRekeyed
     | DeviceLeft

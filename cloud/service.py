@@ -42,6 +42,7 @@ from cloud.rounds import (
 )
 from cloud.store import OBJECTS, UPDATES, Blobs, Database, Identity, Parts, RoundRecord, UpdateRecord
 from cloud.store.database import DATABASE_NAME
+from cloud.store.schema import SCHEMA
 from cloud.work import RoundWork, open_stored, open_update, start_work, without_outliers
 from edge_runtime import wire
 from edge_runtime.bundle import MANIFEST_NAME, Array, Bundle
@@ -100,7 +101,9 @@ class Aggregator:
         """
         try:
             identity = Identity(self.config.task.name, self._bundle.digest)
-            await self._database.call(self._database.open, identity)
+            found = await self._database.call(self._database.open, identity, migrate=True)
+            if found != SCHEMA:
+                self._report(events.DatabaseMigrated(found, SCHEMA))
             await self._database.call(self._database.begin_log, identity, self._clock())
             await self.keyring.start()
             await self.members.start()

@@ -1,7 +1,8 @@
 """What the aggregator keeps: rows in SQLite, blobs and unfinished updates in folders."""
 
 from cloud.store.blobs import OBJECTS, UPDATES, Blobs
-from cloud.store.database import Database, Identity
+from cloud.store.database import Database
+from cloud.store.opening import Identity
 from cloud.store.parts import Parts
 from cloud.store.records import (
     CapabilityRecord,

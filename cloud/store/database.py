@@ -14,7 +14,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -24,9 +24,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
 from cloud import audit
-from cloud.errors import DataError, DataSchemaError
+from cloud.errors import DataError
 from cloud.store import log
 from cloud.store import schema as t
+from cloud.store.opening import Identity, open_tables
 from cloud.store.records import (
     CapabilityRecord,
     Contributions,
@@ -49,14 +50,6 @@ _HEARD = (
     .where(t.devices.c.name == sa.bindparam("device"))
     .values(last_seen=sa.bindparam("seen"), bytes_down=t.devices.c.bytes_down + sa.bindparam("sent"))
 )
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a database belongs to; it is refused for anything else."""
-
-    task: str
-    bundle: str
 
 
 class Database:
@@ -87,26 +80,13 @@ class Database:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.dispose)
         self._thread.shutdown()
 
-    def open(self, identity: Identity) -> None:
-        """Make the tables that are missing, or check that they are those of this version, task and bundle.
+    def open(self, identity: Identity, *, migrate: bool = False) -> int:
+        """Make, take or migrate the tables; the schema that was found. See :func:`cloud.store.opening.open_tables`.
 
         Raises:
-            DataSchemaError: they are not.
+            DataSchemaError: they are not of this version, task and bundle.
         """
-        with self._engine.begin() as connection:
-            if not sa.inspect(connection).has_table(t.identity.name):
-                t.metadata.create_all(connection)
-                connection.execute(t.identity.insert().values(only=1, schema=t.SCHEMA, **asdict(identity)))
-            row = connection.execute(sa.select(t.identity)).one()
-        if row.schema != t.SCHEMA:
-            raise DataSchemaError(f"{self._path}: schema: expected {t.SCHEMA}, got {row.schema}")
-        if (row.task, row.bundle) != (identity.task, identity.bundle):
-            raise DataSchemaError(
-                f"{self._path}: belongs to another task or bundle: expected {identity.task} on "
-                f"{identity.bundle[:12]}, got {row.task} on {row.bundle[:12]}"
-            )
-        with self._engine.begin() as connection:
-            t.metadata.create_all(connection)  # tables that a version since then has added
+        return open_tables(self._engine, identity, path=self._path, migrate=migrate)
 
     # Audit
 

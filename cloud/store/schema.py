@@ -1,18 +1,36 @@
-"""The tables. Times are Unix seconds, digests SHA-256 in hex. Changing a table raises ``SCHEMA``; a new one does not,
-as nothing here needs it to be there before and :meth:`cloud.store.Database.open` makes it."""
+"""The tables. Times are Unix seconds, digests SHA-256 in hex. A change of any of them raises ``SCHEMA`` and has a
+revision in :mod:`cloud.store.migrations`."""
 
 from __future__ import annotations
 
-from sqlalchemy import REAL, Column, ForeignKey, Integer, LargeBinary, MetaData, Table, Text
+from sqlalchemy import (
+    REAL,
+    Column,
+    ForeignKey,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    String,
+    Table,
+    Text,
+)
 
-SCHEMA = 3
+SCHEMA = 4
+IDENTITY_SCHEMA = 4  # in ``identity`` from 4 on, whatever ``SCHEMA`` is: versions before it refuse anything but 3
 metadata = MetaData()
 
+version = Table(
+    "alembic_version",
+    metadata,
+    Column("version_num", String(32), nullable=False),  # SCHEMA in digits
+    PrimaryKeyConstraint("version_num", name="alembic_version_pkc"),
+)
 identity = Table(
     "identity",
     metadata,
     Column("only", Integer, primary_key=True),  # always 1
-    Column("schema", Integer, nullable=False),
+    Column("schema", Integer, nullable=False),  # IDENTITY_SCHEMA; before 4 the schema
     Column("task", Text, nullable=False),
     Column("bundle", Text, nullable=False),
     sqlite_strict=True,

@@ -16,6 +16,7 @@ from edge_runtime.wire import LocalMetrics, RoundStatus, UpdateReceipt
 STATUS = RoundStatus(0, 2, 30, 0.7, 0.5, 0.8, 20, 2048, 1.5, "ab" * 32)
 EVENTS: list[events.Event] = [
     events.ServerStarted("http://x", "t", "training", 3, 1),
+    events.DatabaseMigrated(3, 4),
     events.DeviceEnrolled("a"),
     events.DeviceLeft("a"),
     events.UpdateCounted(0, "a", 1, 2, 10, 1500, 0.5, None),
@@ -43,7 +44,7 @@ def test_every_event_has_a_line_and_a_name() -> None:
         json_reporter(lines.append)(event)
     decoded = [json.loads(line) for line in lines]
     assert len({row["event"] for row in decoded}) == len(EVENTS)
-    assert decoded[3]["round"] == 0
+    assert decoded[4]["round"] == 0
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2.5e9, "2.50 GB")])

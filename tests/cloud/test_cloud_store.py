@@ -53,10 +53,10 @@ async def test_other_task_bundle_or_version_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataSchemaError, match="another task or bundle"):
         await site.start()
     with sqlite3.connect(site.config.data_path / "emberlora.sqlite3") as database:
-        database.execute("UPDATE identity SET schema = 99")
+        database.execute("UPDATE alembic_version SET version_num = 99")
     database.close()
     site.config = parse_config(text.encode(), path=path)
-    with pytest.raises(DataSchemaError, match="schema: expected 3, got 99"):
+    with pytest.raises(DataSchemaError, match="schema: expected 4, got 99"):
         await site.start()
 
 
