@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -38,6 +39,7 @@ def main(names: tuple[str, ...], quick: bool, out: Path | None, results: Path) -
       python -m bench.load --quick
       python -m bench.load --case 1mb
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the aggregator ends as well
     for name in names or CASES:
         with tempfile.TemporaryDirectory(dir=out, prefix="emberlora-load-") as folder:
             try:
@@ -48,10 +50,6 @@ def main(names: tuple[str, ...], quick: bool, out: Path | None, results: Path) -
                 click.echo(str(error), err=True)
                 sys.exit(1)
         _keep(results, line)
-
-
-def _say(text: str) -> None:
-    click.echo(text, err=True)
 
 
 def _keep(results: Path, line: Line) -> None:
