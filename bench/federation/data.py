@@ -62,8 +62,19 @@ def share_texts(name: str, data: Path, sizes: Sizes, alpha: float | None, seed: 
     """
     corpus = read_corpus(name, data)
     parts = divide(corpus, devices=sizes.devices, examples=sizes.examples, alpha=alpha, seed=seed)
+    parts = _unequal(parts, sizes.spread, seed)
     held_out = [corpus.test[index] for index in np.random.default_rng(0).permutation(len(corpus.test))]
     return Shares(tuple(map(_records, parts)), _records(held_out))
+
+
+def _unequal(parts: tuple[tuple[Labelled, ...], ...], spread: float, seed: int) -> tuple[tuple[Labelled, ...], ...]:
+    """What devices keep of their examples; never less than a batch."""
+    if not spread:
+        return parts
+    drawn = np.random.default_rng([seed, 3]).lognormal(sigma=spread, size=len(parts))
+    return tuple(
+        part[: max(_FEWEST, round(len(part) * share))] for part, share in zip(parts, drawn / drawn.max(), strict=True)
+    )
 
 
 def _records(examples: Sequence[Labelled]) -> tuple[Record, ...]:

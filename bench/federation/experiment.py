@@ -37,14 +37,14 @@ async def run(setup: Setup, say: Callable[[str], None]) -> Line:
     began = time.perf_counter()
     site = await open_site(setup, say)
     try:
-        head = await _measure_head(site)
+        head = await measure_head(site)
         course = await (full_course if setup.key.method == FULL_MODEL else _adapter_course)(site)
     finally:
         await site.aggregator.close()
     return line_of(site, course, bytes_head=head, seconds=time.perf_counter() - began)
 
 
-async def _measure_head(site: Site) -> int:
+async def measure_head(site: Site) -> int:
     """Let every device send its class means, if the task wants them; bytes of plans and updates."""
     signed = await site.plan()
     if signed.plan.state != "measure":

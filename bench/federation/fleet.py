@@ -168,9 +168,14 @@ class Fleet:
     def values(self, signed: wire.SignedPlan, layouts: Sequence[wire.Layout]) -> Values:
         """What the last device's update says has changed of what all tiers carry, shape (count of the weakest,)."""
         mine, least = wire.layout_for(self.trainer.frame, layouts), layouts[-1]
-        parts = mine.split(wire.decode_update(self.trainer.frame, signed_plan=signed, layout=mine).values)
+        parts = mine.split(self.update(signed, layouts).values)
         common = [parts[name][tuple(map(slice, shape))].ravel() for name, shape in least.blocks]
         return np.concatenate(common).astype(np.float32)
+
+    def update(self, signed: wire.SignedPlan, layouts: Sequence[wire.Layout]) -> wire.Update:
+        """The last device's update."""
+        layout = wire.layout_for(self.trainer.frame, layouts)
+        return wire.decode_update(self.trainer.frame, signed_plan=signed, layout=layout)
 
     def _home(self, name: str) -> Home:
         return Home(self._folder / name, KEY)

@@ -128,7 +128,7 @@ def config_text(
         seed: Of the task.
         shared: Tables that all methods share on this data set and with this fleet.
         reference_bytes: What ``lora-r8`` sends and fetches with this model, a device and round.
-        extra: Tables that replace single keys, for a variant of the method.
+        extra: Tables that replace single keys, for a variant of the method; None takes a key away.
     """
     tables: dict[str, dict[str, object]] = {
         "task": {**_TASK, "bundle": bundle, "seed": seed},
@@ -155,4 +155,4 @@ def resolved(tables: Mapping[str, Table], reference_bytes: int) -> dict[str, dic
 
 
 def _table(name: str, keys: Table) -> str:
-    return f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
+    return f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items() if value is not None)

@@ -22,6 +22,8 @@ class Sizes(msgspec.Struct, frozen=True):
         examples: Of all devices together; every device passes over its own once a round.
         glimpse: Held-out examples that are measured on the way; all of them at the end.
         every: Rounds between two measurements.
+        spread: Sigma of the log-normal distribution by which devices keep only a part of what the split gives them, the
+            luckiest all; 0: everybody keeps everything.
     """
 
     devices: int
@@ -30,6 +32,7 @@ class Sizes(msgspec.Struct, frozen=True):
     examples: int
     glimpse: int
     every: int
+    spread: float = 0.0
 
     def measured(self, round_: int) -> bool:
         """Whether there is a measurement after this round, counted from 0; always after the last one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import csv
 import json
 from pathlib import Path
 
@@ -33,10 +32,9 @@ from cloud.config import parse_config
 from edge_runtime.bundle import open_bundle
 from edge_runtime.engine.runtime import start_runtime
 from edge_runtime.wire import ModulePlan
+from tests.bench.banking import LABELS, write_banking
 from tests.bench.federation_lines import KEY, a_line
 from tests.bench.lora_model import with_factors
-
-LABELS = ("asyncio", "email", "tkinter", "xml")
 
 
 def corpus_of(count: int) -> Corpus:
@@ -116,20 +114,6 @@ def _pytorch_flop(folder: Path, factors: dict[str, str], *, batch: int, tokens: 
     with FlopCounterMode(display=False) as counter:
         encoder(hidden).last_hidden_state.sum().backward()
     return int(counter.get_total_flops())
-
-
-def write_banking(folder: Path) -> Path:
-    """Words of its own for every label, in the layout of BANKING77."""
-    rng = np.random.default_rng(0)
-    (folder / "text_banking77").mkdir(parents=True)
-    for name, count in (("train", 200), ("test", 40)):
-        with (folder / "text_banking77" / f"{name}.csv").open("w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(("text", "category"))
-            for number in range(count):
-                words = [f"word{number % 4 * 10 + int(word)}" for word in rng.integers(0, 10, size=8)]
-                rows.writerow((" ".join(words), LABELS[number % 4]))
-    return folder
 
 
 def a_setup(tmp_path: Path, bundle: Path, name: str = "run", **extra: dict[str, object]) -> Setup:

@@ -1,0 +1,1 @@
+"""How far honest devices are from each other, and which rule of outliers finds others: ``python -m bench.outliers``."""
