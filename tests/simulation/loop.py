@@ -40,7 +40,7 @@ _DELAYS_S = (0.0, 0.0, 0.001, 0.004)
 
 
 class StuckError(Exception):
-    """No timer and no task is left, and the scenario has not ended."""
+    """The scenario has not ended, and no timer and no task is left, or one has failed where nobody sees it."""
 
 
 class SimulatedLoop(asyncio.BaseEventLoop):
@@ -64,6 +64,8 @@ class SimulatedLoop(asyncio.BaseEventLoop):
 
     def select(self, timeout: float | None) -> list[object]:
         """Wait, which takes no time."""
+        if self.errors:  # whoever waited for what failed would wait for ever, and devices would ask for ever
+            raise StuckError(f"a callback failed: {self.errors}")
         if timeout is None:
             raise StuckError("nothing is left to happen")
         if timeout > 0:
@@ -245,6 +247,12 @@ class Connection(sqlite3.Connection):
     def limit(self, full: bool) -> None:
         """Take all room away, or give it back. SQLite never goes below the pages that it has."""
         super().execute(f"PRAGMA max_page_count={1 if full else 1 << 30}")
+
+    def close(self) -> None:
+        """As ever; whatever happens to the disk then is nothing to it."""
+        super().close()
+        if self.process is not None and self.process.connection is self:
+            self.process.connection = None
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         """A cursor that tells its statements."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 
 import pytest
 
+from tests.simulation.loop import SimulatedLoop, StuckError
 from tests.simulation.ops import Op, random_ops
 from tests.simulation.scenario import DEVICES, case
 from tests.simulation.server import Task
@@ -30,3 +32,21 @@ def test_a_printed_case_is_the_list() -> None:
     exec(case(ops, 7), names)
     assert names["OPS"] == ops
     assert len(ops) >= 12
+
+
+def test_what_fails_where_nobody_sees_it_ends_the_scenario() -> None:
+    """Otherwise the one who waits for it waits for ever, while others ask again and again."""
+
+    async def wait() -> None:
+        loop = asyncio.get_running_loop()
+        lost = loop.create_future()
+        loop.call_soon(lambda: 1 // 0)
+        while not lost.done():
+            await asyncio.sleep(60.0)
+
+    loop = SimulatedLoop(random.Random(0))
+    try:
+        with pytest.raises(StuckError, match="ZeroDivisionError"):
+            loop.run_until_complete(wait())
+    finally:
+        loop.bury()

@@ -66,6 +66,13 @@ def test_a_round_that_was_full_when_the_server_ended_takes_no_other_update(task:
     assert len([row for row in world.ledger.rows if row.round == 0]) == 2
 
 
+def test_a_disk_that_fills_up_as_the_database_is_closed(task: Task) -> None:
+    """A fault of the simulation: it told the closed connection, which failed where nobody saw it, and the devices asked
+    for ever for a server that never ended."""
+    world = run(task, (*ROUND, FillDisk(None, "after dispose"), CloseServer(), MakeRoom(), StartServer()))
+    assert len(world.ledger.rows) >= 2
+
+
 @pytest.mark.parametrize("after", [(), ROUND])
 def test_a_server_killed_before_it_has_destroyed_a_key_does_so_later(task: Task, after: tuple[Op, ...]) -> None:
     """The private key of a final round stayed in the write-ahead log until another round ended."""
