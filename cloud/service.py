@@ -40,9 +40,8 @@ from cloud.rounds import (
     resumed_state,
     take,
 )
-from cloud.store import OBJECTS, UPDATES, Blobs, Database, Identity, Parts, RoundRecord, UpdateRecord
+from cloud.store import OBJECTS, SCHEMA, UPDATES, Blobs, Database, Identity, Parts, RoundRecord, UpdateRecord
 from cloud.store.database import DATABASE_NAME
-from cloud.store.schema import SCHEMA
 from cloud.work import RoundWork, open_stored, open_update, start_work, without_outliers
 from edge_runtime import wire
 from edge_runtime.bundle import MANIFEST_NAME, Array, Bundle
@@ -163,6 +162,7 @@ class Aggregator:
         if work is not None:
             await asyncio.to_thread(self._sum_again, work, updates)
         await asyncio.to_thread(self._blobs.keep_only, UPDATES, {receipt.digest for receipt in counted.values()})
+        await asyncio.to_thread(self.parts.keep_only, record.round)  # a kill may have come between round and tidying
         if self._history:
             self._previous_adapter = self._history[-2].adapter if len(self._history) > 1 else None
         if self._history or finished:

@@ -13,9 +13,11 @@ from cloud.store.records import (
     TokenRecord,
     UpdateRecord,
 )
+from cloud.store.schema import SCHEMA
 
 __all__ = [
     "OBJECTS",
+    "SCHEMA",
     "UPDATES",
     "Blobs",
     "CapabilityRecord",

@@ -66,6 +66,14 @@ def test_a_round_that_was_full_when_the_server_ended_takes_no_other_update(task:
     assert len([row for row in world.ledger.rows if row.round == 0]) == 2
 
 
+def test_a_part_that_came_before_a_server_was_killed_at_the_tasks_end_is_gone(task: Task) -> None:
+    """The task was final, the part not yet tidied away, and no round followed in which it would have been."""
+    part = (Join(1, True), KillServer("after append"), Work(1), Advance(0.1), StartServer(then=0.0))
+    world = run(task, (*part, KillServer("after end_round"), StopTask(), StartServer()))
+    assert not world.ledger.rows
+    assert len(world.server.processes) >= 3
+
+
 def test_a_disk_that_fills_up_as_the_database_is_closed(task: Task) -> None:
     """A fault of the simulation: it told the closed connection, which failed where nobody saw it, and the devices asked
     for ever for a server that never ended."""
