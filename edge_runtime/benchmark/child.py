@@ -24,6 +24,7 @@ from edge_runtime.engine.errors import EngineError
 from edge_runtime.engine.parameters import AdapterParameters
 from edge_runtime.engine.profile import profiled
 from edge_runtime.training.accumulate import accumulate
+from edge_runtime.training.held import end_with_parent, read_job
 from edge_runtime.training.memory import MemorySampler
 from edge_runtime.training.session import WorkingBundle
 from edge_runtime.wire import ModulePlan, Training
@@ -159,7 +160,8 @@ def main() -> int:
     Returns:
         Exit code: 0, or 1 with the reason on standard error.
     """
-    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
+    job = msgspec.json.decode(read_job(), type=Job)
+    end_with_parent()
     measure = {"figures": measure_figures, "peak": measure_peak, "operators": measure_operators}[job.measure]
     try:
         answer = measure(job)

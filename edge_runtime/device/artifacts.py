@@ -164,7 +164,11 @@ def _check_modules(manifest: Manifest, ranks: Mapping[str, int], request: Reques
 
 def main() -> int:
     """Answer one request; the exit code is 0 whatever the answer says."""
-    reply = handle(msgspec.json.decode(sys.stdin.buffer.read(), type=Request))
+    from edge_runtime.training.held import end_with_parent, read_job
+
+    request = msgspec.json.decode(read_job(), type=Request)
+    end_with_parent()
+    reply = handle(request)
     sys.stdout.buffer.write(msgspec.json.encode(reply))
     return 0
 

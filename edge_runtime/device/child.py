@@ -76,12 +76,27 @@ async def child(command: Sequence[str], *, stdin: bool = False) -> AsyncIterator
         await _end(process)
 
 
-async def run_child(command: Sequence[str], data: bytes) -> Ended:
-    """Give ``data`` to a child and collect its output."""
+async def run_child(command: Sequence[str], job: bytes) -> Ended:
+    """Give a child its job, one line, and collect its output.
+
+    Its standard input stays open, so that it can end with this process (:mod:`edge_runtime.training.held`).
+    """
     async with child(command, stdin=True) as process:
-        output, errors = await process.communicate(data)
+        assert process.stdin is not None, "a pipe was asked for"
+        assert process.stdout is not None, "a pipe was asked for"
+        assert process.stderr is not None, "a pipe was asked for"
+        await give(process.stdin, job)
+        output, errors = await asyncio.gather(process.stdout.read(), process.stderr.read())
+        await process.wait()
     tail = errors[-_TAIL_BYTES:].decode("utf-8", "replace").strip().splitlines()
     return Ended(output, process.returncode or 0, tail[-1].strip()[:300] if tail else "")
+
+
+async def give(stream: asyncio.StreamWriter, job: bytes) -> None:
+    """Write a job as one line; a child that has ended by then is told from its output."""
+    with contextlib.suppress(ConnectionError):
+        stream.write(job + b"\n")
+        await stream.drain()
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
 
-from edge_runtime.device.child import Tail, child, describe_end
+from edge_runtime.device.child import Tail, child, describe_end, give
 from edge_runtime.device.errors import TrainingError, TrainingInputError
 from edge_runtime.training.job import Done, Event, Failed, TrainingJob, decode_event
 
@@ -50,7 +49,7 @@ class ChildTrainer:
             tail = Tail()
             reading = asyncio.ensure_future(tail.follow(process.stderr))
             try:
-                await _give(process.stdin, msgspec.json.encode(job) + b"\n")
+                await give(process.stdin, msgspec.json.encode(job))
                 last = await _read_events(process.stdout, on_event)
                 code = await process.wait()
                 await reading
@@ -61,13 +60,6 @@ class ChildTrainer:
         if last is None or code != 0:
             raise TrainingError(f"training: {describe_end(code, tail.last_line())}")
         return last
-
-
-async def _give(stream: asyncio.StreamWriter, data: bytes) -> None:
-    """Write all of it; a child that has ended by then is told from its output."""
-    with contextlib.suppress(ConnectionError):
-        stream.write(data)
-        await stream.drain()
 
 
 async def _read_events(stream: asyncio.StreamReader, on_event: Callable[[Event], None]) -> Done | Failed | None:

@@ -1,4 +1,4 @@
-"""The other end of a training child's standard input: it brings the job, and the child does not outlive it.
+"""The other end of a child's standard input: it brings the job, and the child does not outlive it.
 
 The job is the first line; the parent then keeps its end open. When it is gone, also by ``kill -9``, the system closes
 that end, and the child ends at once: nobody would take what it makes, and a second device process on the same home,

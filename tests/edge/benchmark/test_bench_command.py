@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from edge_runtime.benchmark.cases import Job, next_plan_of, plan_of, settings_of
 from edge_runtime.benchmark.host import device_name
 from edge_runtime.bundle import MANIFEST_NAME, Manifest, adapter_shapes, file_entry, open_bundle
 from edge_runtime.cli import main
+from tests.edge.held import run_held
 
 FIGURES = {
     *("steps", "step_ms_p50", "step_ms_p95", "tokens_per_s", "peak_private_mb", "peak_total_mb", "plan_change_ms"),
@@ -101,7 +101,8 @@ def test_int8_products_are_measured(llama_bundle: Path) -> None:
     setting = next(s for s in settings if s.products == "int8")
     job = Job("operators", str(llama_bundle), setting, 2, 16, 1, None, 2, 2, 0.0)
     command = [sys.executable, "-m", "edge_runtime.benchmark.child"]
-    done = subprocess.run(command, input=msgspec.json.encode(job), capture_output=True, check=True)
+    done = run_held(command, msgspec.json.encode(job))
+    assert done.returncode == 0, done.stderr
     assert "DynamicQuantizeMatMul" in {found["name"] for found in json.loads(done.stdout)["operators"]}
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
+from subprocess import PIPE
 
+import msgspec
 import pytest
 from device_bench import Bench
 from device_standin import WEIGHT
 
+from edge_runtime.bundle import MANIFEST_NAME
 from edge_runtime.device.artifacts import Request
 from edge_runtime.device.errors import TrainingError, TrainingInputError
 from edge_runtime.device.inspector import ChildInspector
@@ -101,6 +105,22 @@ async def test_the_inspector_child_answers_as_the_function_does(bench: Bench, tm
     folder = str(bench.home.bundle_path(digest))
     assert (await ChildInspector().ask(Request("bundle", folder, digest))).error == ""
     assert "not a bundle" in (await ChildInspector().ask(Request("bundle", str(tmp_path / "x"), digest))).error
+
+
+def test_the_inspector_child_ends_with_its_parent(tmp_path: Path) -> None:
+    """In the middle of its work, here of reading a file that does not come; so a killed device leaves nobody behind
+    who writes into its home."""
+    os.mkfifo(tmp_path / MANIFEST_NAME)
+    request = msgspec.json.encode(Request("manifest", str(tmp_path), "ab" * 32))
+    command = (sys.executable, "-m", "edge_runtime.device.artifacts")
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE) as child:
+        assert child.stdin is not None, "a pipe was asked for"
+        child.stdin.write(request + b"\n")
+        child.stdin.flush()
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(1.0)
+        child.stdin.close()  # as the system does it when the parent is gone
+        assert child.wait(10.0) == 1
 
 
 async def test_a_device_that_left_no_frame(bench: Bench) -> None:
