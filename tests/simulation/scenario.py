@@ -156,17 +156,28 @@ class World:
     async def _help(self, *, more: int) -> None:
         """What people do: start what is down, have those who left and do not know it leave, find enough devices.
 
-        ``more`` of these than a round needs: one that was refused in the open round cannot help to close it.
+        ``more`` of these than a round needs: one that was refused in the open round cannot help to close it. Where
+        that does not help, those that were refused leave, and come back to send another update.
         """
         await self.server.start()
         for device in self.devices:
-            if device.name in self.network.left:
+            if device.name in self.network.left or (more > DEVICES and self._refused(device)):
                 await device.leave()
         for device in self.devices:
             if sum(one.enrolled for one in self.devices) < self._needed + more:
                 await device.join()
             if not device.home.state().finished:
                 await device.start()
+
+    def _refused(self, device: Actor) -> bool:
+        """Whether it is done with the open round, and does not count in it."""
+        round_ = device.home.state().done_round
+        is_open = any(one.round == round_ and one.state == "open" for one in self.ledger.rounds)
+        return (
+            device.enrolled
+            and is_open
+            and not any((row.round, row.device) == (round_, device.name) for row in self.ledger.rows)
+        )
 
     async def _finished(self) -> bool:
         devices = [device for device in self.devices if device.enrolled]

@@ -66,6 +66,14 @@ def test_a_round_that_was_full_when_the_server_ended_takes_no_other_update(task:
     assert len([row for row in world.ledger.rows if row.round == 0]) == 2
 
 
+def test_refused_devices_come_back_where_too_few_are_left(task: Task) -> None:
+    """Three of four were refused in the same round, and nobody was left who could have closed it."""
+    bad = (Forge(1, "sealed"), Forge(2, "nan"), Forge(3, "weight"))
+    fleet, work = ((*map(kind, range(4)),) for kind in (Join, Work))
+    world = run(task, (*fleet, *bad, *work), seed=3)
+    assert [row.device for row in world.ledger.rows if row.round == 0] != ["device-0"]
+
+
 def test_a_part_that_came_before_a_server_was_killed_at_the_tasks_end_is_gone(task: Task) -> None:
     """The task was final, the part not yet tidied away, and no round followed in which it would have been."""
     part = (Join(1, True), KillServer("after append"), Work(1), Advance(0.1), StartServer(then=0.0))
