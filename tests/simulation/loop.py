@@ -64,7 +64,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
 
     def select(self, timeout: float | None) -> list[object]:
         """Wait, which takes no time."""
-        if self.errors and not self._burying:  # whoever waited for what failed would wait for ever, and devices would ask for ever
+        if self.errors and not self._burying:  # whoever waits for what failed would wait for ever, others ask for ever
             raise StuckError(f"a callback failed: {self.errors}")
         if timeout is None:
             raise StuckError("nothing is left to happen")
