@@ -8,7 +8,7 @@
 #   make test-pythons VERSIONS="3.10 3.13"
 #   make soak SOAK_ARGS="--count 5000 --seed 100000 --jobs 1" FUZZ_ARGS="--count 100000" CRASH_ARGS="--count 20"
 #   make test-arm64 ARM64_ARGS="--onnxruntime 1.23.2 -- -k parity"
-#   sudo make test-services SERVICES_ARGS=--keep
+#   sudo make test-services SERVICES_ARGS="--suite trixie"
 #
 # A plain index serves Linux a CUDA build of torch: several gigabytes, of no use here. Give PyTorch's CPU index as
 # PIP_ARGS="--extra-index-url …" (the address stands on PyTorch's install page) to get the small one.
@@ -86,7 +86,7 @@ test-arm64: $(STAMP)
 	$(PY) -m tests.targets.arm64 --pip-args "$(PIP_ARGS)" $(ARM64_ARGS)
 
 # docs/operations.md and docs/systemd in a Debian that is booted as a container: root rights, apt-get install
-# systemd-container mmdebstrap debian-archive-keyring, and three minutes, the first time some more.
+# systemd-container mmdebstrap debian-archive-keyring, and three minutes, the first time six.
 test-services: $(STAMP)
 	$(PY) -m tests.targets.services --pip-args "$(PIP_ARGS)" $(SERVICES_ARGS)
 

@@ -238,6 +238,19 @@ def stopped(trial: Trial) -> None:
     equal(trial.position(), (1, 1), "round and updates after the stop")
 
 
+def address_taken(trial: Trial) -> None:
+    """A server whose port another program has: 2, and down."""
+    trial.stop(CLOUD)
+    trial.container.run("systemd-run --unit=squatter python3 -m http.server 8440 --bind 127.0.0.1")
+    taken = "python3 -c 'import socket; socket.create_connection((\"127.0.0.1\", 8440))'"
+    trial.container.until(lambda: trial.container.attempt(taken).returncode == 0, "the squatter to listen")
+    trial.start(CLOUD)
+    expect(trial.ended(CLOUD), ActiveState="failed", Result="exit-code", ExecMainStatus="2", NRestarts="0")
+    trial.container.run("systemctl stop squatter")
+    trial.start(CLOUD)
+    trial.serving()
+
+
 def other_certificate(trial: Trial) -> None:
     """A key of another certificate: 2, and down. The new pair from the same CA: the device notices nothing."""
     container = trial.container
@@ -334,6 +347,7 @@ STEPS: list[tuple[str, Callable[[Trial], None]]] = [
     ("a device that is not enrolled stays down", not_enrolled),
     ("kill -9 of both", killed),
     ("systemctl stop of both", stopped),
+    ("an address that is taken", address_taken),
     ("a wrong and a new certificate", other_certificate),
     ("the device's key as a credential", key_as_credential),
     ("an upgrade", upgraded),

@@ -5,7 +5,7 @@ by an administrator who has sudo and is not root; the package comes from the whe
 from wheels that the host's pip fetched for the root's Python, so that the container needs no network. A tiny model's
 task then runs with both sides as services: :mod:`tests.targets.service_steps`.
 
-It needs root rights. What it cannot find: a fault of a whole machine's boot, or of another version of systemd.
+It needs root rights. What it cannot find: a fault of a whole machine's boot, or of a kernel other than the host's.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from tests.targets.container import Container
 from tests.targets.edge_tests import BUILD, CONSTRAINTS, ROOT, TargetError, build_wheel, call, digest, kept
 from tests.targets.service_steps import STEPS, Trial
 
-SUITE = "bookworm"  # the oldest Debian that is supported, and the system below Raspberry Pi OS
-PYTHON = "3.11"  # its Python
+# Debian's releases and their Python; the first is the system below most Raspberry Pi OS that run.
+SUITES = {"bookworm": "3.11", "trixie": "3.13"}
 PACKAGES = ("systemd", "systemd-sysv", "dbus", "python3", "python3-venv", "sudo", "openssl", "ca-certificates")
-GLIBCS = ("2_28", "2_27", "2_17")  # that wheels name; the root's is 2.36
+GLIBCS = ("2_28", "2_27", "2_17")  # that wheels name; the roots' are newer
 HOME = "srv/admin"  # of the administrator, with a checkout's documents
 UPGRADE = "+trial"  # added to the version: a newer one, which the upgrade installs
 
@@ -63,7 +63,7 @@ def find_tools() -> None:
         raise TargetError("a container that boots needs root rights: sudo make test-services")
 
 
-def prepare(pip_arguments: str) -> Made:
+def prepare(suite: str, pip_arguments: str) -> Made:
     """Root, wheels and bundle, below ``build/targets``; kept until their sources change."""
     sources = [ROOT / name for name in ("edge_runtime", "cloud", "export", "pyproject.toml")]
     key = digest(*sources)
@@ -72,19 +72,24 @@ def prepare(pip_arguments: str) -> Made:
         BUILD / "wheel-newer", key, lambda out: build_wheel(out, pip_arguments, UPGRADE), "wheel of a newer version"
     )
     wheels = kept(
-        BUILD / "services-wheels",
+        BUILD / f"services-wheels-{SUITES[suite]}",
         digest(ROOT / "pyproject.toml", CONSTRAINTS),
-        lambda out: _fetch(next(wheel.glob("*.whl")), out, pip_arguments),
-        f"wheels for Python {PYTHON}",
+        lambda out: _fetch(next(wheel.glob("*.whl")), out, SUITES[suite], pip_arguments),
+        f"wheels for Python {SUITES[suite]}",
     )
     made = kept(BUILD / "services-made", digest(*sources, ROOT / "tests" / "conftest.py"), _export, "a tiny bundle")
-    root = kept(BUILD / "services-root", digest(SUITE, *PACKAGES), _make_root, f"Debian {SUITE} with systemd")
+    root = kept(
+        BUILD / f"services-root-{suite}",
+        digest(suite, *PACKAGES),
+        lambda out: _make_root(out, suite),
+        f"Debian {suite} with systemd",
+    )
     return Made(root, wheels, next(wheel.glob("*.whl")), next(newer.glob("*.whl")), made / "bert-bundle")
 
 
-def _fetch(wheel: Path, out: Path, pip_arguments: str) -> None:
+def _fetch(wheel: Path, out: Path, python: str, pip_arguments: str) -> None:
     tags = [f"--platform=manylinux_{glibc}_{platform.machine()}" for glibc in GLIBCS]
-    tags += [f"--platform=manylinux2014_{platform.machine()}", "--only-binary=:all:", f"--python-version={PYTHON}"]
+    tags += [f"--platform=manylinux2014_{platform.machine()}", "--only-binary=:all:", f"--python-version={python}"]
     pip = [sys.executable, "-m", "pip", "download", "-q", "-d", out, "-c", CONSTRAINTS, *tags]
     call([*pip, *shlex.split(pip_arguments), f"{wheel}[cloud]"], what="fetching wheels")
     (out / wheel.name).unlink(missing_ok=True)  # the container gets that of today
@@ -96,9 +101,9 @@ def _export(out: Path) -> None:
     call([*pytest, "tests/end_to_end/test_task.py"], what="exporting")
 
 
-def _make_root(out: Path) -> None:
+def _make_root(out: Path, suite: str) -> None:
     include = f"--include={','.join(PACKAGES)}"
-    call(["mmdebstrap", "--quiet", "--variant=minbase", include, SUITE, out], what="unpacking Debian's packages")
+    call(["mmdebstrap", "--quiet", "--variant=minbase", include, suite, out], what="unpacking Debian's packages")
 
 
 def furnish(root: Path, made: Made) -> None:
@@ -145,14 +150,15 @@ def page_blocks(text: str) -> list[str]:
 
 @click.command()
 @click.option("--pip-args", default="", help="Options of pip, as one text.")
+@click.option("--suite", type=click.Choice([*SUITES]), default="bookworm", show_default=True, help="Debian's release.")
 @click.option("--keep", is_flag=True, help="Leave the container's root where it is, to look at it.")
-def main(pip_args: str, *, keep: bool) -> None:
+def main(pip_args: str, *, suite: str, keep: bool) -> None:
     """Try the units and the page's steps under systemd."""
     began = time.monotonic()
     root = BUILD / "services-run"
     try:
         find_tools()
-        made = prepare(pip_args)
+        made = prepare(suite, pip_args)
         furnish(root, made)
         with Container(root, "services") as container:
             blocks = page_blocks((ROOT / "docs" / "operations.md").read_text(encoding="utf-8"))
