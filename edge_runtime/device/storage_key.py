@@ -72,9 +72,11 @@ def _keyring_errors() -> Iterator[None]:
     try:
         yield
     except KeyringError as error:
+        # gnome-keyring's sentences end with two full stops ("Prompt dismissed.."), some backends say nothing.
+        said = str(error).rstrip(".!") or type(error).__name__
         raise StorageKeyError(
-            f"the system's key store: cannot be used: {error or type(error).__name__}: unlock it, or keep the storage "
-            "key in a file: --storage-key-file"
+            f"the system's key store: cannot be used: {said}: unlock it, or keep the storage key in a file: "
+            "--storage-key-file"
         ) from error
 
 

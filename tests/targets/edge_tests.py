@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -91,7 +92,7 @@ def call(command: Sequence[object], *, cwd: Path = ROOT, what: str) -> None:
 def prepare(target: str, pip_arguments: str) -> Inputs:
     """Make wheel, made things and the target's copy of the tests; this Python has everything, torch included."""
     sources = [ROOT / name for name in (*_PACKAGES, "pyproject.toml")]
-    wheels = kept(BUILD / "wheel", digest(*sources), lambda out: _build_wheel(out, pip_arguments), "wheel")
+    wheels = kept(BUILD / "wheel", digest(*sources), lambda out: build_wheel(out, pip_arguments), "wheel")
     key = digest(*sources, CONSTRAINTS, ROOT / "tests" / "conftest.py", ROOT / "tests" / "edge", str(_real_data()))
     made = kept(BUILD / "made", key, _make_with_torch, "models, bundles and gradients that take torch to make")
     tests = BUILD / f"{target}-tests"
@@ -103,13 +104,21 @@ def prepare(target: str, pip_arguments: str) -> Inputs:
     return Inputs(next(wheels.glob("*.whl")), made, tests)
 
 
-def _build_wheel(out: Path, pip_arguments: str) -> None:
-    """From a copy: the checkout may hold files of earlier builds, which setuptools would pack again."""
+def build_wheel(out: Path, pip_arguments: str, suffix: str = "") -> None:
+    """From a copy: the checkout may hold files of earlier builds, which setuptools would pack again.
+
+    Args:
+        out: Folder for the wheel.
+        pip_arguments: Options of pip, as one text.
+        suffix: Added to the version, to make a newer one of the same sources.
+    """
     copy = out / "sources"
     for name in _PACKAGES:
         shutil.copytree(ROOT / name, copy / name, ignore=_JUNK)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
+    settings = copy / "pyproject.toml"
+    settings.write_text(re.sub(r'(?m)^version = "(.*)"$', rf'version = "\g<1>{suffix}"', settings.read_text()))
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", *shlex.split(pip_arguments)]
     call([*pip, "-w", out, copy], what="building the wheel")
     shutil.rmtree(copy)

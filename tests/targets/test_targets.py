@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.targets import arm64, board, edge_tests, pythons
+from tests.targets import arm64, board, edge_tests, pythons, service_steps, services
 from tests.targets.edge_tests import Counts, TargetError
 
 
@@ -31,6 +32,27 @@ def test_a_missing_emulator_alone(nothing_installed: None, monkeypatch: pytest.M
     monkeypatch.setattr(shutil, "which", lambda name: "/bin/mmdebstrap" if name == "mmdebstrap" else None)
     with pytest.raises(TargetError, match=r"^qemu-user-static: not found"):
         arm64.find_tools()
+
+
+def test_services_name_what_is_missing(nothing_installed: None) -> None:
+    with pytest.raises(TargetError, match=r"^systemd-container and mmdebstrap and util-linux: not found: .*apt-get"):
+        services.find_tools()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no users")
+def test_services_need_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(TargetError, match=r"needs root rights: sudo make test-services$"):
+        services.find_tools()
+
+
+def test_the_page_has_every_block_that_the_services_are_tried_with() -> None:
+    """A step finds its lines by how one begins; a page that was changed is noticed before anything boots."""
+    blocks = services.page_blocks((edge_tests.ROOT / "docs" / "operations.md").read_text(encoding="utf-8"))
+    beginnings = re.findall(r'\.block\("([^"]+)"\)', Path(service_steps.__file__).read_text(encoding="utf-8"))
+    assert len(beginnings) >= 6
+    assert [name for name in beginnings if len(service_steps.blocks_with(blocks, name)) != 1] == []
 
 
 def test_an_arm_needs_no_emulation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,6 +174,23 @@ def test_the_package_itself(home: Home) -> None:
         keyring.set_keyring(before)
 
 
+@pytest.mark.parametrize(
+    ("said", "shown"), [("Prompt dismissed..", "Prompt dismissed"), ("", "KeyringLocked"), ("a.b", "a.b")]
+)
+def test_a_locked_key_store_says_why(home: Home, monkeypatch: pytest.MonkeyPatch, said: str, shown: str) -> None:
+    """The first is what gnome-keyring answers where nobody can be asked for the password."""
+    keyring = pytest.importorskip("keyring", reason="the extra 'keyring' is not installed")
+    from keyring.errors import KeyringLocked
+
+    def locked(service: str, username: str) -> str:
+        raise KeyringLocked(said)
+
+    monkeypatch.setattr(keyring, "get_password", locked)
+    with pytest.raises(StorageKeyError, match=f"cannot be used: {shown}: unlock it, or keep"):
+        find_key(home, KeyChoice(keyring=True))
+    assert home.key_place() is None
+
+
 def test_a_credential_of_systemd(home: Home, tmp_path: Path) -> None:
     """It is taken where it is, whatever else is there, and named when it is not; systemd alone can make one."""
     folder = tmp_path / "credentials"
