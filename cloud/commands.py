@@ -111,11 +111,11 @@ def serve(
 
 async def _serve(config: Config, report: Callable[[Any], None]) -> None:
     # Imported here: the other commands need neither the database nor the server.
-    from cloud.heap import share_heaps
+    from cloud.heap import share_heap
     from cloud.http.server import Server
     from cloud.service import Surroundings
 
-    share_heaps()
+    share_heap()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -11,9 +11,9 @@ import pytest
 # Twelve threads that hold memory at the same time; malloc_info(3) then lists every heap.
 _CHILD = """
 import ctypes, sys, threading
-from cloud.heap import share_heaps
+from cloud.heap import share_heap
 if sys.argv[1] == "shared":
-    assert share_heaps()
+    assert share_heap()
 together = threading.Barrier(12)
 def work():
     kept = ctypes.CDLL(None).malloc(1000)
