@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from bench.host import commit, describe_host
+from bench.jsonl import append_line
 
 
 class Figure(msgspec.Struct, frozen=True):
@@ -31,7 +32,4 @@ class Figure(msgspec.Struct, frozen=True):
 def append_figure(path: Path, figure: Figure, *, threads: int, quick: bool) -> str:
     """Append a line with where and from what it was measured; return its text."""
     fields = {**msgspec.to_builtins(figure), "host": describe_host(threads), "commit": commit(), "quick": quick}
-    text = msgspec.json.encode(fields).decode()
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text + "\n")
-    return text
+    return append_line(path, fields)

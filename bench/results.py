@@ -84,14 +84,6 @@ class Line(msgspec.Struct, frozen=True):
         return (self.case, self.system, self.setting, self.pattern, self.amx)
 
 
-def append_line(path: Path, line: Line) -> str:
-    """Append to the file and return the text."""
-    text = msgspec.json.encode(line).decode()
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text + "\n")
-    return text
-
-
 def read_lines(path: Path) -> list[Line]:
     """The last line of every kind, in the order in which the kinds first appeared.
 

@@ -24,8 +24,9 @@ from bench.amx import has_amx
 from bench.display import Display, results_table
 from bench.entries import Entry, Request, can_remember, make_entry, reference_entry, settings_of, with_amx_off
 from bench.errors import BenchError, RequestError, UnavailableError
+from bench.jsonl import append_line
 from bench.race import Race
-from bench.results import Line, append_line, latest, read_lines
+from bench.results import Line, latest, read_lines
 from bench.shapes import CASES, DEFAULT_CASES, MODELS
 from bench.systems import FLOOR, SYSTEM_NAMES, WORDS, System
 

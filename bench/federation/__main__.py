@@ -16,10 +16,11 @@ import click
 import msgspec
 
 from bench.errors import RequestError
-from bench.federation.lines import Key, Line, append_line, read_lines
+from bench.federation.lines import Key, Line, read_lines
 from bench.federation.methods import METHODS, RANK, VARIED, WITHOUT, Table, resolved
 from bench.federation.site import Setup
 from bench.federation.workloads import MAX_TOKENS, NATURAL, WORKLOADS
+from bench.jsonl import append_line
 from edge_runtime.wire import Products
 
 QUICK_DATASET = "banking77"

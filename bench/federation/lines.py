@@ -162,13 +162,6 @@ def _given(value: float | None) -> float:
     return value
 
 
-def append_line(path: Path, line: Line) -> None:
-    """Append a line in one write, so that processes may share the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:
-        file.write(msgspec.json.encode(line) + b"\n")
-
-
 def read_lines(path: Path) -> dict[Key, Line]:
     """All runs by key, a later one in the place of an earlier one; none when there is no file.
 

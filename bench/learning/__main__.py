@@ -13,8 +13,9 @@ import msgspec
 
 from bench.errors import RequestError, UnavailableError
 from bench.host import commit, describe_host
+from bench.jsonl import append_line
 from bench.learning.lesson import Outcome, Setup
-from bench.learning.lines import SYSTEMS, Key, Line, System, append_line, base_of, read_lines, table
+from bench.learning.lines import SYSTEMS, Key, Line, System, base_of, read_lines, table
 from bench.learning.picture import write_picture
 from bench.learning.tasks import RECIPES, Recipe, ensure_bundle, ensure_start, write_examples
 from edge_runtime.bundle import Base

@@ -85,17 +85,6 @@ class Line(msgspec.Struct, frozen=True):
         return Key(self.task, self.system, self.seed, self.steps, self.quick)
 
 
-def append_line(path: Path, line: Line) -> str:
-    """Append to the file and return the text; a last line that has no end is cut off first."""
-    text = msgspec.json.encode(line).decode()
-    with path.open("a+b") as file:
-        file.seek(0)
-        before = file.read()
-        file.truncate(before.rfind(b"\n") + 1)
-        file.write(text.encode() + b"\n")
-    return text
-
-
 def read_lines(path: Path) -> list[Line]:
     """All lines, a later one in the place of an earlier one with the same key; none when there is no file.
 

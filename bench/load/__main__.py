@@ -9,10 +9,10 @@ import tempfile
 from pathlib import Path
 
 import click
-import msgspec
 
 from bench.errors import BenchError
-from bench.load.cases import CASES, Line, run_case
+from bench.jsonl import append_line
+from bench.load.cases import CASES, run_case
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -49,14 +49,7 @@ def main(names: tuple[str, ...], quick: bool, out: Path | None, results: Path) -
             except BenchError as error:
                 click.echo(str(error), err=True)
                 sys.exit(1)
-        _keep(results, line)
-
-
-def _keep(results: Path, line: Line) -> None:
-    text = msgspec.json.encode(line).decode()
-    with results.open("a", encoding="utf-8") as file:
-        file.write(text + "\n")
-    click.echo(text)
+        click.echo(append_line(results, line))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from bench.federation.methods import METHODS, Table, resolved
 from bench.federation.shares import Sizes
 from bench.federation.site import Setup
 from bench.federation.workloads import WORKLOADS
-from bench.outliers.measuring import Asked, Line, measure
+from bench.jsonl import append_line
+from bench.outliers.measuring import Asked, measure
 
 DATASETS = ("clinc150", "banking77")
 
@@ -63,7 +64,7 @@ def main(data: Path, out: Path, results: Path, budget: str, draws: int, **asked:
     bench = Bench(data, out, threads=1, products="exact", extra={})
     ensure_bundle(run.dataset, bench)
     line = asyncio.run(measure(run, _setup(run, bench), draws=draws, say=lambda text: click.echo(text, err=True)))
-    _keep(results, line)
+    click.echo(append_line(results, line))
 
 
 def _setup(run: Asked, bench: Bench) -> Setup:
@@ -84,13 +85,6 @@ def _setup(run: Asked, bench: Bench) -> Setup:
         products=bench.products,
         extra=resolved({"training": training}, workload.reference_bytes),
     )
-
-
-def _keep(results: Path, line: Line) -> None:
-    text = msgspec.json.encode(line).decode()
-    with results.open("a", encoding="utf-8") as file:
-        file.write(text + "\n")
-    click.echo(text)
 
 
 if __name__ == "__main__":

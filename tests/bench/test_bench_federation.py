@@ -21,13 +21,14 @@ from bench.federation.data import Corpus, divide, read_corpus
 from bench.federation.drift import drift
 from bench.federation.equal_bytes import rivals_of
 from bench.federation.experiment import run
-from bench.federation.lines import Key, Line, append_line, read_lines
+from bench.federation.lines import Key, Line, read_lines
 from bench.federation.links import Link, seconds_to
 from bench.federation.methods import METHODS, VARIED, WITHOUT, config_text
 from bench.federation.shares import Sizes
 from bench.federation.site import Setup
 from bench.federation.summary import Split, rows_of
 from bench.federation.workloads import WORKLOADS
+from bench.jsonl import append_line
 from cloud.config import parse_config
 from edge_runtime.bundle import open_bundle
 from edge_runtime.engine.runtime import start_runtime

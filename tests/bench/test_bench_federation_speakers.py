@@ -17,7 +17,7 @@ from bench.federation import __main__ as command
 from bench.federation.compute import Texts, training_flop
 from bench.federation.equal_bytes import rivals_of
 from bench.federation.experiment import run
-from bench.federation.lines import Key, Line, append_line, read_lines
+from bench.federation.lines import Key, Line, read_lines
 from bench.federation.links import Link, seconds_to
 from bench.federation.methods import METHODS, config_text
 from bench.federation.metric import ACCURACY, LOSS
@@ -26,6 +26,7 @@ from bench.federation.site import Setup
 from bench.federation.speakers import read_speakers, share_speeches
 from bench.federation.summary import Split, rows_of
 from bench.federation.workloads import WORKLOADS
+from bench.jsonl import append_line
 from cloud.config import parse_config
 from edge_runtime.bundle import open_bundle
 from edge_runtime.data import dataset_of_texts

@@ -11,9 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from bench.errors import RequestError, UnavailableError
+from bench.jsonl import append_line
 from bench.learning import __main__ as command
 from bench.learning.lesson import Setup, Watch, checkpoints, run
-from bench.learning.lines import SYSTEMS, Key, Line, append_line, base_of, products_of, read_lines, rows_of, table
+from bench.learning.lines import SYSTEMS, Key, Line, base_of, products_of, read_lines, rows_of, table
 from bench.learning.picture import page
 from bench.learning.tasks import RECIPES, Recipe, draw_adapter, ensure_start, write_examples
 from edge_runtime.bundle import open_bundle

@@ -11,7 +11,8 @@ import pytest
 
 from bench.display import how, measured, ratios, results_table, share_of_whole
 from bench.errors import RequestError
-from bench.results import append_line, gradient_error, read_lines
+from bench.jsonl import append_line
+from bench.results import gradient_error, read_lines
 from tests.bench.sample_lines import full_run, sample
 
 AGREED = {"case", "system", "setting", "alive", "step_ms_median", "step_ms_p95", "peak_private_mb"}
