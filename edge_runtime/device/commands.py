@@ -203,6 +203,13 @@ def enroll(  # noqa: PLR0913  # click passes each option as an argument
 @click.option("--skip-bad-lines", is_flag=True, help="Train on the good lines of a file that has bad ones.")
 @click.option("--once", is_flag=True, help="Stop after one round.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON event a line for machines.")
+@click.option(
+    "--progress-s",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="With --json, seconds of training from one 'step' event to the next; the last one of a round always comes.  "
+    "[default: 0, every step]",
+)
 def run(  # noqa: PLR0913  # click passes each option as an argument
     *,
     home: Path,
@@ -219,6 +226,7 @@ def run(  # noqa: PLR0913  # click passes each option as an argument
     skip_bad_lines: bool,
     once: bool,
     as_json: bool,
+    progress_s: float,
 ) -> None:
     """Take part in rounds until the task is finished.
 
@@ -240,7 +248,7 @@ def run(  # noqa: PLR0913  # click passes each option as an argument
     from edge_runtime.device.running import check_settings, run_device, until_signal
     from edge_runtime.device.trainer import ChildTrainer
 
-    display = JsonDisplay() if as_json else TerminalDisplay()
+    display = JsonDisplay(progress_s) if as_json else TerminalDisplay()
     with one_line(), contextlib.closing(display), opened(home, keys, display.show) as place:
         settings = _remember(place, data, evaluation)
         if not place.state().finished:

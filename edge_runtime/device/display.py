@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import time
+from collections.abc import Callable
 from typing import Protocol
 
 import click
@@ -24,11 +27,35 @@ class Display(Protocol):
 
 
 class JsonDisplay:
-    """One JSON object a line on standard output."""
+    """One JSON object a line on standard output.
+
+    Args:
+        progress_s: Seconds from one event within a training or a measuring to the next; those between are left out,
+            but for the last. For a journal, which keeps everything.
+        clock: Seconds that never go back.
+    """
+
+    def __init__(self, progress_s: float = 0.0, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._progress_s = progress_s
+        self._clock = clock
+        self._next_s = -math.inf
 
     def show(self, event: events.DeviceEvent) -> None:
         """See :class:`Display`."""
-        click.echo(msgspec.json.encode(event))
+        if self._wanted(event):
+            click.echo(msgspec.json.encode(event))
+
+    def _wanted(self, event: events.DeviceEvent) -> bool:
+        if isinstance(event, events.StepDone):
+            last = event.step == event.steps
+        elif isinstance(event, events.MeasuredPart):
+            last = event.examples == event.of
+        else:
+            return True
+        if not last and self._clock() < self._next_s:
+            return False
+        self._next_s = self._clock() + self._progress_s
+        return True
 
     def close(self) -> None:
         """Nothing to do."""
