@@ -441,6 +441,7 @@ class Aggregator:
             discarded = received if summary is None else 0
             path = str(self._folder / PUBLISHED)
             self._report(events.TaskFinished(len(self._history), discarded, new.digest, path))
+        await asyncio.to_thread(self.parts.keep_only, new.record.round)  # none of an older one is taken any more
 
     def _enter(self, state: TaskState, record: RoundRecord) -> None:
         signed = self.keyring.enter(record.plan)
@@ -469,7 +470,6 @@ class Aggregator:
         """What follows a round whose plan named the adapter ``ended``."""
         await self._destroy_keys(new.record)
         # The next round may have begun by the time this is done: what is there is asked for before what is needed.
-        await asyncio.to_thread(self.parts.keep_only, new.record.round)
         there = await asyncio.to_thread(self._blobs.files, UPDATES)
         counted = {one.digest for one in self._state.counted.values() if one.round >= new.record.round}
         needed = counted | self._arrivals.landing

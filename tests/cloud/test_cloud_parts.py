@@ -230,6 +230,25 @@ async def test_a_round_that_ends_while_a_part_comes(
     assert files(site) == []
 
 
+async def test_a_part_that_comes_while_the_last_round_is_tidied_away(
+    site: Site, one: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is taken, as the round ends for devices only afterwards; no other round follows, and nothing of it is left."""
+    _, sealed = await update(one)
+    aggregator, statuses = site.server.aggregator, list[int]()
+    tidy_up = aggregator._tidy_up
+
+    async def tidy(*what: object) -> None:
+        await tidy_up(*what)
+        statuses.append((await send(one, sealed, 0, 100)).status)
+
+    monkeypatch.setattr(aggregator, "_tidy_up", tidy)
+    await aggregator.stop()
+    assert aggregator.finished
+    assert statuses == [200]
+    assert files(site) == []
+
+
 async def test_parts_that_were_dropped_while_another_comes_are_asked_for_again(site: Site, one: Device) -> None:
     """As after somebody has tidied the folder: the round is open, so the device begins anew."""
     _, sealed = await update(one)
