@@ -427,13 +427,13 @@ class Aggregator:
         await self._database.call(
             self._database.end_round, ended.round, summary=summary, new=new.record, adapter=new.digest
         )
+        self._previous_adapter = ended.adapter  # the one before it is about to go
         self._leftover = functools.partial(self._tidy_up, ended.adapter, new)
         try:
             await self._make_up()
         except CloudError as error:  # the round is final all the same, and the next tick tries again
             self._report(events.WorkFailed(f"after round {ended.round}", str(error)))
         self._enter(state, new.record)
-        self._previous_adapter = ended.adapter
         if summary is not None:
             self._history = (*self._history, summary)
             self._report(events.RoundApplied(summary, state.rules.rounds))

@@ -7,6 +7,7 @@ what a task without rounding has.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -353,3 +354,28 @@ async def test_few_patches_are_in_memory(tmp_path: Path, session: aiohttp.Client
     assert (await one.patch(signed.plan.round, since=OWN)).body == first
     await contribute(one, signed)
     assert not site.server.aggregator._patches._made
+
+
+async def test_an_adapter_that_is_tidied_away_is_refused_by_name(
+    site: Site, session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also before devices see the next round: a device that is two rounds late asked for a file that was gone."""
+    one, two = await site.device(session, "one"), await site.device(session, "two")
+    aggregator, answers = site.server.aggregator, dict[int, list[int | str]]()
+    tidy_up, adapters = aggregator._tidy_up, list[str]()
+
+    async def tidy(*what: object) -> None:
+        await tidy_up(*what)
+        asked = [await one.blob(digest) for digest in adapters]
+        answers[len(adapters)] = [answer.status if answer.status == 200 else answer.problem() for answer in asked]
+
+    monkeypatch.setattr(aggregator, "_tidy_up", tidy)
+    for round_ in range(3):
+        signed = await one.plan(after=round_ - 1)
+        adapters.append(signed.plan.adapter)
+        for device in (one, two):
+            sealed = device.seal(signed, device.frame(signed, values_for(site, signed, round_)))
+            assert (await device.put(signed, sealed)).status == 201
+    while len(answers) < 3:
+        await asyncio.sleep(0.02)
+    assert answers == {1: [200], 2: ["NotFoundError", 200], 3: ["NotFoundError", "NotFoundError", 200]}
