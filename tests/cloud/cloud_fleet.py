@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -192,6 +194,14 @@ class Site:
         token = wire.Token.parse((await self.operator.make_token(name, 60)).token)
         await device.enrol(token)
         return device
+
+    def make_older(self, *without: str) -> None:
+        """Give the folder, on which no server runs, to a version of schema 3 from before these tables."""
+        with closing(sqlite3.connect(self.config.data_path / "emberlora.sqlite3")) as connection:
+            for table in (*without, "alembic_version"):
+                connection.execute(f"DROP TABLE {table}")
+            connection.execute("UPDATE identity SET schema = 3")
+            connection.commit()
 
     def files(self) -> dict[str, bytes]:
         """What the task's blobs are on disk, by path."""

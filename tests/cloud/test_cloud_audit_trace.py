@@ -130,8 +130,6 @@ async def test_bad_input_is_one_line_and_status_two(site: Site, digest: str, mes
 
 async def test_a_task_from_before_the_log_is_traced_too(site: Site, run: tuple) -> None:
     plans, sent = run
-    with closing(sqlite3.connect(site.config.data_path / "emberlora.sqlite3")) as connection:
-        connection.execute("DROP TABLE audit")
-        connection.commit()
+    site.make_older("audit")
     await site.start()
     assert [round_["updates"] for round_ in await rounds(site, plans[2].plan.adapter)] == sent[:2]

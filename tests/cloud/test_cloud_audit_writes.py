@@ -138,7 +138,7 @@ async def test_a_folder_from_before_the_log_says_so(site: Site, session: aiohttp
     signed = await one.plan()
     await one.put(signed, sealed(one, signed))
     await site.close()
-    sql(site, "DROP TABLE audit", "DROP TABLE refusals_logged")
+    site.make_older("audit", "refusals_logged")
     await site.start()
     await two.put(signed, sealed(two, signed))
     assert (await one.plan(after=0)).plan.round == 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
-
 import aiohttp
 import pytest
 from cloud_fleet import START, Device, Site
@@ -77,10 +75,7 @@ async def test_a_data_folder_from_before_goes_on(site: Site, session: aiohttp.Cl
     """The table is made where it is missing; nothing else of the folder changes."""
     one = await site.device(session, "one")
     await site.close()
-    path = site.config.data_path / "emberlora.sqlite3"
-    with sqlite3.connect(path) as database:
-        database.execute("DROP TABLE capabilities")
-    database.close()
+    site.make_older("capabilities")
     await site.start()
     assert (await tell(one, PI)).status == 204
     assert (await status_of(site, "one")).capability == PI

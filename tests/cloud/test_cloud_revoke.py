@@ -144,9 +144,7 @@ async def test_the_log_has_it_and_misses_a_row_that_was_deleted(site: Site, one:
 
 async def test_a_store_from_before_gets_the_table(site: Site, one: Device) -> None:
     await site.close()
-    with closing(sqlite3.connect(site.config.data_path / "emberlora.sqlite3")) as connection:
-        connection.execute("DROP TABLE revocations")
-        connection.commit()
+    site.make_older("revocations")
     await site.start()
     assert (await revoke(site)).exit_code == 0
 
