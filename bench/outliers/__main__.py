@@ -50,7 +50,7 @@ def main(data: Path, out: Path, results: Path, budget: str, draws: int, **asked:
 
     Of the honest updates it says how large they are and how much they agree; then 2 of the 20 are turned around, or
     made a hundred times as large, and it says which bounds find them and which honest devices go with them. The line
-    is appended to RESULTS; docs/adr/0024 reads it.
+    is appended to RESULTS. The rule and its defaults are those of docs/adr/0024.
 
     \b
     Examples:
