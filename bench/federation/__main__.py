@@ -1,14 +1,9 @@
-"""``python -m bench.federation``: runs what is missing, a process a run, and appends a line each."""
+"""``python -m bench.federation``: which runs are asked for, and with what settings."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -16,123 +11,18 @@ import click
 import msgspec
 
 from bench.errors import RequestError
-from bench.federation.lines import Key, Line, read_lines
-from bench.federation.methods import METHODS, RANK, VARIED, WITHOUT, Table, resolved
-from bench.federation.site import Setup
-from bench.federation.workloads import MAX_TOKENS, NATURAL, WORKLOADS
-from bench.jsonl import append_line
+from bench.federation.lines import Key
+from bench.federation.methods import METHODS, Table
+from bench.federation.running import Bench, Run, complete
+from bench.federation.variants import OURS, VARIANTS, VARIED, variant_run
+from bench.federation.variants import one_seed as one_seed_runs
+from bench.federation.workloads import NATURAL, WORKLOADS
 from edge_runtime.wire import Products
 
 QUICK_DATASET = "banking77"
 CORE = ("lora-r8", "lora-r1", "rolora-r8", "lora-a2", "annealed-kill-revive")
 QUICK = ("lora-r8", "rolora-r8", "annealed-kill-revive")
 QUICK_BUDGETS = ("", "small", "large")  # four rows with these
-_NUMPY_SETTINGS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # set on some machines; they would handicap numpy
-_SHOWN_LINES = 3  # of a process that failed
-
-
-@dataclass(frozen=True)
-class Bench:
-    """How runs are made, whatever their key."""
-
-    data: Path
-    out: Path
-    threads: int
-    products: Products
-    extra: Mapping[str, Table]
-    tiers: tuple[int, ...] = (0,)
-
-    def run(self, key: Key) -> Line | str:
-        """The line of a run, or why there is none."""
-        folder = self.out / "runs" / run_name(key)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        workload = WORKLOADS[key.dataset]
-        setup = Setup(
-            key=key,
-            data=str(self.data),
-            bundle=str(self.out / "bundles" / key.dataset),
-            folder=str(folder),
-            sizes=workload.quick if key.quick else workload.sizes,
-            threads=self.threads,
-            products=self.products,
-            extra=resolved(self.extra, workload.reference_bytes),
-            tiers=self.tiers,
-        )
-        path = folder / "setup.json"
-        path.write_bytes(msgspec.json.encode(setup))
-        command = [sys.executable, "-W", "ignore", "-m", "bench.federation.experiment", str(path)]
-        with (folder / "log.txt").open("w") as log:
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=log, text=True, check=False, env=_environment()
-            )
-        if done.returncode:
-            said = (folder / "log.txt").read_text().strip().splitlines()[-_SHOWN_LINES:]
-            return f"{run_name(key)}: ended with {done.returncode}: " + " / ".join(said)
-        shutil.rmtree(folder / "devices")
-        return msgspec.json.decode(done.stdout, type=Line)
-
-
-def run_name(key: Key) -> str:
-    """A run's folder."""
-    split = NATURAL if key.alpha is None else f"{key.alpha:g}"
-    parts = [key.dataset, split, str(key.seed), key.method, key.budget, key.without and f"without-{key.without}"]
-    return "-".join(part for part in parts if part) + ("-quick" if key.quick else "")
-
-
-def ensure_bundle(dataset: str, bench: Bench) -> None:
-    """Export the data set's bundle unless it is there.
-
-    Raises:
-        click.ClickException: the export failed.
-        RequestError: the data cannot be used.
-    """
-    out = bench.out / "bundles" / dataset
-    if out.exists():
-        return
-    workload = WORKLOADS[dataset]
-    command = [sys.executable, "-W", "ignore", "-m", "edge_runtime.cli", "export", "--model", workload.model]
-    command += ["--task", workload.task, "--rank", str(RANK), "--max-tokens", str(MAX_TOKENS), "--out", str(out)]
-    labels = workload.labels(bench.data)
-    command += ["--labels", ",".join(labels)] if labels else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = " / ".join(done.stderr.strip().splitlines()[-_SHOWN_LINES:])
-        raise click.ClickException(f"export for {dataset}: {said}")
-
-
-def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in _NUMPY_SETTINGS}
-
-
-def complete(bench: Bench, wanted: Sequence[Key], results: Path, jobs: int) -> int:
-    """Make every run that ``results`` has not; returns how many failed."""
-    there = read_lines(results)
-    missing = [key for key in wanted if key not in there]
-    for dataset in dict.fromkeys(key.dataset for key in missing):
-        ensure_bundle(dataset, bench)
-    failed = 0
-    with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(bench.run, key): key for key in missing}
-        for number, future in enumerate(as_completed(running), start=1):
-            line = future.result()
-            if isinstance(line, str):
-                failed += 1
-                click.echo(f"{number}/{len(missing)} failed: {line}", err=True)
-                continue
-            append_line(results, line)
-            click.echo(f"{number}/{len(missing)} {summary(line)}", err=True)
-    return failed
-
-
-def summary(line: Line) -> str:
-    """A line for people."""
-    sent = (line.bytes_up + line.bytes_down) / 1e6
-    return (
-        f"{run_name(line.key)}: {line.metric.name} {line.end:.4f} (from {line.start:.3f}), {sent:.2f} MB, "
-        f"{(line.params_up + line.params_down) / 1e6:.2f} M values, {line.device_gflop / 1e3:.1f} TFLOP, "
-        f"{line.seconds:.0f} s"
-    )
 
 
 @dataclass(frozen=True)
@@ -181,11 +71,22 @@ def _fitting(alphas: Sequence[float | None], methods: Sequence[str]) -> list[str
     ]
 
 
-def _alpha(text: str) -> float | None:
-    return None if text == NATURAL else float(text)
+_VARIANTS = "\b\nVariants, by what they go without:\n" + "\n".join(
+    f"  {name:<15} {variant.about}" for name, variant in VARIANTS.items()
+)
 
 
-@click.command()
+class _Alpha(click.ParamType[float | None]):
+    name = "text"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
+        try:
+            return None if value == NATURAL else float(str(value))
+        except ValueError:
+            self.fail(f"expected a number or {NATURAL}, got {value}", param, ctx)
+
+
+@click.command(epilog=_VARIANTS)
 @click.option(
     "--data", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, help="Folder of data sets."
 )
@@ -197,7 +98,11 @@ def _alpha(text: str) -> float | None:
     "--dataset", "datasets", type=click.Choice(list(WORKLOADS)), multiple=True, help="[default: all that fit]"
 )
 @click.option(
-    "--alpha", "alphas", multiple=True, help=f"Of the split, or {NATURAL}.  [default: 0.5 0.1; shakespeare: {NATURAL}]"
+    "--alpha",
+    "alphas",
+    type=_Alpha(),
+    multiple=True,
+    help=f"Of the split, or {NATURAL}.  [default: 0.5 0.1; shakespeare: {NATURAL}]",
 )
 @click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, help="[default: the core table]")
 @click.option("--budget", "budgets", multiple=True, help="Of a method with several.  [default: all]")
@@ -216,7 +121,10 @@ def _alpha(text: str) -> float | None:
 @click.option(
     "--without",
     default="",
-    help=f"Of annealed-kill-revive, one of {', '.join(WITHOUT)}; or, beside --set, a name for what that changes.",
+    help="A variant, see below; or, beside --set, a name for what that changes.",
+)
+@click.option(
+    "--one-seed", is_flag=True, help="In place of the core table: all variants, other methods and splits of CLINC150."
 )
 @click.option("--quick", is_flag=True, help="One seed, one split, fewer rounds.")
 def main(
@@ -224,7 +132,7 @@ def main(
     out: Path,
     results: Path,
     datasets: tuple[str, ...],
-    alphas: tuple[str, ...],
+    alphas: tuple[float | None, ...],
     methods: tuple[str, ...],
     budgets: tuple[str, ...],
     seeds: tuple[int, ...],
@@ -234,6 +142,7 @@ def main(
     settings: tuple[str, ...],
     tiers: tuple[int, ...],
     without: str,
+    one_seed: bool,
     quick: bool,
 ) -> None:
     """Let methods learn the same with the same devices, and count what they send and compute.
@@ -245,26 +154,47 @@ def main(
     \b
     Example:
       python -m bench.federation --data data --dataset banking77 --alpha 0.1 --method lora-r8 --seed 0
-      python -m bench.federation --data data --method rolora-r8 --without strong-devices \\
-          --set tiers.enabled=true --tier 0 --tier 1 --tier 2
+      python -m bench.federation --data data --one-seed
+      python -m bench.federation --data data --dataset clinc150 --method rolora-r8 --without strong-devices
+      python -m bench.federation --data data --method rolora-r8 --without half-a-rank --set task.rank=4
     """
-    extra: Mapping[str, Table] = _extra(settings)
-    if (extra or tiers) and not without:  # its line would pass for one of the method itself
-        raise click.UsageError("--set and --tier make a variant: expected --without and a name for it")
-    if without and not (extra or tiers):
-        if without not in WITHOUT or methods != ("annealed-kill-revive",):
-            raise click.UsageError(
-                f"--without {without}: expected --set, or --method annealed-kill-revive and a known name"
-            )
-        extra, budgets = WITHOUT[without], budgets or (VARIED,)
-    bench = Bench(data, out, threads, products, extra, tiers or (0,))
+    choice = Choice(datasets, alphas, methods, budgets, seeds)
+    if one_seed and (choice != Choice() or without or settings or tiers or quick):
+        raise click.UsageError("--one-seed: expected no other choice of runs beside it")
     try:
-        wanted = keys_of(Choice(datasets, tuple(map(_alpha, alphas)), methods, budgets, seeds), without, quick=quick)
-        failed = complete(bench, wanted, results, jobs)
+        wanted = (
+            one_seed_runs() if one_seed else _wanted(choice, without, Changed(_extra(settings), tiers), quick=quick)
+        )
+        failed = complete(Bench(data, out, threads, products), wanted, results, jobs)
     except (RequestError, ValueError) as error:
         raise click.UsageError(str(error)) from error
     if failed:
         raise click.ClickException(f"{failed} of {len(wanted)} runs failed: the reasons are above")
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What ``--set`` and ``--tier`` change of a method."""
+
+    extra: Mapping[str, Table]
+    tiers: tuple[int, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.extra or self.tiers)
+
+
+def _wanted(choice: Choice, without: str, changed: Changed, *, quick: bool) -> list[Run]:
+    if changed and not without:  # its line would pass for one of the method itself
+        raise click.UsageError("--set and --tier make a variant: expected --without and a name for it")
+    if without and bool(changed) == (without in VARIANTS):
+        known = ", ".join(VARIANTS)
+        raise click.UsageError(
+            f"--without {without}: expected --set or --tier with a new name, or alone one of {known}"
+        )
+    if without in VARIANTS and not choice.methods:
+        choice = replace(choice, methods=(OURS,), budgets=choice.budgets or (VARIED,))
+    keys = keys_of(choice, without, quick=quick)
+    return [Run(key, changed.extra, changed.tiers or (0,)) if changed else variant_run(key) for key in keys]
 
 
 def _extra(settings: Sequence[str]) -> dict[str, dict[str, object]]:

@@ -91,24 +91,6 @@ METHODS: dict[str, Method] = {
 }
 
 
-# What a variant of ``annealed-kill-revive`` at its large budget has in place of the ingredient that it goes without.
-# Remembering is not in the config but a choice of each device, so it is left out in :mod:`bench.federation.fleet`.
-REMEMBERING = "remembering"
-VARIED = "large"
-WITHOUT: Mapping[str, Mapping[str, Table]] = {
-    "annealing": {"task": {"policy": "kill-revive"}},  # the end's budget at the start's temperature, all the time
-    "depth": {"annealing": {"depth_start": 1.0, "depth_end": 1.0}},
-    "killing": {"task": {"policy": "anneal"}},  # within the depth ranks fall in place of modules
-    "reviving": {"annealing": {"temperature_start": 1e-9, "temperature_end": 1e-9}},
-    "initiating": {"annealing": {"initiating_rounds": 0, "initiating_mu": 0.0}},
-    "quantisation": {  # with the bytes that about as many values as the large budget's take in float32
-        "task": {"upload": "float32", "download": "float32"},
-        "annealing": {"bytes_per_device_per_round": Share(0.123)},
-    },
-    REMEMBERING: {},
-}
-
-
 def config_text(
     method: Method,
     budget: str,

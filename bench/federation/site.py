@@ -15,7 +15,7 @@ import numpy as np
 from bench.federation.compute import Texts
 from bench.federation.fleet import DeviceChoices, Fleet
 from bench.federation.lines import Key
-from bench.federation.methods import METHODS, REMEMBERING, config_text
+from bench.federation.methods import METHODS, config_text
 from bench.federation.shares import Shares, Sizes, write_records
 from bench.federation.workloads import WORKLOADS, Workload
 from cloud.config import CONFIG_NAME, Config, parse_config
@@ -42,6 +42,7 @@ class Setup(msgspec.Struct, frozen=True):
     model: str | None = None  # preset or folder that the bundle was made from; None: the workload's preset
     extra: dict[str, dict[str, object]] = {}  # config keys of a variant
     tiers: tuple[int, ...] = (0,)  # that the devices take, in turn
+    remember: bool = True  # what frozen blocks make of examples
 
     @property
     def workload(self) -> Workload:
@@ -124,7 +125,7 @@ async def open_site(setup: Setup, say: Callable[[str], None]) -> Site:
         surroundings=Surroundings(time.time, secrets.token_bytes, lambda _event: None),
     )
     await aggregator.start()
-    choices = DeviceChoices(setup.tiers, remember_mb=0 if key.without == REMEMBERING else None)
+    choices = DeviceChoices(setup.tiers, remember_mb=None if setup.remember else 0)
     fleet = Fleet(aggregator, work, folder / "devices", files, seed=key.seed, choices=choices)
     await fleet.enrol()
     named = dict(zip(fleet.names, data, strict=True))

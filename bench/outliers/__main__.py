@@ -9,9 +9,9 @@ from pathlib import Path
 import click
 import msgspec
 
-from bench.federation.__main__ import Bench, ensure_bundle
 from bench.federation.lines import Key
 from bench.federation.methods import METHODS, Table, resolved
+from bench.federation.running import Bench, ensure_bundle
 from bench.federation.shares import Sizes
 from bench.federation.site import Setup
 from bench.federation.workloads import WORKLOADS
@@ -61,7 +61,7 @@ def main(data: Path, out: Path, results: Path, budget: str, draws: int, **asked:
     run = msgspec.convert(
         {**asked, "budget": budget if budget in method.budgets else next(iter(method.budgets))}, Asked
     )
-    bench = Bench(data, out, threads=1, products="exact", extra={})
+    bench = Bench(data, out, threads=1, products="exact")
     ensure_bundle(run.dataset, bench)
     line = asyncio.run(measure(run, _setup(run, bench), draws=draws, say=lambda text: click.echo(text, err=True)))
     click.echo(append_line(results, line))

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from bench import report
 from bench.errors import RequestError
 from bench.federation import __main__ as command
+from bench.federation import running
 from bench.federation.compute import Texts, full_flop, training_flop
 from bench.federation.data import Corpus, divide, read_corpus
 from bench.federation.drift import drift
@@ -23,10 +24,11 @@ from bench.federation.equal_bytes import rivals_of
 from bench.federation.experiment import run
 from bench.federation.lines import Key, Line, read_lines
 from bench.federation.links import Link, seconds_to
-from bench.federation.methods import METHODS, VARIED, WITHOUT, config_text
+from bench.federation.methods import METHODS, config_text
 from bench.federation.shares import Sizes
 from bench.federation.site import Setup
 from bench.federation.summary import Split, rows_of
+from bench.federation.variants import OURS, VARIANTS, VARIED, one_seed
 from bench.federation.workloads import WORKLOADS
 from bench.jsonl import append_line
 from cloud.config import parse_config
@@ -180,12 +182,12 @@ def test_what_is_there_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monk
     other = msgspec.structs.replace(KEY, seed=1)
     ran: list[Key] = []
 
-    def pretend(_bench: command.Bench, key: Key) -> Line | str:
-        ran.append(key)
-        return a_line(key) if key.seed == 1 else "broke"
+    def pretend(_bench: running.Bench, run: running.Run) -> Line | str:
+        ran.append(run.key)
+        return a_line(run.key) if run.key.seed == 1 else "broke"
 
-    monkeypatch.setattr(command.Bench, "run", pretend)
-    monkeypatch.setattr(command, "ensure_bundle", lambda *_: None)
+    monkeypatch.setattr(running.Bench, "make", pretend)
+    monkeypatch.setattr(running, "ensure_bundle", lambda *_: None)
     arguments = ["--data", str(tmp_path), "--results", str(tmp_path / "r.jsonl"), "--dataset", "banking77"]
     arguments += ["--alpha", "0.5", "--method", "lora-r8"]
     done = CliRunner().invoke(command.main, [*arguments, "--seed", "0", "--seed", "1"])
@@ -201,8 +203,9 @@ def test_what_is_there_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monk
     ("arguments", "message"),
     [
         (["--alpha", "few"], "few"),
-        (["--without", "luck"], "a known name"),
-        (["--without", "depth"], "a known name"),
+        (["--without", "luck"], "expected --set or --tier with a new name, or alone one of annealing, depth"),
+        (["--without", "depth", "--set", "task.rank=1"], "--without depth: expected --set or --tier with a new name"),
+        (["--one-seed", "--seed", "1"], "--one-seed: expected no other choice"),
         (["--set", "rank"], "expected table.key=value"),
         (["--set", "task.rank=1"], "--without and a name"),
         (["--tier", "1"], "--without and a name"),
@@ -344,18 +347,60 @@ def test_every_method_is_a_config_that_the_aggregator_takes(method: str, budget:
     assert config.task.rounds == 20  # what is tried out replaces what follows from the fleet
 
 
-@pytest.mark.parametrize("without", list(WITHOUT))
+@pytest.mark.parametrize("without", list(VARIANTS))
 def test_every_variant_is_a_config_that_the_aggregator_takes(without: str, tmp_path: Path) -> None:
     """And, but for what devices choose, another one than that of the method."""
-    method = METHODS["annealed-kill-revive"]
+    workload = WORKLOADS["banking77"]
+    tables = workload.tables(workload.sizes)
+    shared = {**tables, "task": {**tables["task"], "rounds": 30}}
     texts = [
-        config_text(
-            method, VARIED, bundle="b", seed=3, shared={"task": {"rounds": 30}}, reference_bytes=10**6, extra=extra
-        )
-        for extra in ({}, WITHOUT[without])
+        config_text(METHODS[OURS], VARIED, bundle="b", seed=3, shared=shared, reference_bytes=10**6, extra=extra)
+        for extra in ({}, VARIANTS[without].extra)
     ]
     whole, variant = (parse_config(text.encode(), path=tmp_path / "emberlora.toml") for text in texts)
     assert (whole == variant) == (without == "remembering")
+
+
+def test_what_has_one_seed_is_everything_the_core_table_has_not() -> None:
+    runs = one_seed()
+    keys = [run.key for run in runs]
+    assert len(set(keys)) == len(keys)
+    assert {(key.dataset, key.seed) for key in keys} == {("clinc150", 0)}
+    assert {key.without for key in keys if key.method == OURS and key.alpha == 0.1} == set(VARIANTS)
+    assert {key.method for key in keys} == {"ffa-r8", "fedavg-full", "lora-r8", "lora-r1", OURS}
+    for alpha in (0.01, None):
+        assert {(key.method, key.budget) for key in keys if key.alpha == alpha and not key.without} == {
+            ("lora-r8", ""),
+            ("lora-r1", ""),
+            (OURS, "small"),
+            (OURS, "large"),
+        }
+    mixed = [run for run in runs if run.tiers != (0,)]
+    assert [(run.key.method, run.tiers) for run in mixed] == [(OURS, (0, 1, 2)), ("lora-r8", (0, 1, 2))]
+    assert [run.key.without for run in runs if not run.remember] == ["remembering"]
+
+
+def test_a_variant_by_name_is_the_run_of_the_one_seed_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[running.Run] = []
+
+    def pretend(_bench: running.Bench, run: running.Run) -> Line | str:
+        ran.append(run)
+        return a_line(run.key)
+
+    monkeypatch.setattr(running.Bench, "make", pretend)
+    monkeypatch.setattr(running, "ensure_bundle", lambda *_: None)
+    arguments = ["--data", str(tmp_path), "--results", str(tmp_path / "r.jsonl"), "--dataset", "clinc150"]
+    arguments += ["--alpha", "0.1", "--seed", "0"]
+    for without in ("depth", "strong-devices"):
+        done = CliRunner().invoke(command.main, [*arguments, "--without", without])
+        assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(command.main, [*arguments, "--without", "thirds", "--method", "lora-r8", "--tier", "1"])
+    assert done.exit_code == 0, done.output
+    depth, mixed, thirds = ran
+    assert [depth, mixed] == [run for run in one_seed() if run.key in (depth.key, mixed.key)]
+    assert thirds == running.Run(
+        msgspec.structs.replace(depth.key, method="lora-r8", budget="", without="thirds"), {}, (1,)
+    )
 
 
 @pytest.mark.needs_torch("trains the whole model by PyTorch")
