@@ -12,7 +12,7 @@ import msgspec
 
 from bench.errors import RequestError
 from bench.federation.lines import Key
-from bench.federation.methods import METHODS, Table
+from bench.federation.methods import CORE, METHODS, Table
 from bench.federation.running import Bench, Run, complete
 from bench.federation.variants import OURS, VARIANTS, VARIED, variant_run
 from bench.federation.variants import one_seed as one_seed_runs
@@ -20,7 +20,6 @@ from bench.federation.workloads import NATURAL, WORKLOADS
 from edge_runtime.wire import Products
 
 QUICK_DATASET = "banking77"
-CORE = ("lora-r8", "lora-r1", "rolora-r8", "lora-a2", "annealed-kill-revive")
 QUICK = ("lora-r8", "rolora-r8", "annealed-kill-revive")
 QUICK_BUDGETS = ("", "small", "large")  # four rows with these
 

@@ -37,6 +37,7 @@ class Method:
 
 
 FULL_MODEL = "fedavg-full"
+CORE = ("lora-r8", "lora-r1", "rolora-r8", "lora-a2", "annealed-kill-revive")  # several seeds on every split
 
 METHODS: dict[str, Method] = {
     FULL_MODEL: Method(

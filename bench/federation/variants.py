@@ -10,7 +10,7 @@ from bench.federation.methods import FULL_MODEL, METHODS, Share, Table
 from bench.federation.running import Run
 
 OURS, VARIED = "annealed-kill-revive", "large"
-INGREDIENTS = ("annealing", "depth", "killing", "reviving", "initiating", "quantisation", "remembering")
+INGREDIENTS = ("annealing", "depth", "killing", "reviving", "initiating", "quantisation", "remembering", "free-start")
 
 
 @dataclass(frozen=True)

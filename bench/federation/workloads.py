@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from bench.federation.data import labels_of, share_texts
-from bench.federation.methods import FULL_MODEL, Table
+from bench.federation.lines import Key
+from bench.federation.methods import CORE, FULL_MODEL, Table
 from bench.federation.metric import ACCURACY, LOSS, Metric
 from bench.federation.shares import Shares, Sizes
 from bench.federation.speakers import share_speeches
@@ -49,6 +50,10 @@ class Workload:
     share: Callable[[Path, Sizes, float | None, int], Shares]
     labels: Callable[[Path], tuple[str, ...]]
     tables: Callable[[Sizes], Mapping[str, Table]]
+
+    def core(self, key: Key) -> bool:
+        """Whether a run belongs to the core table: the methods as they are, on the splits that have all seeds."""
+        return key.method in CORE and not key.without and key.alpha in self.alphas
 
     def refusal(self, method: str, alpha: float | None) -> str:
         """Why there can be no such run; "" if there can."""

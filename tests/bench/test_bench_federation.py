@@ -315,14 +315,15 @@ def test_the_report_has_a_table_a_split_and_a_picture(tmp_path: Path) -> None:
     for seed in (0, 1):
         for method in ("lora-r8", "rolora-r8"):
             append_line(tmp_path / "r.jsonl", a_line(msgspec.structs.replace(KEY, method=method, seed=seed)))
-    append_line(tmp_path / "r.jsonl", a_line(msgspec.structs.replace(KEY, alpha=None)))
+    append_line(tmp_path / "r.jsonl", a_line(msgspec.structs.replace(KEY, alpha=0.1)))
     out, page = tmp_path / "results.md", tmp_path / "results.html"
     arguments = ["--results", str(tmp_path / "r.jsonl"), "--out", str(out), "--html", str(page)]
     done = CliRunner().invoke(report.main, arguments)
     assert done.exit_code == 0, done.output
     text = out.read_text()
     assert "## banking77, Dirichlet 0.5" in text
-    assert "## banking77, natural split" in text
+    assert "## banking77, Dirichlet 0.1" in text
+    assert "One seed each" not in text
     assert "| `rolora-r8` | 0 1 | 0.5000 | +0.0000 ± 0.0000 |" in text
     assert "| `lora-r8` | 3 runs | 0.5000 | +0.0000 ± 0.0000 |" in text
     assert "plotly" in page.read_text()[:5000]
@@ -330,6 +331,33 @@ def test_the_report_has_a_table_a_split_and_a_picture(tmp_path: Path) -> None:
     done = CliRunner().invoke(report.main, arguments)
     assert done.exit_code == 2
     assert "no whole runs in it" in done.output
+
+
+def test_the_report_keeps_what_has_one_seed_apart_from_the_core_table(tmp_path: Path) -> None:
+    ours = msgspec.structs.replace(KEY, dataset="clinc150", alpha=0.1, method=OURS, budget=VARIED)
+    reference = msgspec.structs.replace(ours, method="lora-r8", budget="")
+    lines = [a_line(msgspec.structs.replace(key, seed=seed)) for key in (reference, ours) for seed in (0, 1)]
+    worse = a_line(msgspec.structs.replace(ours, without="reviving"))
+    lines += [
+        msgspec.structs.replace(worse, accuracy=0.4),
+        a_line(msgspec.structs.replace(ours, without="frozen-head")),
+    ]
+    lines += [a_line(msgspec.structs.replace(key, alpha=None)) for key in (reference, ours)]
+    core, others = report.markdown(lines).split("## One seed each")
+    assert "reviving" not in core
+    assert "natural" not in core
+    assert "| `annealed-kill-revive` large | 0 1 |" in core
+    unlike, ingredients = others.split("### What each ingredient gives")
+    assert "### clinc150, natural split" in unlike
+    assert "| `annealed-kill-revive` large, without frozen-head | 0 |" in unlike
+    assert "| `annealed-kill-revive` large | 0 | 0.5000 | +0.0000 |" in unlike  # of seed 0 alone
+    assert "reviving" not in unlike
+    rows = [row for row in ingredients.splitlines() if row.startswith("| ")]
+    assert [row.split(" | ")[:4] for row in rows[1:]] == [
+        ["| –", "–", "0.5000", "+0.0000"],
+        ["| reviving", "what is dead stays dead", "0.4000", "-0.1000"],
+    ]
+    assert "### What each ingredient gives" not in report.markdown(lines[:4])
 
 
 @pytest.mark.parametrize(("method", "budget"), [(name, budget) for name in METHODS for budget in METHODS[name].budgets])
