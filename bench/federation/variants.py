@@ -10,7 +10,17 @@ from bench.federation.methods import FULL_MODEL, METHODS, Share, Table
 from bench.federation.running import Run
 
 OURS, VARIED = "annealed-kill-revive", "large"
-INGREDIENTS = ("annealing", "depth", "killing", "reviving", "initiating", "quantisation", "remembering", "free-start")
+INGREDIENTS = (
+    "annealing",
+    "depth",
+    "killing",
+    "reviving",
+    "initiating",
+    "quantisation",
+    "remembering",
+    "free-start",
+    "late-steps",
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,10 @@ VARIANTS: Mapping[str, Variant] = {
     "free-start": Variant(
         "five initiating rounds in which devices are held to the round's start (FedProx, mu 0.05)",
         {"annealing": {"initiating_rounds": 5, "initiating_mu": 0.05}},
+    ),
+    "late-steps": Variant(
+        "a device trains no longer in a round what moves less than 0.3 of the mean there",
+        {"training": {"local_kill": 0.3}},
     ),
     "frozen-head": Variant("the head is trained and sent, too", {"task": {"head": "trained"}}, methods=("lora-r8",)),
     "strong-devices": Variant(
