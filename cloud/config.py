@@ -347,9 +347,15 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def sample_config(*, task: str, bundle: str, max_tokens: int, rank: int) -> str:
-    """The commented file that ``init`` writes."""
+# Learning rates of A and B that `init` writes, as measured at rank 8 (docs/adr/0022); a decoder's are cautious. A
+# config without rates keeps the defaults above: the plans of a running task must not change.
+SAMPLE_RATES = {"classify": (2e-3, 4e-3), "lm": (1e-3, 4e-3)}
+
+
+def sample_config(*, task: str, bundle: str, max_tokens: int, rank: int, rates: tuple[float, float]) -> str:
+    """The commented file that ``init`` writes; ``rates`` are those of A and B."""
     values = {"task": task, "bundle": bundle.replace("\\", "/"), "max_tokens": max_tokens, "rank": rank}
+    values |= {"lr_a": rates[0], "lr_b": rates[1]}
     return "".join(_align(line) + "\n" for line in SAMPLE.format(**values).splitlines())
 
 
@@ -388,8 +394,8 @@ seed = 0
 batch_size = 16
 max_tokens = {max_tokens}      # longer examples are cut
 epochs = 1                     # passes of a device over its own data in a round; or: steps = 20
-lr_a = 5e-4
-lr_b = 2e-3                    # B starts at zero and bears a larger rate
+lr_a = {lr_a}                  # try twice and half of both before anything else; low ranks want more
+lr_b = {lr_b}                  # B starts at zero and bears a larger rate
 lr_head = 2e-3
 lr_schedule = "cosine"         # rates fall over the rounds to a tenth; or "constant"
 weight_decay = 0.0

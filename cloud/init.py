@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from cloud.config import CONFIG_NAME, parse_config, sample_config
+from cloud.config import CONFIG_NAME, SAMPLE_RATES, parse_config, sample_config
 from cloud.errors import ConfigError, DataError
 from cloud.keys import KEYS_FOLDER, make_keys
 from cloud.lock import FolderLock
@@ -34,6 +34,7 @@ def init_folder(folder: Path, *, bundle: Path, task: str, force: bool) -> Path:
         bundle=os.path.relpath(bundle, folder),
         max_tokens=min(_MAX_TOKENS[manifest.task], manifest.text.max_tokens),
         rank=manifest.r_max,
+        rates=SAMPLE_RATES[manifest.task],
     )
     config = parse_config(text.encode(), path=path)
     try:

@@ -65,7 +65,7 @@ def test_resident_memory_is_read_from_the_status_text() -> None:
 def test_the_idle_aggregator_waits_for_a_second_device(tmp_path: Path) -> None:
     """The sample config still has the lines that are changed, and stays a config."""
     path = tmp_path / "emberlora.toml"
-    path.write_text(sample_config(task="idle", bundle="bundle", max_tokens=512, rank=2))
+    path.write_text(sample_config(task="idle", bundle="bundle", max_tokens=512, rank=2, rates=(1e-3, 4e-3)))
     idle._configure(path)
     config = parse_config(path.read_bytes(), path=path)
     assert (config.task.devices_per_round, config.task.min_devices, config.server.port) == (2, 2, 0)

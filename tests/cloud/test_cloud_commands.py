@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from cloud_fleet import make_bundle
 
 from cloud.commands import cloud
+from cloud.config import SAMPLE_RATES, load_config
 from edge_runtime.wire import Token
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +95,14 @@ def test_killed_server_leaves_a_stale_url(folder: Path, server: subprocess.Popen
     absent = run("stop", "--config", folder)
     assert absent.exit_code == 1
     assert "no aggregator answers" in one_line(absent)
+
+
+@pytest.mark.parametrize("task", ["classify", "lm"])
+def test_init_writes_the_rates_of_the_models_kind(task: str, tmp_path: Path) -> None:
+    make_bundle(tmp_path / "bundle", task=task)
+    assert run("init", tmp_path / "site", "--bundle", tmp_path / "bundle", "--task", "docs").exit_code == 0
+    training = load_config(tmp_path / "site" / "emberlora.toml").training
+    assert (training.lr_a, training.lr_b) == SAMPLE_RATES[task]
 
 
 def test_init_refuses_then_starts_over(folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cloud.config import Config, load_config, parse_config, sample_config
+from cloud.config import SAMPLE_RATES, Config, load_config, parse_config, sample_config
 from cloud.errors import ConfigError
 
 BASE = '[task]\nname = "t"\nbundle = "b"\n'
@@ -15,14 +15,16 @@ PATH = Path("folder/emberlora.toml")
 
 
 def test_sample_gives_the_defaults() -> None:
-    sample = parse_config(sample_config(task="t", bundle="b", max_tokens=64, rank=8).encode(), path=PATH)
+    """But for the rates, which `init` takes by the kind of model."""
     plain = parse_config(BASE.encode(), path=PATH)
+    text = sample_config(task="t", bundle="b", max_tokens=64, rank=8, rates=(plain.training.lr_a, plain.training.lr_b))
+    sample = parse_config(text.encode(), path=PATH)
     replace = msgspec.structs.replace
     assert replace(sample.task, rank=None) == plain.task
     assert replace(sample.training, max_tokens=None, epochs=None) == plain.training
     assert sample.server == plain.server
     assert sample.bundle_path == Path("folder/b")
-    assert sample.training.lr_b > sample.training.lr_a
+    assert all(0 < rate_a < rate_b for rate_a, rate_b in SAMPLE_RATES.values())
 
 
 @pytest.mark.parametrize(
