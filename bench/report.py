@@ -14,7 +14,7 @@ from bench.federation.lines import Line, read_lines
 from bench.federation.methods import METHODS
 from bench.federation.metric import ACCURACY, LOSS, Metric
 from bench.federation.picture import write_picture
-from bench.federation.summary import LINKS, Name, Row, Split, place_of, rows_of, split_of, splits_of
+from bench.federation.summary import LINKS, Name, Row, Split, place_of, rows_of, shared_by_all, split_of, splits_of
 from bench.federation.workloads import WORKLOADS
 
 _OURS: tuple[Name, ...] = tuple(("annealed-kill-revive", b, "") for b in METHODS["annealed-kill-revive"].budgets)
@@ -66,6 +66,7 @@ batches of four. The last tenth of each speaker's speeches is never trained on. 
 the first four of those, in nats: less is better, and a difference below zero is in a method's favour. *Rounds to 95 %*
 counts until the loss has fallen by 95 % of what it falls by with `lora-r8` at its best.
 """
+_ALL = "Splits and seeds on which every row has a run."
 _ONE_SEED = """\
 ## One seed each
 
@@ -152,8 +153,8 @@ def _section(lines: Sequence[Line], metric: Metric) -> list[str]:
     head = ("method", "seeds", metric.name, *_HEAD)
     splits = splits_of(lines)
     parts = [_split_table(lines, split, head) for split in splits]
-    if len(splits) > 1:
-        parts.append(f"### All splits together\n\n{_table(head, map(_cells, rows_of(lines, None)))}")
+    if len(splits) > 1 and (whole := shared_by_all(lines)):
+        parts.append(f"### All splits together\n\n{_ALL}\n\n{_table(head, map(_cells, rows_of(whole, None)))}")
     return parts + [_equal_bytes(lines, name, metric) for name in _OURS if rivals_of(lines, name)]
 
 

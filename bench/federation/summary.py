@@ -86,6 +86,15 @@ def rows_of(lines: Iterable[Line], split: Split | None) -> list[Row]:
     return [_row(name, list(group), reference) for name, group in groupby(ordered, key=_name)]
 
 
+def shared_by_all(lines: Sequence[Line]) -> list[Line]:
+    """Those on splits and seeds on which every method has a run: means over others are of different things."""
+    names = set(map(_name, lines))
+    there: dict[Place, set[Name]] = {}
+    for line in lines:
+        there.setdefault(place_of(line), set()).add(_name(line))
+    return [line for line in lines if there[place_of(line)] == names]
+
+
 def split_of(line: Line) -> Split:
     """What a run was made on."""
     return Split(line.dataset, line.alpha)
