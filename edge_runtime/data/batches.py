@@ -48,15 +48,14 @@ class Batch:
 def bucket_length(tokens: int, max_tokens: int) -> int:
     """Length that rows of up to ``tokens`` tokens are padded to.
 
-    The lengths are the multiples of 8 up to 128, then eight between one power of two and the next, and
-    ``max_tokens``: no more than 48 for 2,048 tokens. The longest row gets less than an eighth of its length in
-    padding, or at most 7 tokens when it is shorter than 57.
+    The lengths are all up to 16, then eight between one power of two and the next, and ``max_tokens``: no more than
+    72 for 2,048 tokens. The longest row gets less than an eighth of its length in padding.
 
     Args:
         tokens: Length of the longest row, from 1 to ``max_tokens``.
         max_tokens: No length is above it.
     """
-    step = max(8, (1 << (tokens - 1).bit_length()) // 16)
+    step = max(1, (1 << (tokens - 1).bit_length()) // 16)
     return min(-(-tokens // step) * step, max_tokens)
 
 

@@ -264,7 +264,7 @@ class Device:
         self.plan_key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(enrolled.plan_key))
         return enrolled
 
-    async def plan(self, *, after: int = -1, wait_s: int = 5) -> wire.SignedPlan | None:
+    async def plan(self, *, after: int = -1, wait_s: int = 20) -> wire.SignedPlan | None:
         answer = await self.send("GET", resources.plan_target("tiny", after=after, wait_s=wait_s))
         if answer.status == 204:
             return None
