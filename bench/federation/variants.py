@@ -33,6 +33,7 @@ class Variant:
         tiers: That devices take, in turn.
         remember: Whether they keep what frozen blocks make of examples.
         methods: That it is run with, beside ``annealed-kill-revive``.
+        own: Further tables of ``annealed-kill-revive``.
     """
 
     about: str
@@ -40,6 +41,7 @@ class Variant:
     tiers: tuple[int, ...] = (0,)
     remember: bool = True
     methods: tuple[str, ...] = ()
+    own: Mapping[str, Table] = field(default_factory=dict)
 
 
 # By what each goes without.
@@ -69,7 +71,12 @@ VARIANTS: Mapping[str, Variant] = {
         "a device trains no longer in a round what moves less than 0.3 of the mean there",
         {"training": {"local_kill": 0.3}},
     ),
-    "frozen-head": Variant("the head is trained and sent, too", {"task": {"head": "trained"}}, methods=("lora-r8",)),
+    "frozen-head": Variant(
+        "the head is trained and sent, too, with three times the bytes: the head alone takes more than the usual ones",
+        {"task": {"head": "trained"}},
+        methods=("lora-r8",),
+        own={"annealing": {"bytes_per_device_per_round": Share(1 / 20)}},
+    ),
     "strong-devices": Variant(
         "a third of the devices trains all blocks, a third the upper half, a third the last one",
         {"tiers": {"enabled": True}},
@@ -88,7 +95,8 @@ def variant_run(key: Key) -> Run:
         key: ``without`` is "" or a name of :data:`VARIANTS`.
     """
     variant = VARIANTS[key.without] if key.without else Variant("as it is")
-    return Run(key, variant.extra, variant.tiers, variant.remember)
+    extra = {**variant.extra, **variant.own} if key.method == OURS else variant.extra
+    return Run(key, extra, variant.tiers, variant.remember)
 
 
 def one_seed() -> list[Run]:

@@ -28,7 +28,7 @@ from bench.federation.methods import METHODS, config_text
 from bench.federation.shares import Sizes
 from bench.federation.site import Setup
 from bench.federation.summary import Split, rows_of
-from bench.federation.variants import OURS, VARIANTS, VARIED, one_seed
+from bench.federation.variants import OURS, VARIANTS, VARIED, one_seed, variant_run
 from bench.federation.workloads import WORKLOADS
 from bench.jsonl import append_line
 from cloud.config import parse_config
@@ -384,7 +384,7 @@ def test_every_variant_is_a_config_that_the_aggregator_takes(without: str, tmp_p
     shared = {**tables, "task": {**tables["task"], "rounds": 30}}
     texts = [
         config_text(METHODS[OURS], VARIED, bundle="b", seed=3, shared=shared, reference_bytes=10**6, extra=extra)
-        for extra in ({}, VARIANTS[without].extra)
+        for extra in ({}, variant_run(msgspec.structs.replace(KEY, method=OURS, without=without)).extra)
     ]
     whole, variant = (parse_config(text.encode(), path=tmp_path / "emberlora.toml") for text in texts)
     assert (whole == variant) == (without == "remembering")
