@@ -78,7 +78,8 @@ _INGREDIENTS = """\
 
 `annealed-kill-revive` large with one ingredient turned off, and what happens in its place. *− whole* is accuracy less
 that of the whole method; compute is a share of the whole method's, *rounds to 95 %* count until 95 % of what the whole
-method has learned at its best.
+method has learned at its best. What an ingredient gives is the whole method against the one without it: accuracy from
+0.006 on, bytes and compute from 5 %.
 """
 _SECTIONS = ((ACCURACY, _CLASSES), (LOSS, _LOSSES))
 
@@ -130,6 +131,7 @@ def _ingredients(ingredients: Sequence[Ingredient]) -> str:
         "compute, × whole",
         "drift",
         "rounds to 95 %",
+        "so it gives",
     )
     rows = [
         (
@@ -142,6 +144,7 @@ def _ingredients(ingredients: Sequence[Ingredient]) -> str:
             f"{ingredient.compute:.2f}",
             _number(ingredient.line.drift, ".2f"),
             _number(ingredient.rounds_to_95, "d"),
+            ingredient.gives if ingredient.line.without else "–",
         )
         for ingredient in ingredients
     ]

@@ -10,6 +10,9 @@ import msgspec
 from bench.federation.lines import Key, Line
 from bench.federation.variants import INGREDIENTS, OURS, VARIANTS, VARIED
 
+TELLING = 0.006  # two standard errors of a difference in accuracy, on 4,500 texts of which one in 25 changes sides
+_SHARE = 0.05
+
 
 @dataclass(frozen=True)
 class Ingredient:
@@ -36,7 +39,7 @@ class Ingredient:
     @property
     def megabytes(self) -> float:
         """Both ways."""
-        return (self.line.bytes_up + self.line.bytes_down) / 1e6
+        return _bytes(self.line) / 1e6
 
     @property
     def values(self) -> float:
@@ -47,6 +50,18 @@ class Ingredient:
     def compute(self) -> float:
         """Operations as a share of the whole method's."""
         return self.line.device_gflop / self.whole.device_gflop
+
+    @property
+    def gives(self) -> str:
+        """What the ingredient gives or costs, in words; differences that one run cannot tell are left out."""
+        ours = self.whole
+        changes = [
+            ("accuracy", ours.end - self.line.end, TELLING, "+.4f"),
+            ("of the bytes", _bytes(ours) / _bytes(self.line) - 1, _SHARE, "+.0%"),
+            ("of the compute", 1 / self.compute - 1, _SHARE, "+.0%"),
+        ]
+        told = [f"{change:{form}} {what}" for what, change, least, form in changes if abs(change) >= least]
+        return ", ".join(told) or "nothing"
 
     @property
     def rounds_to_95(self) -> int | None:
@@ -69,3 +84,7 @@ def ingredients_of(lines: Mapping[Key, Line]) -> list[Ingredient]:
 
 def _whole(key: Key) -> Key:
     return msgspec.structs.replace(key, without="")
+
+
+def _bytes(line: Line) -> int:
+    return line.bytes_up + line.bytes_down

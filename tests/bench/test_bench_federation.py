@@ -22,6 +22,7 @@ from bench.federation.data import Corpus, divide, read_corpus
 from bench.federation.drift import drift
 from bench.federation.equal_bytes import rivals_of
 from bench.federation.experiment import run
+from bench.federation.ingredients import ingredients_of
 from bench.federation.lines import Key, Line, read_lines
 from bench.federation.links import Link, seconds_to
 from bench.federation.methods import METHODS, config_text
@@ -358,6 +359,7 @@ def test_the_report_keeps_what_has_one_seed_apart_from_the_core_table(tmp_path: 
         ["| –", "–", "0.5000", "+0.0000"],
         ["| reviving", "what is dead stays dead", "0.4000", "-0.1000"],
     ]
+    assert [row.split(" | ")[-1] for row in rows[1:]] == ["– |", "+0.1000 accuracy |"]
     assert "### What each ingredient gives" not in report.markdown(lines[:4])
 
 
@@ -458,3 +460,24 @@ def test_operations_of_the_whole_model(bert_bundle: Path, bert_folder: Path) -> 
         model.bert.encoder(torch.randn(3, 8, 32, requires_grad=True)).last_hidden_state.sum().backward()
     manifest = open_bundle(bert_bundle, verify=False).manifest
     assert full_flop(manifest, Texts(tokens=24, squares=3 * 64, rows=3)) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("changed", "gives"),
+    [
+        ({}, "nothing"),
+        ({"accuracy": 0.505}, "nothing"),
+        ({"accuracy": 0.51}, "-0.0100 accuracy"),
+        ({"bytes_up": 70}, "-82% of the bytes"),
+        ({"device_gflop": 0.08, "accuracy": 0.4}, "+0.1000 accuracy, +25% of the compute"),
+    ],
+)
+def test_an_ingredient_that_gives_nothing_is_said_to_give_nothing(changed: dict[str, float], gives: str) -> None:
+    whole = a_line(msgspec.structs.replace(KEY, method=OURS, budget=VARIED))
+    less = msgspec.structs.replace(whole, without="reviving", **changed)
+    found = ingredients_of({line.key: line for line in (whole, less)})
+    assert [(ingredient.line.without, ingredient.gives) for ingredient in found] == [
+        ("", "nothing"),
+        ("reviving", gives),
+    ]
+    assert ingredients_of({less.key: less}) == []
