@@ -9,6 +9,7 @@ import click
 
 from bench.errors import RequestError
 from bench.federation.equal_bytes import rivals_of
+from bench.federation.goals import goals_of
 from bench.federation.ingredients import Ingredient, ingredients_of
 from bench.federation.lines import Line, read_lines
 from bench.federation.methods import METHODS
@@ -67,6 +68,7 @@ the first four of those, in nats: less is better, and a difference below zero is
 counts until the loss has fallen by 95 % of what it falls by with `lora-r8` at its best.
 """
 _ALL = "Splits and seeds on which every row has a run."
+_GOALS = "What was to be shown on classes of texts, and the means over all splits and seeds that every row has."
 _ONE_SEED = """\
 ## One seed each
 
@@ -92,6 +94,7 @@ def markdown(lines: Sequence[Line]) -> str:
         mine = [line for line in core if line.metric == metric]
         parts += [introduction, *_section(mine, metric)] if mine else []
     parts += [_ONE_SEED, *_one_seed(core, others)] if others else []
+    parts += _goals(core, others)
     parts.append(f"## Apart\n\n{_apart(lines)}")
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
@@ -118,6 +121,14 @@ def _one_seed(core: Sequence[Line], others: Sequence[Line]) -> list[str]:
         if any(split_of(line) == split for line in others if line.key not in mine)
     ]
     return parts + ([_ingredients(ingredients)] if mine else [])
+
+
+def _goals(core: Sequence[Line], others: Sequence[Line]) -> list[str]:
+    """What was to be shown on classes of texts, beside what was measured."""
+    classes, beside = ([line for line in part if line.metric == ACCURACY] for part in (core, others))
+    found = goals_of(classes, beside, ingredients_of({line.key: line for line in (*classes, *beside)}))
+    rows = [(goal.text, goal.measured, "met" if goal.met else "**missed**") for goal in found]
+    return [f"## Goals\n\n{_GOALS}\n\n{_table(('goal', 'measured', ''), rows)}"] if rows else []
 
 
 def _ingredients(ingredients: Sequence[Ingredient]) -> str:
@@ -203,13 +214,18 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.end:.4f}",
         _interval(row.apart, row.apart_95),
         f"{row.mb:.2f}",
-        _number(row.bytes_ratio, ".1f"),
-        _number(row.params_ratio, ".1f"),
+        _times(row.bytes_ratio),
+        _times(row.params_ratio),
         _number(row.compute, ".2f"),
         _number(row.rounds_to_95, ".1f"),
         _number(row.drift, ".2f"),
         *(_number(None if seconds is None else seconds / 60, ".1f") for seconds in row.seconds),
     )
+
+
+def _times(value: float | None) -> str:
+    """A ratio; one that is far below 1 in two digits that count."""
+    return _number(value, ".1f" if value is None or value >= 0.1 else ".2g")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -13,7 +13,6 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench import report
 from bench.errors import RequestError
 from bench.federation import __main__ as command
 from bench.federation import running
@@ -22,7 +21,6 @@ from bench.federation.data import Corpus, divide, read_corpus
 from bench.federation.drift import drift
 from bench.federation.equal_bytes import rivals_of
 from bench.federation.experiment import run
-from bench.federation.ingredients import ingredients_of
 from bench.federation.lines import Key, Line, read_lines
 from bench.federation.links import Link, seconds_to
 from bench.federation.methods import METHODS, config_text
@@ -312,57 +310,6 @@ def test_time_to_an_accuracy_counts_whole_rounds() -> None:
     assert seconds_to(line, 0.7, link, cohort=5) is None
 
 
-def test_the_report_has_a_table_a_split_and_a_picture(tmp_path: Path) -> None:
-    for seed in (0, 1):
-        for method in ("lora-r8", "rolora-r8"):
-            append_line(tmp_path / "r.jsonl", a_line(msgspec.structs.replace(KEY, method=method, seed=seed)))
-    append_line(tmp_path / "r.jsonl", a_line(msgspec.structs.replace(KEY, alpha=0.1)))
-    out, page = tmp_path / "results.md", tmp_path / "results.html"
-    arguments = ["--results", str(tmp_path / "r.jsonl"), "--out", str(out), "--html", str(page)]
-    done = CliRunner().invoke(report.main, arguments)
-    assert done.exit_code == 0, done.output
-    text = out.read_text()
-    assert "## banking77, Dirichlet 0.5" in text
-    assert "## banking77, Dirichlet 0.1" in text
-    assert "One seed each" not in text
-    assert "| `rolora-r8` | 0 1 | 0.5000 | +0.0000 ± 0.0000 |" in text
-    together = text.split("### All splits together")[1].split("###")[0]
-    assert "| `lora-r8` | 0 1 | 0.5000 | +0.0000 ± 0.0000 |" in together  # at 0.1 the other has no run
-    assert "plotly" in page.read_text()[:5000]
-    (tmp_path / "r.jsonl").write_text("")
-    done = CliRunner().invoke(report.main, arguments)
-    assert done.exit_code == 2
-    assert "no whole runs in it" in done.output
-
-
-def test_the_report_keeps_what_has_one_seed_apart_from_the_core_table(tmp_path: Path) -> None:
-    ours = msgspec.structs.replace(KEY, dataset="clinc150", alpha=0.1, method=OURS, budget=VARIED)
-    reference = msgspec.structs.replace(ours, method="lora-r8", budget="")
-    lines = [a_line(msgspec.structs.replace(key, seed=seed)) for key in (reference, ours) for seed in (0, 1)]
-    worse = a_line(msgspec.structs.replace(ours, without="reviving"))
-    lines += [
-        msgspec.structs.replace(worse, accuracy=0.4),
-        a_line(msgspec.structs.replace(ours, without="frozen-head")),
-    ]
-    lines += [a_line(msgspec.structs.replace(key, alpha=None)) for key in (reference, ours)]
-    core, others = report.markdown(lines).split("## One seed each")
-    assert "reviving" not in core
-    assert "natural" not in core
-    assert "| `annealed-kill-revive` large | 0 1 |" in core
-    unlike, ingredients = others.split("### What each ingredient gives")
-    assert "### clinc150, natural split" in unlike
-    assert "| `annealed-kill-revive` large, without frozen-head | 0 |" in unlike
-    assert "| `annealed-kill-revive` large | 0 | 0.5000 | +0.0000 |" in unlike  # of seed 0 alone
-    assert "reviving" not in unlike
-    rows = [row for row in ingredients.splitlines() if row.startswith("| ")]
-    assert [row.split(" | ")[:4] for row in rows[1:]] == [
-        ["| –", "–", "0.5000", "+0.0000"],
-        ["| reviving", "what is dead stays dead", "0.4000", "-0.1000"],
-    ]
-    assert [row.split(" | ")[-1] for row in rows[1:]] == ["– |", "+0.1000 accuracy |"]
-    assert "### What each ingredient gives" not in report.markdown(lines[:4])
-
-
 @pytest.mark.parametrize(("method", "budget"), [(name, budget) for name in METHODS for budget in METHODS[name].budgets])
 def test_every_method_is_a_config_that_the_aggregator_takes(method: str, budget: str, tmp_path: Path) -> None:
     workload = WORKLOADS["banking77"]
@@ -460,24 +407,3 @@ def test_operations_of_the_whole_model(bert_bundle: Path, bert_folder: Path) -> 
         model.bert.encoder(torch.randn(3, 8, 32, requires_grad=True)).last_hidden_state.sum().backward()
     manifest = open_bundle(bert_bundle, verify=False).manifest
     assert full_flop(manifest, Texts(tokens=24, squares=3 * 64, rows=3)) == counter.get_total_flops()
-
-
-@pytest.mark.parametrize(
-    ("changed", "gives"),
-    [
-        ({}, "nothing"),
-        ({"accuracy": 0.505}, "nothing"),
-        ({"accuracy": 0.51}, "-0.0100 accuracy"),
-        ({"bytes_up": 70}, "-82% of the bytes"),
-        ({"device_gflop": 0.08, "accuracy": 0.4}, "+0.1000 accuracy, +25% of the compute"),
-    ],
-)
-def test_an_ingredient_that_gives_nothing_is_said_to_give_nothing(changed: dict[str, float], gives: str) -> None:
-    whole = a_line(msgspec.structs.replace(KEY, method=OURS, budget=VARIED))
-    less = msgspec.structs.replace(whole, without="reviving", **changed)
-    found = ingredients_of({line.key: line for line in (whole, less)})
-    assert [(ingredient.line.without, ingredient.gives) for ingredient in found] == [
-        ("", "nothing"),
-        ("reviving", gives),
-    ]
-    assert ingredients_of({less.key: less}) == []
