@@ -7,7 +7,6 @@ from pathlib import Path
 import msgspec
 import pytest
 from click.testing import CliRunner
-from federation_lines import KEY, a_line
 
 from bench import report
 from bench.federation.goals import goals_of
@@ -15,6 +14,7 @@ from bench.federation.ingredients import ingredients_of
 from bench.federation.lines import Line
 from bench.federation.variants import OURS, VARIED
 from bench.jsonl import append_line
+from tests.bench.federation_lines import KEY, a_line
 
 
 def test_the_report_has_a_table_a_split_and_a_picture(tmp_path: Path) -> None:
