@@ -56,8 +56,9 @@ async def there(device: Device, sealed: bytes, round_: int = 0) -> wire.UpdatePr
 
 
 def files(site: Site) -> list[str]:
+    """Of all parts. The server may be removing folders meanwhile, which `rglob` of Python 3.11 takes for an error."""
     folder = site.config.data_path / "parts"
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return sorted(os.path.relpath(os.path.join(at, name), folder) for at, _, names in os.walk(folder) for name in names)
 
 
 def client_of(device: Device) -> Client:
