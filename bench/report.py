@@ -68,7 +68,10 @@ the first four of those, in nats: less is better, and a difference below zero is
 counts until the loss has fallen by 95 % of what it falls by with `lora-r8` at its best.
 """
 _ALL = "Splits and seeds on which every row has a run."
-_GOALS = "What was to be shown on classes of texts, and the means over all splits and seeds that every row has."
+_GOALS = """\
+What was to be shown on classes of texts, and the means over all splits and seeds that every row has. A goal beside
+`lora-r8` is met when one of the sizes meets it.
+"""
 _ONE_SEED = """\
 ## One seed each
 
@@ -116,7 +119,7 @@ def _one_seed(core: Sequence[Line], others: Sequence[Line]) -> list[str]:
     mine = {ingredient.line.key for ingredient in ingredients if ingredient.line.without}
     rest = [line for line in beside if line.key not in mine]
     parts = [
-        _split_table(rest, split, ("method", "seeds", rest[0].metric.name, *_HEAD))
+        _split_table(rest, split)
         for split in splits_of(rest)
         if any(split_of(line) == split for line in others if line.key not in mine)
     ]
@@ -128,7 +131,7 @@ def _goals(core: Sequence[Line], others: Sequence[Line]) -> list[str]:
     classes, beside = ([line for line in part if line.metric == ACCURACY] for part in (core, others))
     found = goals_of(classes, beside, ingredients_of({line.key: line for line in (*classes, *beside)}))
     rows = [(goal.text, goal.measured, "met" if goal.met else "**missed**") for goal in found]
-    return [f"## Goals\n\n{_GOALS}\n\n{_table(('goal', 'measured', ''), rows)}"] if rows else []
+    return [f"## Goals\n\n{_GOALS}\n{_table(('goal', 'measured', ''), rows)}"] if rows else []
 
 
 def _ingredients(ingredients: Sequence[Ingredient]) -> str:
@@ -164,18 +167,23 @@ def _ingredients(ingredients: Sequence[Ingredient]) -> str:
 
 def _section(lines: Sequence[Line], metric: Metric) -> list[str]:
     """Tables of runs that are judged by the same."""
-    head = ("method", "seeds", metric.name, *_HEAD)
     splits = splits_of(lines)
-    parts = [_split_table(lines, split, head) for split in splits]
+    parts = [_split_table(lines, split) for split in splits]
     if len(splits) > 1 and (whole := shared_by_all(lines)):
-        parts.append(f"### All splits together\n\n{_ALL}\n\n{_table(head, map(_cells, rows_of(whole, None)))}")
+        parts.append(f"### All splits together\n\n{_ALL}\n\n{_rows(metric, rows_of(whole, None))}")
     return parts + [_equal_bytes(lines, name, metric) for name in _OURS if rivals_of(lines, name)]
 
 
-def _split_table(lines: Sequence[Line], split: Split, head: Sequence[str]) -> str:
-    starts = [line.start for line in lines if split_of(line) == split]
-    before = f"Before the first round, on what is measured on the way: {sum(starts) / len(starts):.4f}."
-    return f"### {split}\n\n{before}\n\n{_table(head, map(_cells, rows_of(lines, split)))}"
+def _split_table(lines: Sequence[Line], split: Split) -> str:
+    mine = [line for line in lines if split_of(line) == split]
+    before = (
+        f"Before the first round, on what is measured on the way: {sum(line.start for line in mine) / len(mine):.4f}."
+    )
+    return f"### {split}\n\n{before}\n\n{_rows(mine[0].metric, rows_of(mine, split))}"
+
+
+def _rows(metric: Metric, rows: Iterable[Row]) -> str:
+    return _table(("method", "seeds", metric.name, *_HEAD), map(_cells, rows))
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -46,15 +46,11 @@ def rivals_of(lines: Iterable[Line], name: Name) -> list[Rival]:
 
 
 def _rival(name: Name, pairs: Sequence[tuple[Line, Line]]) -> Rival:
-    reached = [_reached(line, _all_bytes(own)) for line, own in pairs]
+    reached = [_reached(line, own.bytes_both) for line, own in pairs]
     apart = [value - _last(own) for (_, value), (_, own) in zip(reached, pairs, strict=True)]
     return Rival(
         name, len(pairs), float(np.mean([rounds for rounds, _ in reached])), float(np.mean(apart)), half_width(apart)
     )
-
-
-def _all_bytes(line: Line) -> int:
-    return line.bytes_up + line.bytes_down
 
 
 def _last(line: Line) -> float:
@@ -65,7 +61,7 @@ def _reached(line: Line, allowed: int) -> tuple[int, float]:
     """Rounds that fit into so many bytes, and the best that was measured in them, or before the first."""
     spent, rounds, best = 0, 0, line.start
     for made in line.curve:
-        spent += made.bytes_up + made.bytes_down
+        spent += made.bytes_both
         if spent > allowed:
             break
         rounds += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -46,8 +47,8 @@ def goals_of(core: Sequence[Line], others: Sequence[Line], ingredients: Sequence
 
 def _beside_reference(ours: Sequence[Row], reference: Row) -> Iterator[Goal]:
     def judged(text: str, part: Sequence[tuple[Row, str, bool]]) -> Goal:
-        told = "; ".join(f"{row.name[1]} {row.apart or 0.0:+.4f} {said}" for row, said, _ in part)
-        return Goal(text, told, any((row.apart or 0.0) >= -LOST and enough for row, _, enough in part))
+        told = "; ".join(f"{row.name[1]} {_apart(row):+.4f} {said}" for row, said, _ in part)
+        return Goal(text, told, any(_apart(row) >= -LOST and enough for row, _, enough in part))
 
     near = f"accuracy within {LOST} of `{REFERENCE}`"
     yield judged(
@@ -72,6 +73,11 @@ def _beside_reference(ours: Sequence[Row], reference: Row) -> Iterator[Goal]:
     )
 
 
+def _apart(row: Row) -> float:
+    """NaN without the reference, which is near nothing."""
+    return math.nan if row.apart is None else row.apart
+
+
 def _at_equal_bytes(core: Sequence[Line], names: Sequence[Name]) -> Iterator[Goal]:
     for name in names:
         others = [rival for rival in rivals_of(core, name) if rival.name[0] != OURS]
@@ -91,7 +97,7 @@ def _beside_the_whole_model(core: Sequence[Line], others: Sequence[Line]) -> Ite
     if whole is None:
         return
     mine = [line for line in core if line.method == OURS and place_of(line) == place_of(whole)]
-    fewer = [(line.budget, 1 - _bytes(line) / _bytes(whole)) for line in mine]
+    fewer = [(line.budget, 1 - line.bytes_both / whole.bytes_both) for line in mine]
     if fewer:
         told = "; ".join(f"{size} {share:.2%}" for size, share in fewer)
         yield Goal(f"{FEWER:.1%} fewer bytes than `{FULL_MODEL}`", told, all(share >= FEWER for _, share in fewer))
@@ -106,7 +112,3 @@ def _drift(ingredients: Sequence[Ingredient]) -> Iterator[Goal]:
         "" if pulled is None else f", {pulled:.2f} with the pull towards the round's start"
     )
     yield Goal("less client drift with the initiating stage", told, without.whole.drift < without.line.drift)
-
-
-def _bytes(line: Line) -> int:
-    return line.bytes_up + line.bytes_down

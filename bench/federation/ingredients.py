@@ -39,12 +39,12 @@ class Ingredient:
     @property
     def megabytes(self) -> float:
         """Both ways."""
-        return _bytes(self.line) / 1e6
+        return self.line.bytes_both / 1e6
 
     @property
     def values(self) -> float:
         """Millions, both ways."""
-        return (self.line.params_up + self.line.params_down) / 1e6
+        return self.line.params_both / 1e6
 
     @property
     def compute(self) -> float:
@@ -57,7 +57,7 @@ class Ingredient:
         ours = self.whole
         changes = [
             ("accuracy", ours.end - self.line.end, TELLING, "+.4f"),
-            ("of the bytes", _bytes(ours) / _bytes(self.line) - 1, _SHARE, "+.0%"),
+            ("of the bytes", ours.bytes_both / self.line.bytes_both - 1, _SHARE, "+.0%"),
             ("of the compute", 1 / self.compute - 1, _SHARE, "+.0%"),
         ]
         told = [f"{change:{form}} {what}" for what, change, least, form in changes if abs(change) >= least]
@@ -84,7 +84,3 @@ def ingredients_of(lines: Mapping[Key, Line]) -> list[Ingredient]:
 
 def _whole(key: Key) -> Key:
     return msgspec.structs.replace(key, without="")
-
-
-def _bytes(line: Line) -> int:
-    return line.bytes_up + line.bytes_down

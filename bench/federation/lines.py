@@ -53,6 +53,11 @@ class RoundLine(msgspec.Struct, frozen=True, omit_defaults=True):
     loss: float | None = None
 
     @property
+    def bytes_both(self) -> int:
+        """Up and down."""
+        return self.bytes_up + self.bytes_down
+
+    @property
     def value(self) -> float | None:
         """Of whatever the run is judged by."""
         return self.accuracy if self.loss is None else self.loss
@@ -125,6 +130,16 @@ class Line(msgspec.Struct, frozen=True, omit_defaults=True):
         pairs = (self.accuracy, self.accuracy_start), (self.loss, self.loss_start)
         if sorted(pair.count(None) for pair in pairs) != [0, 2]:
             raise ValueError("expected accuracy and accuracy_start, or loss and loss_start")
+
+    @property
+    def bytes_both(self) -> int:
+        """Up and down, of all devices and rounds."""
+        return self.bytes_up + self.bytes_down
+
+    @property
+    def params_both(self) -> int:
+        """Values up and down."""
+        return self.params_up + self.params_down
 
     @property
     def metric(self) -> Metric:

@@ -39,7 +39,7 @@ def seconds_to(line: Line, target: float, link: Link, *, cohort: int) -> float |
     total = 0.0
     for made in line.curve:
         total += _ROUND_TRIPS * link.round_trip_s
-        total += (made.bytes_up + made.bytes_down) / cohort / link.bytes_s
+        total += made.bytes_both / cohort / link.bytes_s
         total += made.gflop / cohort / _DEVICE_GFLOP_S
         if line.metric.reached(made.value, target):
             return total

@@ -76,9 +76,7 @@ def _belongs(line: Line, split: Split, name: Name) -> bool:
 def _draw(figure: go.Figure, lines: Sequence[Line], place: tuple[int, int], style: tuple[str, bool]) -> None:
     """One method's curve; ``style`` is its colour and whether the legend has to name it."""
     colour, named = style
-    sent = (
-        np.mean([np.cumsum([made.bytes_up + made.bytes_down for made in line.curve]) for line in lines], axis=0) / 1e6
-    )
+    sent = np.mean([np.cumsum([made.bytes_both for made in line.curve]) for line in lines], axis=0) / 1e6
     measured = [index for index, value in enumerate(lines[0].values) if value is not None]
     values = [float(np.mean([line.values[index] for line in lines])) for index in measured]
     label = " ".join(

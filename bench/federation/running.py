@@ -138,9 +138,8 @@ def complete(bench: Bench, wanted: Sequence[Run], results: Path, jobs: int) -> i
 
 def summary(line: Line) -> str:
     """A line for people."""
-    sent = (line.bytes_up + line.bytes_down) / 1e6
     return (
-        f"{run_name(line.key)}: {line.metric.name} {line.end:.4f} (from {line.start:.3f}), {sent:.2f} MB, "
-        f"{(line.params_up + line.params_down) / 1e6:.2f} M values, {line.device_gflop / 1e3:.1f} TFLOP, "
+        f"{run_name(line.key)}: {line.metric.name} {line.end:.4f} (from {line.start:.3f}), "
+        f"{line.bytes_both / 1e6:.2f} MB, {line.params_both / 1e6:.2f} M values, {line.device_gflop / 1e3:.1f} TFLOP, "
         f"{line.seconds:.0f} s"
     )

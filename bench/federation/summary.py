@@ -120,9 +120,9 @@ def _row(name: Name, lines: Sequence[Line], reference: dict[Place, Line]) -> Row
         end=float(np.mean([line.end for line in lines])),
         apart=float(np.mean(apart)) if apart else None,
         apart_95=half_width(apart),
-        mb=float(np.mean([line.bytes_up + line.bytes_down for line in lines])) / 1e6,
-        bytes_ratio=_ratio([(_bytes(other), _bytes(line)) for line, other in pairs]),
-        params_ratio=_ratio([(_params(other), _params(line)) for line, other in pairs]),
+        mb=float(np.mean([line.bytes_both for line in lines])) / 1e6,
+        bytes_ratio=_ratio([(other.bytes_both, line.bytes_both) for line, other in pairs]),
+        params_ratio=_ratio([(other.params_both, line.params_both) for line, other in pairs]),
         compute=_ratio([(line.device_gflop, other.device_gflop) for line, other in pairs]),
         rounds_to_95=_mean([line.metric.rounds_until(targets[place_of(line)], line.values) for line, _ in pairs]),
         drift=float(np.mean(drifts)) if drifts else None,
@@ -137,14 +137,6 @@ def half_width(differences: Sequence[float]) -> float | None:
     """Of the 95 % interval of their mean by Student's t; None for fewer than two, or more than fifteen."""
     points = _T95.get(len(differences) - 1)
     return None if points is None else points * float(np.std(differences, ddof=1)) / len(differences) ** 0.5
-
-
-def _bytes(line: Line) -> int:
-    return line.bytes_up + line.bytes_down
-
-
-def _params(line: Line) -> int:
-    return line.params_up + line.params_down
 
 
 def _ratio(pairs: Sequence[tuple[float, float]]) -> float | None:
