@@ -113,17 +113,24 @@ def config_text(
         reference_bytes: What ``lora-r8`` sends and fetches with this model, a device and round.
         extra: Tables that replace single keys, for a variant of the method; None takes a key away.
     """
-    tables: dict[str, dict[str, object]] = {
+    tables: Mapping[str, Table] = {
         "task": {**_TASK, "bundle": bundle, "seed": seed},
         "training": {**_TRAINING},
         "annealing": {},
         "server": {"port": 0},
     }
     own = {"task": method.task, "training": method.training, "annealing": method.annealing}
-    for more in (shared, own, method.budgets[budget], extra or {}):
-        for name, keys in more.items():
-            tables.setdefault(name, {}).update(keys)
-    return "\n".join(_table(name, keys) for name, keys in resolved(tables, reference_bytes).items() if keys)
+    whole = merged(tables, shared, own, method.budgets[budget], extra or {})
+    return "\n".join(_table(name, keys) for name, keys in resolved(whole, reference_bytes).items() if keys)
+
+
+def merged(*layers: Mapping[str, Table]) -> dict[str, dict[str, object]]:
+    """Tables key by key, a later layer's keys over those of earlier ones."""
+    found: dict[str, dict[str, object]] = {}
+    for layer in layers:
+        for name, keys in layer.items():
+            found.setdefault(name, {}).update(keys)
+    return found
 
 
 def resolved(tables: Mapping[str, Table], reference_bytes: int) -> dict[str, dict[str, object]]:

@@ -15,7 +15,7 @@ import numpy as np
 from bench.federation.compute import Texts
 from bench.federation.fleet import DeviceChoices, Fleet
 from bench.federation.lines import Key
-from bench.federation.methods import METHODS, config_text
+from bench.federation.methods import METHODS, config_text, merged
 from bench.federation.shares import Shares, Sizes, write_records
 from bench.federation.workloads import WORKLOADS, Workload
 from cloud.config import CONFIG_NAME, Config, parse_config
@@ -147,7 +147,7 @@ def _held_out(work: WorkingBundle, config: Config, shares: Shares, glimpse: int)
 
 def _config(setup: Setup, folder: Path) -> Config:
     sizes = setup.sizes
-    tables = setup.workload.tables(sizes)
+    workload, method, budget = setup.workload, setup.key.method, setup.key.budget
     fleet = {
         "rounds": sizes.rounds,
         "devices_per_round": sizes.cohort,
@@ -156,13 +156,13 @@ def _config(setup: Setup, folder: Path) -> Config:
         "weight_cap": 65_536,
     }
     text = config_text(
-        METHODS[setup.key.method],
-        setup.key.budget,
+        METHODS[method],
+        budget,
         bundle=str(Path(setup.bundle).resolve()),
         seed=setup.key.seed,
-        shared={**tables, "task": {**tables.get("task", {}), **fleet}},
-        reference_bytes=setup.workload.reference_bytes,
-        extra=setup.extra,
+        shared=merged(workload.tables(sizes), {"task": fleet}),
+        reference_bytes=workload.reference_bytes,
+        extra=merged({"training": workload.rates.get((method, budget), {})}, setup.extra),
     )
     path = folder / CONFIG_NAME
     path.write_text(text, encoding="utf-8")

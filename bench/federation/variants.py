@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from bench.federation.lines import Key
-from bench.federation.methods import FULL_MODEL, METHODS, Share, Table
+from bench.federation.methods import FULL_MODEL, METHODS, Share, Table, merged
 from bench.federation.running import Run
 
 OURS, VARIED = "annealed-kill-revive", "large"
@@ -33,7 +33,7 @@ class Variant:
         tiers: That devices take, in turn.
         remember: Whether they keep what frozen blocks make of examples.
         methods: That it is run with, beside ``annealed-kill-revive``.
-        own: Further tables of ``annealed-kill-revive``.
+        own: Further keys of ``annealed-kill-revive``.
     """
 
     about: str
@@ -95,7 +95,7 @@ def variant_run(key: Key) -> Run:
         key: ``without`` is "" or a name of :data:`VARIANTS`.
     """
     variant = VARIANTS[key.without] if key.without else Variant("as it is")
-    extra = {**variant.extra, **variant.own} if key.method == OURS else variant.extra
+    extra = merged(variant.extra, variant.own) if key.method == OURS else variant.extra
     return Run(key, extra, variant.tiers, variant.remember)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +36,7 @@ class Workload:
         share: (folder of data sets, sizes, alpha, seed) to examples.
         labels: Folder of data sets to the classes; none for a language model.
         tables: Keys of a config that all methods share.
+        rates: Of a method and its size, keys of [training] that suit this data set better than the method's own.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Workload:
     share: Callable[[Path, Sizes, float | None, int], Shares]
     labels: Callable[[Path], tuple[str, ...]]
     tables: Callable[[Sizes], Mapping[str, Table]]
+    rates: Mapping[tuple[str, str], Table] = field(default_factory=dict)
 
     def core(self, key: Key) -> bool:
         """Whether a run belongs to the core table: the methods as they are, on the splits that have all seeds."""
@@ -94,6 +96,16 @@ def _decoder_tables(_sizes: Sizes) -> Mapping[str, Table]:
     return {"training": {"batch_size": 4, "epochs": 1, "max_tokens": MAX_TOKENS}}
 
 
+# Found with --quick (docs/adr/0022), doubled until the loss rose: devices take few steps, and want to take long ones.
+_DECODER_RATES: Mapping[tuple[str, str], Table] = {
+    ("lora-r8", ""): {"lr_a": 8e-3, "lr_b": 8e-3},
+    ("lora-r1", ""): {"lr_a": 1.6e-2, "lr_b": 1.6e-2},
+    ("rolora-r8", ""): {"lr_a": 4e-3, "lr_b": 8e-3},
+    ("lora-a2", ""): {"lr_a": 8e-3, "lr_b": 4e-2},
+    ("annealed-kill-revive", "small"): {"lr_a": 1e-2, "lr_b": 1e-2},
+    ("annealed-kill-revive", "large"): {"lr_a": 1.2e-2, "lr_b": 1.2e-2},
+}
+
 # Speakers are measured after every round: what others had learned at equal bytes is asked for after their first or
 # second, and without a value of its own such a round would count as if nothing had been learned in it.
 WORKLOADS: dict[str, Workload] = {
@@ -112,5 +124,6 @@ WORKLOADS: dict[str, Workload] = {
         share=share_speeches,
         labels=lambda _data: (),
         tables=_decoder_tables,
+        rates=_DECODER_RATES,
     ),
 }

@@ -22,7 +22,7 @@ from bench.federation.links import Link, seconds_to
 from bench.federation.methods import METHODS, config_text
 from bench.federation.metric import ACCURACY, LOSS
 from bench.federation.shares import Sizes
-from bench.federation.site import Setup
+from bench.federation.site import Setup, open_site
 from bench.federation.speakers import read_speakers, share_speeches
 from bench.federation.summary import Split, rows_of
 from bench.federation.workloads import WORKLOADS
@@ -39,6 +39,7 @@ from tests.bench.lora_model import with_factors
 SPEAKERS = 5
 SPEECHES = 40
 SIZES = Sizes(devices=4, cohort=2, rounds=4, examples=64, glimpse=12, every=2)
+RANK_4: dict[str, dict[str, object]] = {"task": {"rank": 4}}  # of the bundle
 SPOKEN = Key("shakespeare", None, 0, "rolora-r8", "", "", True)
 
 
@@ -213,6 +214,30 @@ def test_every_method_is_a_config_for_a_decoder(method: str, budget: str, quick:
     assert config.annealing.bytes_per_device_per_round == shares.get(budget)
     assert (config.task.head_init, config.task.head) == ("bundle", "trained")  # neither is asked of a decoder
     assert (config.training.batch_size, config.training.max_tokens) == (4, 64)
+
+
+def test_rates_of_a_data_set_are_over_the_methods_own_and_under_a_variants(tmp_path: Path, llama_bundle: Path) -> None:
+    """A decoder of few steps wants other rates than a classifier; what is tried out replaces both."""
+    workload = WORKLOADS["shakespeare"]
+    for method, budget in workload.rates:
+        assert budget in METHODS[method].budgets
+    setup = msgspec.structs.replace(a_setup(tmp_path, llama_bundle, method="rolora-r8", budget=""), extra=RANK_4)
+    rates = asyncio.run(the_rates(setup))
+    assert rates == tuple(workload.rates["rolora-r8", ""][name] for name in ("lr_a", "lr_b"))
+    assert rates != tuple(METHODS["rolora-r8"].training[name] for name in ("lr_a", "lr_b"))
+    (tmp_path / "other").mkdir()
+    other = msgspec.structs.replace(setup, folder=str(tmp_path / "other"), extra={**RANK_4, "training": {"lr_a": 0.5}})
+    assert asyncio.run(the_rates(other)) == (0.5, rates[1])
+
+
+async def the_rates(setup: Setup) -> tuple[float, float]:
+    """Of A and B, that a run's devices are told."""
+    site = await open_site(setup, lambda _: None)
+    try:
+        training = (await site.plan()).plan.training
+    finally:
+        await site.aggregator.close()
+    return training.lr_a, training.lr_b
 
 
 def spoken(method: str, *losses: float | None, size: int = 10, budget: str = "") -> Line:
