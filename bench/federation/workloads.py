@@ -101,7 +101,7 @@ _DECODER_RATES: Mapping[tuple[str, str], Table] = {
     ("lora-r8", ""): {"lr_a": 8e-3, "lr_b": 8e-3},
     ("lora-r1", ""): {"lr_a": 1.6e-2, "lr_b": 1.6e-2},
     ("rolora-r8", ""): {"lr_a": 4e-3, "lr_b": 8e-3},
-    ("lora-a2", ""): {"lr_a": 8e-3, "lr_b": 4e-2},
+    ("lora-a2", ""): {"lr_a": 1.6e-2, "lr_b": 8e-2},
     ("annealed-kill-revive", "small"): {"lr_a": 1e-2, "lr_b": 1e-2},
     ("annealed-kill-revive", "large"): {"lr_a": 1.2e-2, "lr_b": 1.2e-2},
 }
