@@ -221,10 +221,10 @@ def test_rates_of_a_data_set_are_over_the_methods_own_and_under_a_variants(tmp_p
     workload = WORKLOADS["shakespeare"]
     for method, budget in workload.rates:
         assert budget in METHODS[method].budgets
-    setup = msgspec.structs.replace(a_setup(tmp_path, llama_bundle, method="rolora-r8", budget=""), extra=RANK_4)
+    setup = msgspec.structs.replace(a_setup(tmp_path, llama_bundle, method="lora-a2", budget=""), extra=RANK_4)
     rates = asyncio.run(the_rates(setup))
-    assert rates == tuple(workload.rates["rolora-r8", ""][name] for name in ("lr_a", "lr_b"))
-    assert rates != tuple(METHODS["rolora-r8"].training[name] for name in ("lr_a", "lr_b"))
+    assert rates == tuple(workload.rates["lora-a2", ""][name] for name in ("lr_a", "lr_b"))
+    assert rates != tuple(METHODS["lora-a2"].training[name] for name in ("lr_a", "lr_b"))
     (tmp_path / "other").mkdir()
     other = msgspec.structs.replace(setup, folder=str(tmp_path / "other"), extra={**RANK_4, "training": {"lr_a": 0.5}})
     assert asyncio.run(the_rates(other)) == (0.5, rates[1])
