@@ -96,8 +96,8 @@ def _decoder_tables(_sizes: Sizes) -> Mapping[str, Table]:
     return {"training": {"batch_size": 4, "epochs": 1, "max_tokens": MAX_TOKENS}}
 
 
-# Rates of --quick, in which a device takes two steps a round, are twice too high for whole runs, in which it takes five;
-# half of them are the methods' own but for this one (docs/adr/0022).
+# A device takes two steps a round with --quick and five without: half of what was best there (docs/adr/0022), which is
+# what the methods have themselves but for this one.
 _DECODER_RATES: Mapping[tuple[str, str], Table] = {("lora-a2", ""): {"lr_a": 8e-3, "lr_b": 4e-2}}
 
 # Speakers are measured after every round: what others had learned at equal bytes is asked for after their first or
