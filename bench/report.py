@@ -67,7 +67,7 @@ batches of four. The last tenth of each speaker's speeches is never trained on. 
 the first four of those, in nats: less is better, and a difference below zero is in a method's favour. *Rounds to 95 %*
 counts until the loss has fallen by 95 % of what it falls by with `lora-r8` at its best.
 
-Rates were found for each method on six rounds of eight speeches, doubled until the loss rose;
+Rates are the best of two or three that each method was run with (`lora-a2` with one, after trials on fewer speeches);
 [ADR 22](adr/0022-low-ranks-want-high-rates-and-both-factors.md) has them.
 """
 _ALL = "Splits and seeds on which every row has a run."
