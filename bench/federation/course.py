@@ -8,7 +8,7 @@ import numpy as np
 
 from bench.federation.lines import Line, RoundLine
 from bench.federation.site import Site
-from bench.host import commit, describe_host
+from bench.host import describe_host
 from edge_runtime.bundle import Bundle
 
 
@@ -58,7 +58,7 @@ def line_of(site: Site, course: Course, *, bytes_head: int, seconds: float) -> L
         devices=setup.sizes.devices,
         seconds=round(seconds, 1),
         quick=key.quick,
-        commit=commit(),
+        commit=site.commit,
         curve=tuple(curve),
         host=dict(describe_host(setup.threads)),
         loss=loss,

@@ -115,8 +115,7 @@ def config_text(
     """
     tables: Mapping[str, Table] = {
         "task": {**_TASK, "bundle": bundle, "seed": seed},
-        "training": {**_TRAINING},
-        "annealing": {},
+        "training": _TRAINING,
         "server": {"port": 0},
     }
     own = {"task": method.task, "training": method.training, "annealing": method.annealing}

@@ -18,6 +18,7 @@ from bench.federation.lines import Key
 from bench.federation.methods import METHODS, config_text, merged
 from bench.federation.shares import Shares, Sizes, write_records
 from bench.federation.workloads import WORKLOADS, Workload
+from bench.host import commit
 from cloud.config import CONFIG_NAME, Config, parse_config
 from cloud.keys import KEYS_FOLDER, load_keys, make_keys
 from cloud.service import Aggregator, Surroundings
@@ -63,6 +64,7 @@ class Site:
     held_out: Dataset
     glimpse: Dataset  # the part of it that is measured on the way; the same object where that is all of it
     say: Callable[[str], None]
+    commit: str  # of the code that runs: the checkout may be another one when the run ends
     fetched: set[str] = field(default_factory=set)  # devices that have taken part
     head_down: int = 0  # bytes of the head made before training, as devices fetched it
 
@@ -109,7 +111,7 @@ async def open_site(setup: Setup, say: Callable[[str], None]) -> Site:
     Raises:
         RequestError: the data cannot be used.
     """
-    key, folder = setup.key, Path(setup.folder)
+    key, folder, version = setup.key, Path(setup.folder), commit()
     shares = setup.workload.share(Path(setup.data), setup.sizes, key.alpha, key.seed)
     files = tuple(write_records(folder / "texts" / f"{n}.jsonl", part) for n, part in enumerate(shares.devices))
     config = _config(setup, folder)
@@ -129,7 +131,7 @@ async def open_site(setup: Setup, say: Callable[[str], None]) -> Site:
     fleet = Fleet(aggregator, work, folder / "devices", files, seed=key.seed, choices=choices)
     await fleet.enrol()
     named = dict(zip(fleet.names, data, strict=True))
-    return Site(setup, config, aggregator, work, fleet, named, held_out, glimpse, say)
+    return Site(setup, config, aggregator, work, fleet, named, held_out, glimpse, say, version)
 
 
 def _dataset(work: WorkingBundle, config: Config, path: Path) -> Dataset:

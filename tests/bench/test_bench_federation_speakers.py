@@ -19,7 +19,7 @@ from bench.federation.equal_bytes import rivals_of
 from bench.federation.experiment import run
 from bench.federation.lines import Key, Line, read_lines
 from bench.federation.links import Link, seconds_to
-from bench.federation.methods import METHODS, config_text
+from bench.federation.methods import METHODS, config_text, merged
 from bench.federation.metric import ACCURACY, LOSS
 from bench.federation.shares import Sizes
 from bench.federation.site import Setup, open_site
@@ -228,6 +228,24 @@ def test_rates_of_a_data_set_are_over_the_methods_own_and_under_a_variants(tmp_p
     (tmp_path / "other").mkdir()
     other = msgspec.structs.replace(setup, folder=str(tmp_path / "other"), extra={**RANK_4, "training": {"lr_a": 0.5}})
     assert asyncio.run(the_rates(other)) == (0.5, rates[1])
+
+
+def test_a_line_names_the_commit_that_ran(tmp_path: Path, llama_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one may be checked out before the run ends: rates may differ between them."""
+    seen = iter(["began", "another"])
+    monkeypatch.setattr("bench.federation.site.commit", lambda: next(seen))
+    line = asyncio.run(run(a_setup(tmp_path, llama_bundle, method="lora-r8", budget=""), lambda _: None))
+    assert line.commit == "began"
+    assert next(seen) == "another"
+
+
+def test_tables_are_merged_key_by_key() -> None:
+    layers: tuple[dict[str, dict[str, object]], ...] = (
+        {"task": {"rank": 8, "seed": 1}},
+        {"task": {"rank": 2}, "annealing": {}},
+    )
+    assert merged(*layers) == {"task": {"rank": 2, "seed": 1}, "annealing": {}}
+    assert layers[0] == {"task": {"rank": 8, "seed": 1}}
 
 
 async def the_rates(setup: Setup) -> tuple[float, float]:
