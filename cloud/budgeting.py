@@ -2,7 +2,8 @@
 
 ``upload`` or ``download`` "auto" is the most precise of float32, int8 and int4, download at least as precise as upload,
 with which every module could have rank 1 in the curve's last round; if there is none, upload is int4 and download int8.
-A download in int4 has to be asked for, as it rounds what devices train from.
+A download in int4 and an upload in ternary codes have to be asked for: the first rounds what devices train from, the
+second everything but a change's sign.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from collections.abc import Iterator
 
 import msgspec
 
-from cloud.config import DOWNLOAD_BITS, Config, Download, Upload
+from cloud.config import DOWNLOAD_BITS, UPLOAD_BITS, Config, Download, Upload
 from cloud.errors import ConfigError
 from cloud.planner import Traffic, afford
 from cloud.planner.byte_budget import least_bytes
 from edge_runtime.bundle import Manifest
 
 _PRECISE_FIRST: tuple[Download, ...] = ("float32", "int8", "int4")
+_COARSENESS: dict[Upload, int] = {**{way: rank for rank, way in enumerate(_PRECISE_FIRST)}, "ternary": 3}
 _WHOLE = 1 - 1e-9  # a component of every module, whatever is lost in the last digit
 
 
@@ -57,7 +59,7 @@ def _ways(config: Config) -> Iterator[tuple[Upload, Download]]:
     automatic = "auto" in (task.upload, task.download)
     for upload in uploads:
         for download in downloads:
-            coarser = _PRECISE_FIRST.index(download) > _PRECISE_FIRST.index(upload)
+            coarser = _COARSENESS[download] > _COARSENESS[upload]
             if not automatic or not (coarser or (download == "int4" and task.download == "auto")):
                 yield upload, download
 
@@ -70,7 +72,7 @@ def _traffic(config: Config, manifest: Manifest, upload: Upload, download: Downl
         aggregation=task.aggregation,
         rank=task.rank or manifest.r_max,
         head_trained=manifest.head.module is not None and task.shares_head,
-        upload=DOWNLOAD_BITS[upload],
+        upload=UPLOAD_BITS[upload],
         download=DOWNLOAD_BITS[download],
         upload_density=1.0 if upload == "float32" else task.upload_density,
         tiers=config.tiers,

@@ -25,12 +25,14 @@ from cloud.planner import (
     tiers_problems,
 )
 from edge_runtime import wire
+from edge_runtime.wire.codes import UpdateBits
 from edge_runtime.wire.patch import PatchBits
 
 CONFIG_NAME = "emberlora.toml"
-Upload = Literal["float32", "int8", "int4", "auto"]
+Upload = Literal["float32", "int8", "int4", "ternary", "auto"]
 Download = Literal["float32", "int8", "int4", "auto"]
 DOWNLOAD_BITS: dict[Download, PatchBits] = {"float32": 32, "int8": 8, "int4": 4}
+UPLOAD_BITS: dict[Upload, UpdateBits] = {"float32": 32, "int8": 8, "int4": 4, "ternary": 2}
 
 
 class TaskConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -209,8 +211,8 @@ def _task_problems(task: TaskConfig) -> list[str]:
         f"task.upload_density: expected more than 0 and at most 1, got {task.upload_density}": not (
             0 < task.upload_density <= 1
         ),
-        f"task.upload_density ({task.upload_density}) needs task.upload int8 or int4, got {task.upload}: values that "
-        "are sent by their positions are codes": task.upload_density < 1 and task.upload == "float32",
+        f"task.upload_density ({task.upload_density}) needs task.upload int8, int4 or ternary, got {task.upload}: "
+        "values that are sent by their positions are codes": task.upload_density < 1 and task.upload == "float32",
         f"task.rounds: expected at least 1, got {task.rounds}": task.rounds < 1,
         f"task.rank: expected at least 1, got {task.rank}": task.rank is not None and task.rank < 1,
         f"task.min_devices: expected at least 1, got {task.min_devices}": task.min_devices < 1,
@@ -373,8 +375,8 @@ name = "{task}"
 bundle = "{bundle}"            # made by `emberlora export`
 policy = "fixed"               # everything; or "anneal", "kill-revive", "annealed-kill-revive", "lora-a2"
 aggregation = "alternate"      # B in even rounds, A in odd ones: exact; or "b-only", "a-only", "both", "stack"
-upload = "float32"             # how a change is sent; or "int8", "int4": about a quarter, an eighth of the bytes
-upload_density = 1.0           # with int8 or int4: the share of its values that an update holds, the largest ones
+upload = "float32"             # how a change is sent; or "int8", "int4", "ternary": a quarter, an eighth, a twentieth
+upload_density = 1.0           # with all but float32: the share of its values that an update holds, the largest ones
 download = "float32"           # devices fetch what has changed; "int8" and "int4" send it in fewer bits
 rounds = 12
 rank = {rank}                  # at most the bundle's r_max

@@ -9,7 +9,14 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from cloud.aggregate import component_movement, largest_changes, module_energies, module_movement, with_ranks
+from cloud.aggregate import (
+    component_movement,
+    largest_changes,
+    module_energies,
+    module_movement,
+    usual_changes,
+    with_ranks,
+)
 from cloud.config import Config
 from cloud.errors import ConfigError
 from cloud.keys import PlanKeys
@@ -48,6 +55,8 @@ class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         largest: The largest absolute mean change of every tensor that the round before moved.
         components: By how much it moved each component of every module that moved; four digits.
         idle: By module, the components that it was to train and too few devices carried.
+        usual: The root mean square of the mean changes of every tensor that the round before moved, four digits; empty
+            in what was kept before updates could be ternary.
     """
 
     ranks: dict[str, int]
@@ -56,6 +65,7 @@ class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     largest: dict[str, float] = {}
     components: dict[str, tuple[float, ...]] = {}
     idle: dict[str, tuple[int, ...]] = {}
+    usual: dict[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,10 @@ def gather_evidence(
         return evidence
     moved, largest = module_movement(manifest, before, tensors), largest_changes(before, tensors)
     components = component_movement(manifest, before, tensors)
-    return msgspec.structs.replace(evidence, moved=moved, largest=largest, components=components, idle=idle)
+    usual = {name: float(f"{change:.4g}") for name, change in usual_changes(before, tensors).items()}
+    return msgspec.structs.replace(
+        evidence, moved=moved, largest=largest, components=components, idle=idle, usual=usual
+    )
 
 
 def past_rounds(opened: Sequence[OpenedRound], current: Evidence) -> tuple[PastRound, ...]:
@@ -88,7 +101,15 @@ def past_rounds(opened: Sequence[OpenedRound], current: Evidence) -> tuple[PastR
     """
     after = [*(round_.evidence for round_ in opened[1:]), current]
     return tuple(
-        PastRound(round_.plan.modules, made.moved, made.components, made.largest, round_.plan.training, made.idle)
+        PastRound(
+            round_.plan.modules,
+            made.moved,
+            made.components,
+            made.largest,
+            round_.plan.training,
+            made.idle,
+            made.usual,
+        )
         for round_, made in zip(opened, after, strict=False)  # before the first round there is nothing to pair
         if round_.plan.state == "train"
     )

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import msgspec
 
-from cloud.config import Config
-from cloud.planner import PastRound, update_ranges
+from cloud.config import Config, Upload
+from cloud.planner import PastRound, ternary_ranges, update_ranges
 from cloud.planning import plan_layout
 from edge_runtime import wire
 from edge_runtime.bundle import Bundle
+from edge_runtime.wire.codes import Bits
 
-_BITS: dict[str, Literal[8, 4]] = {"int8": 8, "int4": 4}
+_BITS: dict[Upload, Bits] = {"int8": 8, "int4": 4, "ternary": 2}
 
 
 def with_quantisation(config: Config, bundle: Bundle, plan: wire.Plan, past: Sequence[PastRound]) -> wire.Plan:
@@ -31,7 +31,11 @@ def with_quantisation(config: Config, bundle: Bundle, plan: wire.Plan, past: Seq
     if plan.state != "train" or config.task.upload == "float32":
         return plain
     names = [name for name, _ in plan_layout(bundle, plain).blocks]
-    ranges = update_ranges(names, plan.training, past, max_abs=plan.update.max_abs)
-    task = config.task
-    quantisation = wire.Quantisation.of(_BITS[task.upload], ranges, task.upload_density)
+    task, bits = config.task, _BITS[config.task.upload]
+    most = plan.update.max_abs
+    if bits == 2:
+        ranges = ternary_ranges(names, plan.training, past, max_abs=most, devices=task.devices_per_round)
+    else:
+        ranges = update_ranges(names, plan.training, past, max_abs=most)
+    quantisation = wire.Quantisation.of(bits, ranges, task.upload_density)
     return msgspec.structs.replace(plain, quantisation=quantisation)

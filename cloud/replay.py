@@ -12,7 +12,7 @@ import msgspec
 
 from cloud import planning
 from cloud.budgeting import with_budget
-from cloud.config import Config
+from cloud.config import UPLOAD_BITS, Config
 from cloud.kept import read_kept
 from cloud.keys import PlanKeys
 from cloud.quantising import with_quantisation
@@ -20,6 +20,8 @@ from cloud.rounds import TaskState
 from cloud.store import RoundRecord
 from edge_runtime import wire
 from edge_runtime.bundle import Bundle
+
+_UPLOADS = {bits: upload for upload, bits in UPLOAD_BITS.items()}
 
 
 class ReplayedRound(msgspec.Struct, frozen=True):
@@ -108,7 +110,7 @@ def _differences(signed: wire.Plan, replayed: wire.Plan) -> Iterator[str]:
 
 def _range_differences(bundle: Bundle, signed: wire.Plan, replayed: wire.Plan) -> Iterator[str]:
     ours, theirs = (_ranges(bundle, plan) for plan in (signed, replayed))
-    bits = [f"int{plan.quantisation.bits}" if plan.quantisation else "float32" for plan in (signed, replayed)]
+    bits = [_UPLOADS[plan.quantisation.bits] if plan.quantisation else "float32" for plan in (signed, replayed)]
     if bits[0] != bits[1]:
         yield f"upload: signed {bits[0]}, replayed {bits[1]}"
         return

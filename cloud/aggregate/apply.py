@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -17,6 +18,12 @@ def largest_changes(before: Mapping[str, Array], after: Mapping[str, Array]) -> 
     """The largest absolute change of every tensor that differs between two adapters of the same ranks."""
     changes = {name: float(np.max(np.abs(np.subtract(after[name], array)))) for name, array in before.items()}
     return {name: change for name, change in changes.items() if change > 0}
+
+
+def usual_changes(before: Mapping[str, Array], after: Mapping[str, Array]) -> dict[str, float]:
+    """The root mean square of the change of every tensor that differs between two adapters of the same ranks."""
+    changes = {name: np.subtract(after[name], array, dtype=np.float64) for name, array in before.items()}
+    return {name: math.sqrt(float(np.mean(change**2))) for name, change in changes.items() if change.any()}
 
 
 def apply_mean(adapter: Mapping[str, Array], layout: Layout, mean: npt.NDArray[np.float64]) -> dict[str, Array]:

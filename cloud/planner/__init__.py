@@ -10,7 +10,7 @@ from cloud.planner.costs import Traffic
 from cloud.planner.fixed import fixed
 from cloud.planner.kill_revive import kill_revive
 from cloud.planner.lora_a2 import lora_a2
-from cloud.planner.ranges import update_ranges
+from cloud.planner.ranges import ternary_ranges, update_ranges
 from cloud.planner.scores import PastRound
 from cloud.planner.tiers import Tiers, plan_tiers, tiers_problems
 
@@ -43,6 +43,7 @@ __all__ = [
     "bytes_problems",
     "choose",
     "plan_tiers",
+    "ternary_ranges",
     "tiers_problems",
     "update_ranges",
 ]

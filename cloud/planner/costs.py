@@ -19,7 +19,7 @@ from cloud.planner.aggregation import AGGREGATIONS
 from cloud.planner.tiers import Tiers, plan_tiers
 from edge_runtime import wire
 from edge_runtime.bundle import Manifest
-from edge_runtime.wire.codes import packed_bytes
+from edge_runtime.wire.codes import UpdateBits, packed_bytes
 from edge_runtime.wire.envelope import OVERHEAD_BYTES
 from edge_runtime.wire.patch import PatchBits, component_counts, patch_bytes
 from edge_runtime.wire.plan import SCHEMA
@@ -52,7 +52,7 @@ class Traffic:
     aggregation: str
     rank: int  # of the task
     head_trained: bool
-    upload: PatchBits
+    upload: UpdateBits
     download: PatchBits
     # An update of any other tier than 0 is smaller, so these only make plans longer.
     tiers: Tiers = field(default_factory=Tiers)
@@ -180,5 +180,5 @@ def fixed_bytes(traffic: Traffic, *, lists_components: bool) -> int:
     return update_bytes(traffic, dead) + result_bytes(traffic, dead) + plan_bytes(traffic, longest)
 
 
-def _value_bytes(count: int, bits: PatchBits) -> int:
+def _value_bytes(count: int, bits: UpdateBits) -> int:
     return 4 * count if bits == 32 else packed_bytes(count, bits)

@@ -1,7 +1,9 @@
-"""A change rounded to few bits, and what is left of it for the next time: stochastic rounding with error feedback.
+"""A change rounded to few bits, and what is left of it for the next time: rounding with error feedback.
 
-Rounding is unbiased: a value between two codes becomes the upper one with a chance equal to its distance from the lower
-one, so that the mean over many devices loses nothing but noise. What a device did not send, because it was rounded or
+Rounding to eight or four bits is unbiased: a value between two codes becomes the upper one with a chance equal to its
+distance from the lower one, so that the mean over many devices loses nothing but noise. Ternary codes are the nearest
+ones: where two steps are all there is, rounding at random adds more than the change itself has, and what nearest codes
+lose a device makes up for later. What a device did not send, because it was rounded or
 beyond the range, is added to its change of the next round in which the tensor is alive (Seide et al. 2014; Karimireddy
 et al., arXiv 1901.09847). Pure.
 
@@ -30,6 +32,9 @@ from edge_runtime.wire.codes import largest_code
 Flat = npt.NDArray[np.float32]
 Double = npt.NDArray[np.float64]
 
+# What a device may owe of a value, in ranges. Eight and four bits have ranges beyond nearly every change; the range of
+# ternary codes is hardly more than a usual change, and large ones are sent in several rounds.
+_MOST_OWED = {8: 1, 4: 1, 2: 8}
 _TRIES = 8  # of rounding to a bound; after them it is rounded towards zero, which enlarges nothing
 
 
@@ -56,15 +61,15 @@ def quantise(
 ) -> Quantised:
     """Round a change and what is left of earlier ones, block by block.
 
-    A residual is kept within one range of zero: a tensor whose changes stay beyond its range would otherwise owe more
-    every round, and pay it back when nobody wants it any more.
+    A residual is kept within one range of zero, of ternary codes eight: a tensor whose changes stay beyond its range
+    would otherwise owe more every round, and pay it back when nobody wants it any more.
 
     Args:
         change: Of the alive tensors, shape (layout.count,), finite.
         layout: Their names, shapes and ranges.
         residual: What is left of earlier rounds, by tensor name, of the whole tensor's shape; absent where nothing is,
             unless only some components of the tensor are trained.
-        rng: For the rounding. Devices must draw differently, else their errors do not cancel.
+        rng: For the rounding at random. Devices must draw differently, else their errors do not cancel.
         max_norm: The L2 norm of what is sent is at most this.
 
     Raises:
@@ -73,7 +78,7 @@ def quantise(
     quantisation = layout.quantisation
     if quantisation is None:
         raise ValueError("quantise: the layout has no ranges: its updates are sent as float32")
-    most = largest_code(quantisation.bits)
+    most = _MOST_OWED[quantisation.bits] * largest_code(quantisation.bits)
     wanted, kept = change.astype(np.float64), dict(residual)
     for name, part in layout.split(wanted).items():
         kept[name] = np.array(residual.get(name, np.zeros(part.shape, np.float32)))
@@ -106,9 +111,14 @@ def _largest(wanted: Double, count: int) -> Double:
 
 def _within(wanted: Double, layout: Layout, rng: np.random.Generator, max_norm: float) -> Flat:
     """A change rounded so that its norm is within the bound, within which it is itself; shape (count,)."""
-    share = 1.0
+    assert layout.quantisation is not None, "the caller has looked"
+    ternary, share = layout.quantisation.bits == 2, 1.0
+
+    def stochastic(scaled: Double, most: int) -> Double:
+        return stochastic_codes(scaled, most, rng)
+
     for _ in range(_TRIES):
-        values = _rounded(share * wanted, layout, lambda scaled, most: stochastic_codes(scaled, most, rng))
+        values = _rounded(share * wanted, layout, nearest_codes if ternary else stochastic)
         norm = norm_of(values)
         if norm <= max_norm:
             return values
@@ -126,6 +136,11 @@ def _rounded(wanted: Double, layout: Layout, to_codes: Callable[[Double, int], D
     for part, out, step in blocks:
         out[...] = to_codes(np.divide(part, step), most) * step
     return values
+
+
+def nearest_codes(scaled: Double, most: int) -> Double:
+    """The whole numbers within ±``most`` that are nearest."""
+    return np.rint(np.clip(scaled, -most, most))
 
 
 def stochastic_codes(scaled: Double, most: int, rng: np.random.Generator) -> Double:

@@ -2,12 +2,15 @@
 
 A code of b bits lies between −(2^(b−1) − 1) and 2^(b−1) − 1, so that zero stands in the middle and a change and its
 opposite are rounded alike; the one pattern left over is refused. Eight bits are one byte each. Of four bits two share a
-byte, the first in the low half; an odd last one leaves the high half zero.
+byte, the first in the low half; an odd last one leaves the high half zero. Codes of two bits are ternary, and five of
+them share a byte, see :mod:`edge_runtime.wire.ternary`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
+
+from edge_runtime.wire.ternary import A_BYTE, pack_ternary, unpack_ternary
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,17 +18,19 @@ if TYPE_CHECKING:
 
     Codes = npt.NDArray[np.int8]
 
-Bits = Literal[8, 4]
+Bits = Literal[8, 4, 2]
+UpdateBits = Literal[32, 8, 4, 2]  # of a value, 32 where there are no codes
+_BYTE = {8: 1, 4: 2, 2: A_BYTE}  # codes of so many bits that share one
 
 
 def largest_code(bits: Bits) -> int:
-    """The largest code: 127 of eight bits, 7 of four."""
+    """The largest code: 127 of eight bits, 7 of four, 1 of two."""
     return (1 << (bits - 1)) - 1
 
 
 def packed_bytes(count: int, bits: Bits) -> int:
     """Length in bytes of ``count`` packed codes."""
-    return count if bits == 8 else (count + 1) // 2
+    return -(-count // _BYTE[bits])
 
 
 def pack_codes(codes: Codes, bits: Bits) -> bytes:
@@ -34,6 +39,8 @@ def pack_codes(codes: Codes, bits: Bits) -> bytes:
 
     if bits == 8:
         return codes.tobytes()
+    if bits == 2:
+        return pack_ternary(codes)
     halves = np.zeros(codes.size + codes.size % 2, np.uint8)
     halves[: codes.size] = codes.view(np.uint8) & 0xF
     return (halves[::2] | halves[1::2] << 4).astype(np.uint8).tobytes()
@@ -54,6 +61,8 @@ def unpack_codes(data: bytes | memoryview, count: int, bits: Bits) -> Codes:
     raw = np.frombuffer(data, np.uint8)
     if bits == 8:
         codes = raw.view(np.int8)
+    elif bits == 2:
+        codes = unpack_ternary(raw, count)
     else:
         halves = np.empty(2 * raw.size, np.uint8)
         halves[::2], halves[1::2] = raw & 0xF, raw >> 4

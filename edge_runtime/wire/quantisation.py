@@ -2,7 +2,7 @@
 
 Every block of an update has one range, named by the plan and the same for every device, so that the codes of several
 devices could be added before anybody turns them into values. A code c of a block stands for ``c · range / most``, most
-being 127 or 7. How a device rounds a change to such values is its own affair: :mod:`edge_runtime.training.quantise`.
+being 127, 7 or 1. How a device rounds a change to such values is its own affair: :mod:`edge_runtime.training.quantise`.
 
 A plan may also have a density below 1: an update then holds so many of the layout's values and no more, wherever they
 are, first their positions and then their codes; all others are 0.

@@ -32,10 +32,12 @@ from cloud.planner.costs import fixed_bytes, plan_bytes, result_bytes, update_by
 from cloud.planning import plan_layout
 from edge_runtime import wire
 from edge_runtime.bundle import Bundle, Manifest, Slot
+from edge_runtime.wire.codes import UpdateBits
 from edge_runtime.wire.components import rounded
 from edge_runtime.wire.patch import PatchBits, change_of
 
 BITS: tuple[PatchBits, ...] = (32, 8, 4)
+UP_BITS: tuple[UpdateBits, ...] = (*BITS, 2)
 BUDGETED = ("anneal", "kill-revive", "annealed-kill-revive", "lora-a2")
 WIDE = (Slot("q", 96, 64), Slot("v", 96, 193))
 ORDER = ("float32", "int8", "int4")
@@ -51,7 +53,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return make_bundle(tmp_path_factory.mktemp("bytes") / "wide", slots=WIDE, r_max=4)
 
 
-def traffic_of(manifest: Manifest, upload: PatchBits, download: PatchBits, **changes: Any) -> Traffic:
+def traffic_of(manifest: Manifest, upload: UpdateBits, download: PatchBits, **changes: Any) -> Traffic:
     parts: dict[str, Any] = {"task": "tiny", "aggregation": "alternate", "rank": manifest.r_max, "head_trained": True}
     return Traffic(manifest=manifest, upload=upload, download=download, **(parts | changes))
 
@@ -112,7 +114,7 @@ def real_bytes(traffic: Traffic, modules: tuple[wire.ModulePlan, ...]) -> tuple[
 
 
 @given(
-    st.sampled_from(BITS),
+    st.sampled_from(UP_BITS),
     st.sampled_from(BITS),
     st.booleans(),
     st.booleans(),
@@ -120,7 +122,7 @@ def real_bytes(traffic: Traffic, modules: tuple[wire.ModulePlan, ...]) -> tuple[
     st.randoms(use_true_random=False),
 )
 def test_costs_are_those_of_the_wire(
-    bundle: Bundle, upload: PatchBits, download: PatchBits, head: bool, tiers: bool, density: float, rng: random.Random
+    bundle: Bundle, upload: UpdateBits, download: PatchBits, head: bool, tiers: bool, density: float, rng: random.Random
 ) -> None:
     """Update and patch to the byte; a plan is no longer than its estimate."""
     traffic = traffic_of(bundle.manifest, upload, download, head_trained=head, tiers=Tiers(enabled=tiers))
@@ -135,7 +137,7 @@ def test_costs_are_those_of_the_wire(
 
 
 @st.composite
-def budgets(draw: st.DrawFn) -> tuple[Annealing, str, str, PatchBits, PatchBits]:
+def budgets(draw: st.DrawFn) -> tuple[Annealing, str, str, UpdateBits, PatchBits]:
     """Shape, policy, aggregation and bits."""
     start = draw(st.floats(0.05, 1.0))
     depth = draw(st.sampled_from([1.0, 0.7]))
@@ -153,7 +155,7 @@ def budgets(draw: st.DrawFn) -> tuple[Annealing, str, str, PatchBits, PatchBits]
         depth_end=depth * draw(st.sampled_from([1.0, 0.4])),
     )
     policy, aggregation = draw(st.sampled_from(BUDGETED)), draw(st.sampled_from(sorted(AGGREGATIONS)))
-    return settings, policy, aggregation, draw(st.sampled_from(BITS)), draw(st.sampled_from(BITS))
+    return settings, policy, aggregation, draw(st.sampled_from(UP_BITS)), draw(st.sampled_from(BITS))
 
 
 def play(

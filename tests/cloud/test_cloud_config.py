@@ -50,7 +50,10 @@ def test_sample_gives_the_defaults() -> None:
             BASE + 'upload = "int8"\naggregation = "stack"',
             r"task.upload \(int8\) must be float32 with task.aggregation",
         ),
-        (BASE + "upload_density = 0.5", r"task.upload_density \(0.5\) needs task.upload int8 or int4, got float32"),
+        (
+            BASE + "upload_density = 0.5",
+            r"task.upload_density \(0.5\) needs task.upload int8, int4 or ternary",
+        ),
         (
             BASE + 'upload = "int4"\nupload_density = 0',
             "task.upload_density: expected more than 0 and at most 1, got 0",

@@ -15,8 +15,8 @@ from cloud_fleet import Device, Site, make_bundle, values_for
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloud.aggregate import largest_changes
-from cloud.planner import PastRound, update_ranges
+from cloud.aggregate import largest_changes, usual_changes
+from cloud.planner import PastRound, ternary_ranges, update_ranges
 from cloud.planning import plan_layout
 from edge_runtime import wire
 from edge_runtime.bundle import adapter_shapes, parse_tensors
@@ -82,10 +82,51 @@ def test_a_plan_may_always_carry_them(rate: float, steps: int | None, moved: lis
         assert range_ == max_abs or len(f"{range_:e}".split("e")[0].rstrip("0").replace(".", "")) <= 3
 
 
+def ternary(usual: float = 0.0, *, devices: int = 5, **changes: object) -> tuple[float, ...]:
+    training = msgspec.structs.replace(TRAINING, **changes)
+    rounds = [PastRound((), {}, training=TRAINING, usual={"q.lora_b": usual})] if usual else []
+    return ternary_ranges(NAMES, training, rounds, max_abs=8.0, devices=devices)
+
+
+def test_ternary_ranges_begin_with_steps_that_are_unrelated() -> None:
+    assert ternary() == (0.00692, 0.0277, 0.0138)  # 1.224 · rate · √32
+    assert ternary(steps=4, epochs=None) == (0.00245, 0.00979, 0.0049)
+    assert ternary(lr_a=0.0) == (1e-6, 0.0277, 0.0138)
+
+
+def test_ternary_ranges_follow_what_a_mean_of_so_many_devices_moved() -> None:
+    assert ternary(0.01)[1] == 0.0304  # 0.01 · √(5 / 0.54)
+    assert ternary(0.01, devices=20)[1] == 0.0609
+    assert ternary(0.01, lr_b=2e-3)[1] == 0.0152  # at half the rate
+    assert ternary(0.01)[::2] == ternary()[::2]  # the others have not moved
+    assert ternary(100.0)[1] == 8.0
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.5])  # the share of a change's variance that all devices have in common
+@pytest.mark.parametrize("start", [0.2, 1.0, 5.0])
+def test_a_ternary_range_settles_from_both_sides(start: float, alike: float) -> None:
+    """Near the best step of unrelated changes; where devices agree larger, but never beyond √devices times that."""
+    rng, devices, count = np.random.default_rng(2), 5, 4000
+    range_, residuals = start, [{} for _ in range(devices)]
+    for _ in range(12):
+        common, sent = rng.normal(size=count), []
+        layout = wire.Layout((("q.lora_b", (count, 1)),), wire.Quantisation(2, (range_,)))
+        for device, residual in enumerate(residuals):
+            change = np.sqrt(alike) * common + np.sqrt(1 - alike) * rng.normal(size=count)
+            found = quantise(change.astype(np.float32), layout, residual, rng=rng)
+            residuals[device] = found.residual
+            sent.append(found.values)
+        usual = float(np.sqrt(np.mean(np.mean(sent, axis=0) ** 2)))
+        past_round = PastRound((), {}, training=TRAINING, usual={"q.lora_b": usual} if usual else {})
+        range_ = ternary_ranges(["q.lora_b"], TRAINING, [past_round], max_abs=100.0, devices=devices)[0]
+    assert 0.8 * 1.224 < range_ < (1.6 if not alike else 2.3) * 1.224
+
+
 def test_largest_changes_are_those_of_the_tensors_that_moved() -> None:
     before = {"a": np.array([[1.0, -2.0, 0.5]], np.float32), "b": np.ones(2, np.float32)}
     after = {"a": np.array([[1.25, -2.5, 0.5]], np.float32), "b": np.ones(2, np.float32)}
     assert largest_changes(before, after) == {"a": 0.5}
+    assert usual_changes(before, after) == {"a": pytest.approx(math.sqrt((0.25**2 + 0.5**2) / 3))}
 
 
 class Learner:
@@ -128,7 +169,7 @@ async def run_task(site: Site, session: aiohttp.ClientSession) -> tuple[list[wir
         signed = await first.plan(after=signed.plan.round)
 
 
-@pytest.mark.parametrize(("upload", "bits"), [("int8", 8), ("int4", 4)])
+@pytest.mark.parametrize(("upload", "bits"), [("int8", 8), ("int4", 4), ("ternary", 2)])
 async def test_a_quantised_task_ends_with_the_average(
     tmp_path: Path, session: aiohttp.ClientSession, upload: str, bits: int
 ) -> None:
@@ -138,16 +179,18 @@ async def test_a_quantised_task_ends_with_the_average(
     plans, learners = await run_task(site, session)
     assert [plan.quantisation.bits for plan in plans[:-1]] == [bits] * 6
     assert plans[-1].quantisation is msgspec.UNSET
-    assert plans[0].quantisation.ranges == (0.032,) * 6  # sixteen steps at 2e-3, B and head alike
-    assert plans[1].quantisation.ranges[:4] == (0.00731,) * 4  # A, never alive: sixteen steps at 4.57e-4
-    assert all(range_ != 0.032 for plan in plans[2:-1] for range_ in plan.quantisation.ranges)
+    steps = 1.224 * 4 if upload == "ternary" else 16  # what sixteen add up to, unrelated ones or all alike
+    first = plans[0].quantisation.ranges[0]
+    assert plans[0].quantisation.ranges == (pytest.approx(steps * 2e-3, rel=0.005),) * 6  # B and head alike
+    assert plans[1].quantisation.ranges[:4] == (pytest.approx(steps * 4.57e-4, rel=0.005),) * 4  # A, never alive
+    assert all(range_ != first for plan in plans[2:-1] for range_ in plan.quantisation.ranges)
     status = await site.operator.status()
     assert status.bytes_up == sum(learner.sent_bytes for learner in learners)
     await site.close()
     assert (await replay(site)).exit_code == 0
 
 
-@pytest.mark.parametrize(("upload", "density"), [("int8", 0.5), ("int4", 0.1)])
+@pytest.mark.parametrize(("upload", "density"), [("int8", 0.5), ("int4", 0.1), ("ternary", 0.5)])
 async def test_a_sparse_task_ends_with_the_average(
     tmp_path: Path, session: aiohttp.ClientSession, upload: str, density: float
 ) -> None:

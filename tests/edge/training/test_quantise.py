@@ -141,6 +141,42 @@ def test_every_block_has_its_own_range_and_the_dead_keep_what_they_are_owed() ->
     assert set(found.residual) == {"m.lora_a", "m.lora_b", "n.lora_b"}
 
 
+def test_ternary_codes_are_the_nearest_ones() -> None:
+    """From half a range on; what they lose is owed, and what is large is sent in several rounds."""
+    change = np.array([0.49, 0.51, -0.49, -0.51, 3.0, -20.0], np.float32)
+    layout, rng = layout_of_one(6, 2, 1.0), np.random.default_rng(0)
+    found = quantise(change, layout, {}, rng=rng)
+    np.testing.assert_array_equal(found.values, [0, 1, 0, -1, 1, -1])
+    np.testing.assert_allclose(found.residual["m.lora_b"], [0.49, -0.49, -0.49, 0.49, 2.0, -8.0], rtol=1e-6)
+    total = found.values.astype(np.float64)
+    for _ in range(10):
+        found = quantise(np.zeros(6, np.float32), layout, found.residual, rng=rng)
+        total += found.values
+    np.testing.assert_array_equal(total, [0, 1, 0, -1, 3, -9])  # one range, and the eight that may be owed
+
+
+def test_the_mean_of_ternary_updates_tends_to_the_mean_of_the_changes() -> None:
+    """Twenty devices that move alike in part, ten rounds: what they keep makes up for most of what rounding loses."""
+    rng, layout = np.random.default_rng(4), layout_of_one(400, 2, 1.2)
+    common, residuals = rng.normal(size=400), [{} for _ in range(20)]
+    kept, lost = np.zeros(400), np.zeros(400)
+    for _ in range(10):
+        for device, residual in enumerate(residuals):
+            change = (0.5 * common + 0.85 * rng.normal(size=400)).astype(np.float32)
+            found = quantise(change, layout, residual, rng=rng)
+            residuals[device], kept = found.residual, kept + (change - found.values) / 20
+            lost += (change - quantise(change, layout, {}, rng=rng).values) / 20
+    size = np.linalg.norm(10 * 0.5 * common)
+    assert np.linalg.norm(kept) < 0.12 * size
+    assert np.linalg.norm(kept) < 0.6 * np.linalg.norm(lost)
+
+
+def test_a_bound_on_the_norm_holds_for_ternary_codes() -> None:
+    change = np.linspace(-4, 4, 16, dtype=np.float32)
+    found = quantise(change, layout_of_one(16, 2, 1.0), {}, rng=np.random.default_rng(0), max_norm=2.5)
+    assert 0 < np.linalg.norm(found.values) <= 2.5
+
+
 def test_devices_round_differently_and_one_seed_alike() -> None:
     change, layout = np.linspace(-1, 1, 200).astype(np.float32), layout_of_one(200, 4, 1.0)
     first, again, other = (quantise(change, layout, {}, rng=np.random.default_rng(seed)).values for seed in (1, 1, 2))
