@@ -352,6 +352,7 @@ def test_what_has_one_seed_is_everything_the_core_table_has_not() -> None:
             ("lora-r1", ""),
             (OURS, "small"),
             (OURS, "large"),
+            (OURS, "wide"),
         }
     mixed = [run for run in runs if run.tiers != (0,)]
     assert [(run.key.method, run.tiers) for run in mixed] == [(OURS, (0, 1, 2)), ("lora-r8", (0, 1, 2))]

@@ -190,12 +190,12 @@ def test_the_head_sees_every_token_but_the_first(llama_bundle: Path) -> None:
     assert sizes.rows == sizes.tokens - 2
 
 
-@pytest.mark.parametrize("budget", ["small", "large"])
+@pytest.mark.parametrize("budget", ["small", "large", "wide"])
 def test_our_own_method_runs_with_a_decoder(budget: str, tmp_path: Path, llama_bundle: Path) -> None:
     setup = a_setup(tmp_path, llama_bundle, method="annealed-kill-revive", budget=budget)
     extra = {
         "training": {"lr_a": 1e-2, "lr_b": 1e-2},
-        "task": {"rank": 3 if budget == "small" else 2},
+        "task": {"rank": {"small": 3, "large": 2, "wide": 4}[budget]},
     }  # the bundle has 4
     line = asyncio.run(run(msgspec.structs.replace(setup, extra=extra), lambda _: None))
     assert line.end < line.start
@@ -210,7 +210,7 @@ def test_every_method_is_a_config_for_a_decoder(method: str, budget: str, quick:
     shared = {**workload.tables(sizes), "task": {"rounds": sizes.rounds}}
     text = config_text(METHODS[method], budget, bundle="b", seed=3, shared=shared, reference_bytes=8_000)
     config = parse_config(text.encode(), path=tmp_path / "emberlora.toml")
-    shares = {"small": 100, "large": 133}  # an eightieth, a sixtieth
+    shares = {"small": 100, "large": 133, "wide": 199}  # an eightieth, a sixtieth, a fortieth
     assert config.annealing.bytes_per_device_per_round == shares.get(budget)
     assert (config.task.head_init, config.task.head) == ("bundle", "trained")  # neither is asked of a decoder
     assert (config.training.batch_size, config.training.max_tokens) == (4, 64)
@@ -336,7 +336,7 @@ def test_speakers_are_run_with_one_seed_unless_told_otherwise() -> None:
     keys = command.keys_of(command.Choice(), "", quick=False)
     mine = [key for key in keys if key.dataset == "shakespeare"]
     assert {(key.alpha, key.seed) for key in mine} == {(None, 0)}
-    assert [key.method for key in mine] == [*command.CORE, "annealed-kill-revive"]
+    assert [key.method for key in mine] == [*command.CORE, "annealed-kill-revive", "annealed-kill-revive"]
     assert {(key.alpha, key.seed) for key in keys if key.dataset == "clinc150"} == {
         (alpha, seed) for alpha in (0.5, 0.1) for seed in (0, 1, 2)
     }
