@@ -14,7 +14,7 @@ from cloud.aggregate import (
     largest_changes,
     module_energies,
     module_movement,
-    usual_changes,
+    rms_changes,
     with_ranks,
 )
 from cloud.config import Config
@@ -55,7 +55,7 @@ class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         largest: The largest absolute mean change of every tensor that the round before moved.
         components: By how much it moved each component of every module that moved; four digits.
         idle: By module, the components that it was to train and too few devices carried.
-        usual: The root mean square of the mean changes of every tensor that the round before moved, four digits; empty
+        rms: The root mean square of the mean changes of every tensor that the round before moved, four digits; empty
             in what was kept before updates could be ternary.
     """
 
@@ -65,7 +65,7 @@ class Evidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     largest: dict[str, float] = {}
     components: dict[str, tuple[float, ...]] = {}
     idle: dict[str, tuple[int, ...]] = {}
-    usual: dict[str, float] = {}
+    rms: dict[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,8 @@ def gather_evidence(
         return evidence
     moved, largest = module_movement(manifest, before, tensors), largest_changes(before, tensors)
     components = component_movement(manifest, before, tensors)
-    usual = {name: float(f"{change:.4g}") for name, change in usual_changes(before, tensors).items()}
-    return msgspec.structs.replace(
-        evidence, moved=moved, largest=largest, components=components, idle=idle, usual=usual
-    )
+    rms = {name: float(f"{change:.4g}") for name, change in rms_changes(before, tensors).items()}
+    return msgspec.structs.replace(evidence, moved=moved, largest=largest, components=components, idle=idle, rms=rms)
 
 
 def past_rounds(opened: Sequence[OpenedRound], current: Evidence) -> tuple[PastRound, ...]:
@@ -108,7 +106,7 @@ def past_rounds(opened: Sequence[OpenedRound], current: Evidence) -> tuple[PastR
             made.largest,
             round_.plan.training,
             made.idle,
-            made.usual,
+            made.rms,
         )
         for round_, made in zip(opened, after, strict=False)  # before the first round there is nothing to pair
         if round_.plan.state == "train"

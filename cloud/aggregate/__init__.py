@@ -1,6 +1,6 @@
 """Summing updates exactly, one at a time, applying their mean to an adapter, and changing its ranks."""
 
-from cloud.aggregate.apply import apply_mean, largest_changes, usual_changes
+from cloud.aggregate.apply import apply_mean, largest_changes, rms_changes
 from cloud.aggregate.class_means import linear_discriminant
 from cloud.aggregate.factors import component_movement, module_energies, module_movement, refactor, with_ranks
 from cloud.aggregate.fixed_point import UpdateSum
@@ -22,6 +22,6 @@ __all__ = [
     "module_energies",
     "module_movement",
     "refactor",
-    "usual_changes",
+    "rms_changes",
     "with_ranks",
 ]

@@ -20,7 +20,7 @@ def largest_changes(before: Mapping[str, Array], after: Mapping[str, Array]) -> 
     return {name: change for name, change in changes.items() if change > 0}
 
 
-def usual_changes(before: Mapping[str, Array], after: Mapping[str, Array]) -> dict[str, float]:
+def rms_changes(before: Mapping[str, Array], after: Mapping[str, Array]) -> dict[str, float]:
     """The root mean square of the change of every tensor that differs between two adapters of the same ranks."""
     changes = {name: np.subtract(after[name], array, dtype=np.float64) for name, array in before.items()}
     return {name: math.sqrt(float(np.mean(change**2))) for name, change in changes.items() if change.any()}

@@ -73,8 +73,8 @@ def ternary_ranges(
     wanted = []
     for name in names:
         rate = _rate(name, training)
-        usual = _scaled(name, rate, past, lambda round_, name: round_.usual.get(name, 0.0))
-        found = TERNARY_STEP * rate * math.sqrt(steps) if usual is None else usual * math.sqrt(devices / _SENT)
+        rms = _scaled(name, rate, past, lambda round_, name: round_.rms.get(name, 0.0))
+        found = TERNARY_STEP * rate * math.sqrt(steps) if rms is None else rms * math.sqrt(devices / _SENT)
         wanted.append(min(float(f"{max(found, SMALLEST):.3g}"), max_abs))
     return tuple(wanted)
 

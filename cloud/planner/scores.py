@@ -25,7 +25,7 @@ Component = tuple[str, int]  # module and number
 class PastRound:
     """A round's modules as planned, and by how much each alive one, and each of its components, moved.
 
-    ``largest`` is the largest absolute mean change of every tensor that moved, ``usual`` the root mean square of its
+    ``largest`` is the largest absolute mean change of every tensor that moved, ``rms`` the root mean square of its
     mean changes, ``training`` how devices trained, and ``idle`` names the components that could not move because too
     few devices carried them: they say nothing.
     """
@@ -36,7 +36,7 @@ class PastRound:
     largest: Mapping[str, float] = field(default_factory=dict)
     training: Training | None = None
     idle: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    usual: Mapping[str, float] = field(default_factory=dict)
+    rms: Mapping[str, float] = field(default_factory=dict)
 
     def carried(self, module: ModulePlan) -> tuple[int, ...]:
         """The components of one of the round's modules that it trained; none of a dead one."""

@@ -15,7 +15,7 @@ from cloud_fleet import Device, Site, make_bundle, values_for
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloud.aggregate import largest_changes, usual_changes
+from cloud.aggregate import largest_changes, rms_changes
 from cloud.planner import PastRound, ternary_ranges, update_ranges
 from cloud.planning import plan_layout
 from edge_runtime import wire
@@ -82,9 +82,9 @@ def test_a_plan_may_always_carry_them(rate: float, steps: int | None, moved: lis
         assert range_ == max_abs or len(f"{range_:e}".split("e")[0].rstrip("0").replace(".", "")) <= 3
 
 
-def ternary(usual: float = 0.0, *, devices: int = 5, **changes: object) -> tuple[float, ...]:
+def ternary(rms: float = 0.0, *, devices: int = 5, **changes: object) -> tuple[float, ...]:
     training = msgspec.structs.replace(TRAINING, **changes)
-    rounds = [PastRound((), {}, training=TRAINING, usual={"q.lora_b": usual})] if usual else []
+    rounds = [PastRound((), {}, training=TRAINING, rms={"q.lora_b": rms})] if rms else []
     return ternary_ranges(NAMES, training, rounds, max_abs=8.0, devices=devices)
 
 
@@ -116,8 +116,8 @@ def test_a_ternary_range_settles_from_both_sides(start: float, alike: float) -> 
             found = quantise(change.astype(np.float32), layout, residual, rng=rng)
             residuals[device] = found.residual
             sent.append(found.values)
-        usual = float(np.sqrt(np.mean(np.mean(sent, axis=0) ** 2)))
-        past_round = PastRound((), {}, training=TRAINING, usual={"q.lora_b": usual} if usual else {})
+        rms = float(np.sqrt(np.mean(np.mean(sent, axis=0) ** 2)))
+        past_round = PastRound((), {}, training=TRAINING, rms={"q.lora_b": rms} if rms else {})
         range_ = ternary_ranges(["q.lora_b"], TRAINING, [past_round], max_abs=100.0, devices=devices)[0]
     assert 0.8 * 1.224 < range_ < (1.6 if not alike else 2.3) * 1.224
 
@@ -126,7 +126,7 @@ def test_largest_changes_are_those_of_the_tensors_that_moved() -> None:
     before = {"a": np.array([[1.0, -2.0, 0.5]], np.float32), "b": np.ones(2, np.float32)}
     after = {"a": np.array([[1.25, -2.5, 0.5]], np.float32), "b": np.ones(2, np.float32)}
     assert largest_changes(before, after) == {"a": 0.5}
-    assert usual_changes(before, after) == {"a": pytest.approx(math.sqrt((0.25**2 + 0.5**2) / 3))}
+    assert rms_changes(before, after) == {"a": pytest.approx(math.sqrt((0.25**2 + 0.5**2) / 3))}
 
 
 class Learner:
