@@ -111,11 +111,13 @@ def _plan(**changes: object) -> wire.Plan:
 _SIGNING_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 _ROUND_KEY = X25519PrivateKey.from_private_bytes(bytes(range(32, 64)))
 _QUANTISED = wire.Quantisation(4, (7.0, 7.0, 7.0, 7.0))  # codes are whole numbers
+_TERNARY = wire.Quantisation(2, (1.0, 1.0, 1.0, 1.0))
 _MIXED = (wire.ModulePlan("layer.0.query", 2, "A", (1,)), wire.ModulePlan("layer.1.query", 1, ""))
 _PLANS = (
     _plan(),
     _plan(quantisation=_QUANTISED),
     _plan(quantisation=msgspec.structs.replace(_QUANTISED, density=0.3)),
+    _plan(quantisation=_TERNARY),
     _plan(tiers=_TIERS),
     _plan(modules=_MIXED, head_alive=False, personal=("head", "B")),
 )
@@ -144,6 +146,8 @@ def _updates(plan: wire.Plan, tier: int = 0) -> Parser:
     samples = []
     for layout in layouts:
         values = np.arange(layout.count, dtype=np.float32) % 8  # also as codes of four bits
+        if layout.quantisation and layout.quantisation.bits == 2:
+            values = values % 3 - 1
         values[layout.held :] = 0
         metrics = wire.LocalMetrics(38, 100, 61, 0.6875, 0.5, 0.625, 12.5, None, 640.0, tier=layout.tier)
         samples.append(wire.encode_update(wire.Update(values, 300, metrics), signed_plan=signed, layout=layout))
@@ -156,9 +160,16 @@ def _updates(plan: wire.Plan, tier: int = 0) -> Parser:
         assert float(np.abs(update.values).max(initial=0)) <= plan.update.max_abs, "over the plan's bound"
         assert update.weight >= 1, "of no weight"
 
-    codes = "codes" if plan.quantisation and plan.quantisation.density is msgspec.UNSET else "some codes"
-    kind = "tiers" if plan.tiers else codes if plan.quantisation else "float32"
-    return Parser(f"update, {kind}", tuple(samples), read, wire.UpdateError)
+    return Parser(f"update, {_kind(plan)}", tuple(samples), read, wire.UpdateError)
+
+
+def _kind(plan: wire.Plan) -> str:
+    """What is peculiar to its updates."""
+    if not plan.quantisation:
+        return "tiers" if plan.tiers else "float32"
+    if plan.quantisation.bits == 2:
+        return "ternary codes"
+    return "codes" if plan.quantisation.density is msgspec.UNSET else "some codes"
 
 
 def _measurements() -> Parser:
@@ -396,7 +407,7 @@ def make_parsers(folder: Path | None = None) -> tuple[Parser, ...]:
     return (
         Parser("plan", tuple(data[64:] for data in plans), _read_plan, wire.PlanError),
         Parser("plan, signature", plans, _read_signature, wire.PlanError),
-        *map(_updates, _PLANS[:4]),
+        *map(_updates, _PLANS[:5]),
         _measurements(),
         _patches(),
         _envelopes(),
