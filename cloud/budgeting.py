@@ -19,7 +19,6 @@ from cloud.planner.byte_budget import least_bytes
 from edge_runtime.bundle import Manifest
 
 _PRECISE_FIRST: tuple[Download, ...] = ("float32", "int8", "int4")
-_COARSENESS: dict[Upload, int] = {**{way: rank for rank, way in enumerate(_PRECISE_FIRST)}, "ternary": 3}
 _WHOLE = 1 - 1e-9  # a component of every module, whatever is lost in the last digit
 
 
@@ -59,7 +58,7 @@ def _ways(config: Config) -> Iterator[tuple[Upload, Download]]:
     automatic = "auto" in (task.upload, task.download)
     for upload in uploads:
         for download in downloads:
-            coarser = _COARSENESS[download] > _COARSENESS[upload]
+            coarser = DOWNLOAD_BITS[download] < UPLOAD_BITS[upload]
             if not automatic or not (coarser or (download == "int4" and task.download == "auto")):
                 yield upload, download
 

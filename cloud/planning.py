@@ -86,7 +86,8 @@ def gather_evidence(
         return evidence
     moved, largest = module_movement(manifest, before, tensors), largest_changes(before, tensors)
     components = component_movement(manifest, before, tensors)
-    rms = {name: float(f"{change:.4g}") for name, change in rms_changes(before, tensors).items()}
+    rms = rms_changes({name: before[name] for name in largest}, tensors)
+    rms = {name: float(f"{change:.4g}") for name, change in rms.items()}
     return msgspec.structs.replace(evidence, moved=moved, largest=largest, components=components, idle=idle, rms=rms)
 
 
@@ -102,11 +103,11 @@ def past_rounds(opened: Sequence[OpenedRound], current: Evidence) -> tuple[PastR
         PastRound(
             round_.plan.modules,
             made.moved,
-            made.components,
-            made.largest,
-            round_.plan.training,
-            made.idle,
-            made.rms,
+            components=made.components,
+            largest=made.largest,
+            training=round_.plan.training,
+            idle=made.idle,
+            rms=made.rms,
         )
         for round_, made in zip(opened, after, strict=False)  # before the first round there is nothing to pair
         if round_.plan.state == "train"

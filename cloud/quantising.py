@@ -6,14 +6,11 @@ from collections.abc import Sequence
 
 import msgspec
 
-from cloud.config import Config, Upload
+from cloud.config import UPLOAD_BITS, Config
 from cloud.planner import PastRound, ternary_ranges, update_ranges
 from cloud.planning import plan_layout
 from edge_runtime import wire
 from edge_runtime.bundle import Bundle
-from edge_runtime.wire.codes import Bits
-
-_BITS: dict[Upload, Bits] = {"int8": 8, "int4": 4, "ternary": 2}
 
 
 def with_quantisation(config: Config, bundle: Bundle, plan: wire.Plan, past: Sequence[PastRound]) -> wire.Plan:
@@ -28,11 +25,10 @@ def with_quantisation(config: Config, bundle: Bundle, plan: wire.Plan, past: Seq
         past: Every round applied before it.
     """
     plain = msgspec.structs.replace(plan, quantisation=msgspec.UNSET)
-    if plan.state != "train" or config.task.upload == "float32":
+    task, bits = config.task, UPLOAD_BITS[config.task.upload]
+    if plan.state != "train" or bits == 32:
         return plain
-    names = [name for name, _ in plan_layout(bundle, plain).blocks]
-    task, bits = config.task, _BITS[config.task.upload]
-    most = plan.update.max_abs
+    names, most = [name for name, _ in plan_layout(bundle, plain).blocks], plan.update.max_abs
     if bits == 2:
         ranges = ternary_ranges(names, plan.training, past, max_abs=most, devices=task.devices_per_round)
     else:

@@ -46,7 +46,7 @@ def update_ranges(
     Returns:
         One range a name, more than 0, at most ``max_abs``, of three digits so that plans stay small.
     """
-    return tuple(min(float(f"{_range(name, training, past):.3g}"), max_abs) for name in names)
+    return tuple(_written(_range(name, training, past), max_abs) for name in names)
 
 
 def ternary_ranges(
@@ -69,19 +69,28 @@ def ternary_ranges(
     Returns:
         One range a name, more than 0, at most ``max_abs``, of three digits so that plans stay small.
     """
-    steps = training.steps or (training.epochs or 1) * STEPS_AN_EPOCH
-    wanted = []
+    found = []
     for name in names:
         rate = _rate(name, training)
         rms = _scaled(name, rate, past, lambda round_, name: round_.rms.get(name, 0.0))
-        found = TERNARY_STEP * rate * math.sqrt(steps) if rms is None else rms * math.sqrt(devices / _SENT)
-        wanted.append(min(float(f"{max(found, SMALLEST):.3g}"), max_abs))
-    return tuple(wanted)
+        unrelated = TERNARY_STEP * rate * math.sqrt(_steps(training))
+        found.append(unrelated if rms is None else rms * math.sqrt(devices / _SENT))
+    return tuple(_written(max(range_, SMALLEST), max_abs) for range_ in found)
+
+
+def _written(range_: float, max_abs: float) -> float:
+    """As it stands in a plan."""
+    return min(float(f"{range_:.3g}"), max_abs)
+
+
+def _steps(training: Training) -> int:
+    """Of a device in a round."""
+    return training.steps or (training.epochs or 1) * STEPS_AN_EPOCH
 
 
 def _range(name: str, training: Training, past: Sequence[PastRound]) -> float:
     rate = _rate(name, training)
-    most = rate * (training.steps or (training.epochs or 1) * STEPS_AN_EPOCH)
+    most = rate * _steps(training)
     largest = _scaled(name, rate, past, lambda round_, name: round_.largest.get(name, 0.0))
     wanted = None if largest is None else HEADROOM * largest
     if wanted is None or (training.steps is not None and wanted > most):

@@ -2,10 +2,9 @@
 
 Rounding to eight or four bits is unbiased: a value between two codes becomes the upper one with a chance equal to its
 distance from the lower one, so that the mean over many devices loses nothing but noise. Ternary codes are the nearest
-ones: where two steps are all there is, rounding at random adds more than the change itself has, and what nearest codes
-lose a device makes up for later. What a device did not send, because it was rounded or
-beyond the range, is added to its change of the next round in which the tensor is alive (Seide et al. 2014; Karimireddy
-et al., arXiv 1901.09847). Pure.
+ones: where two steps are all there is, rounding at random adds more than the change itself has. What a device did not
+send, because it was rounded or beyond the range, is added to its change of the next round in which the tensor is alive
+(Seide et al. 2014; Karimireddy et al., arXiv 1901.09847). Pure.
 
 Where the plan has a density, only the largest of all values are sent, whatever block they are in, and the others wait
 in the same way (Aji and Heafield, arXiv 1704.05021; of LoRA factors, FLASC, arXiv 2406.05233).
@@ -20,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -112,13 +112,10 @@ def _largest(wanted: Double, count: int) -> Double:
 def _within(wanted: Double, layout: Layout, rng: np.random.Generator, max_norm: float) -> Flat:
     """A change rounded so that its norm is within the bound, within which it is itself; shape (count,)."""
     assert layout.quantisation is not None, "the caller has looked"
-    ternary, share = layout.quantisation.bits == 2, 1.0
-
-    def stochastic(scaled: Double, most: int) -> Double:
-        return stochastic_codes(scaled, most, rng)
-
+    to_codes = nearest_codes if layout.quantisation.bits == 2 else partial(stochastic_codes, rng=rng)
+    share = 1.0
     for _ in range(_TRIES):
-        values = _rounded(share * wanted, layout, nearest_codes if ternary else stochastic)
+        values = _rounded(share * wanted, layout, to_codes)
         norm = norm_of(values)
         if norm <= max_norm:
             return values
