@@ -26,7 +26,7 @@ from cloud.planner import (
 )
 from edge_runtime import wire
 from edge_runtime.wire.codes import UpdateBits
-from edge_runtime.wire.patch import PatchBits
+from edge_runtime.wire.patch_frame import PatchBits
 
 CONFIG_NAME = "emberlora.toml"
 Upload = Literal["float32", "int8", "int4", "ternary", "auto"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +17,13 @@ import numpy as np
 from edge_runtime import wire
 from edge_runtime.bundle import Array, Bundle, Manifest, adapter_shapes, cut_ranks
 from edge_runtime.wire.components import component_axis, lying, rounded, scale_count
-from edge_runtime.wire.patch import OWN, PatchBits, change_of, component_counts
+from edge_runtime.wire.patch import change_of
+from edge_runtime.wire.patch_frame import OWN, PatchBits, component_counts
 
 KEPT_PATCHES = 4  # of one plan: from the round before, from the bundle, and from two others
+KEPT_ADAPTERS = 16  # a device that was away for longer is sent codes in place of differences
+
+PatchKey = tuple[int, bool]  # round it starts from, or OWN; whether the device reads deflated codes
 
 # The first round whose plan names an adapter with this very tensor, or of each of its components where they differ;
 # OWN for what is the bundle's.
@@ -85,11 +89,28 @@ def _publish(name: str, since: Since, old: Array, new: Array, *, round_: int, bi
     return new, dates[0] if len(set(dates)) == 1 else dates
 
 
-def make_patch(bundle: Bundle, plan: wire.Plan, published: Published, *, since: int, bits: PatchBits) -> bytes:
-    """The patch from the adapter of round ``since`` to that of ``plan``, which is ``published``.
+def make_patch(
+    bundle: Bundle,
+    plan: wire.Plan,
+    published: Published,
+    key: PatchKey,
+    *,
+    older: Mapping[str, Array] | None,
+    bits: PatchBits,
+) -> bytes:
+    """The patch to the adapter of ``plan``, which is ``published``.
 
     In ``bits`` where that gives the very tensors; else, as for a while after the operator has chosen others, in 32.
+
+    Args:
+        bundle: The task's.
+        plan: Whose adapter it makes.
+        published: That adapter.
+        key: From which round's, and for which device.
+        older: The adapter it starts from, where it is here: then it may be of differences.
+        bits: Of a code.
     """
+    since, deflated = key
     manifest = bundle.manifest
     layout = wire.adapter_layout(plan.ranks, manifest.features, manifest.head_shapes)
     changes = {}
@@ -97,7 +118,38 @@ def make_patch(bundle: Bundle, plan: wire.Plan, published: Published, *, since: 
         if numbers := [number for number, date in enumerate(_dates(at, count)) if date > since]:
             changes[name] = change_of(name, published.tensors[name], numbers)
     head = wire.PatchHead(since, plan.round, plan.adapter, wire.fewest_bits(changes, bits))
-    return wire.encode_patch(head, changes, layout)
+    return wire.encode_patch(head, changes, layout, older=older, deflated=deflated)
+
+
+class RecentAdapters:
+    """The digests of the adapters that the last plans name, by round: what is kept on the disk and may be fetched.
+
+    Two where patches have whole values; with codes more, for a patch is of differences where its start is here.
+    """
+
+    def __init__(self, bits: PatchBits) -> None:
+        self._kept = 2 if bits == 32 else KEPT_ADAPTERS
+        self._digests: dict[int, str] = {}
+
+    def add(self, round_: int, digest: str) -> None:
+        """The plan of this round, the newest, names this adapter; what is too old is forgotten."""
+        self._digests[round_] = digest
+        for old in sorted(self._digests)[: -self._kept]:
+            del self._digests[old]
+
+    def recall(self, history: Iterable[wire.RoundStatus]) -> None:
+        """Those that rounds of the past made, which the plans after them name."""
+        for ended in history:
+            self.add(ended.round + 1, ended.adapter)
+
+    def of(self, round_: int) -> str | None:
+        """The digest of what a round's plan names, unless it is too old."""
+        return self._digests.get(round_)
+
+    @property
+    def digests(self) -> set[str]:
+        """All of them."""
+        return set(self._digests.values())
 
 
 class PatchBook:
@@ -107,20 +159,20 @@ class PatchBook:
     last asked for, and one is made at a time.
     """
 
-    def __init__(self, make: Callable[[int], bytes]) -> None:
+    def __init__(self, make: Callable[[PatchKey], bytes]) -> None:
         self._make = make
-        self._made: OrderedDict[int, bytes] = OrderedDict()
+        self._made: OrderedDict[PatchKey, bytes] = OrderedDict()
         self._lock = asyncio.Lock()
 
-    async def get(self, since: int) -> bytes:
-        """The patch from the adapter of round ``since``."""
+    async def get(self, key: PatchKey) -> bytes:
+        """The patch from this round's adapter for such a device."""
         async with self._lock:
-            if since not in self._made:
-                self._made[since] = await asyncio.to_thread(self._make, since)
-            self._made.move_to_end(since)
+            if key not in self._made:
+                self._made[key] = await asyncio.to_thread(self._make, key)
+            self._made.move_to_end(key)
             if len(self._made) > KEPT_PATCHES:
                 self._made.popitem(last=False)
-            return self._made[since]
+            return self._made[key]
 
 
 def _dates(since: Since, count: int) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ sweeps.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +16,16 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from cloud import planning
 from cloud.config import Config
-from cloud.download import Published, Since, make_patch, own_adapter, publish_master
+from cloud.download import (
+    PatchKey,
+    Published,
+    RecentAdapters,
+    Since,
+    make_patch,
+    own_adapter,
+    publish_master,
+)
+from cloud.errors import DataMissingError
 from cloud.keyring import Keyring
 from cloud.planner import Choice, PastRound
 from cloud.quantising import with_quantisation
@@ -24,6 +34,7 @@ from cloud.store import OBJECTS, Blobs, Database, RoundRecord, UpdateRecord
 from cloud.work import RoundWork, next_adapter, open_stored, read_adapter
 from edge_runtime import wire
 from edge_runtime.bundle import Array, Bundle, adapter_ranks, encode_tensors
+from edge_runtime.wire.patch_frame import OWN
 
 
 @dataclass(frozen=True)
@@ -108,10 +119,16 @@ class RoundMaker:
         """
         self._blobs.get(OBJECTS, record.master)
 
-    def patch(self, record: RoundRecord, since: int) -> bytes:
-        """The patch from the adapter of round ``since`` to that of a stored round."""
-        bits = self._config.download_bits
-        return make_patch(self._bundle, self._plan(record), self.published(record), since=since, bits=bits)
+    def patch(self, record: RoundRecord, recent: RecentAdapters, key: PatchKey) -> bytes:
+        """The patch to the adapter of a stored round; ``recent`` is what may still be here of earlier ones."""
+        plan, (since, deflated), bits = self._plan(record), key, self._config.download_bits
+        older = None
+        if since == OWN:
+            older = own_adapter(self._bundle, plan.ranks).tensors
+        elif deflated and (digest := recent.of(since)):
+            with contextlib.suppress(DataMissingError):  # then of whole codes: a copy of the folder has no older ones
+                older = self._read(digest)
+        return make_patch(self._bundle, plan, self.published(record), key, older=older, bits=bits)
 
     def _moved(self, ended: RoundRecord, work: RoundWork | None, updates: list[UpdateRecord] | None) -> _Start:
         before, published = self._read(ended.master), self.published(ended)

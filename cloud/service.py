@@ -21,7 +21,7 @@ from cloud import events, planning
 from cloud.arriving import Arrival, Arrivals, Counted
 from cloud.budgeting import with_budget
 from cloud.config import Config
-from cloud.download import PatchBook
+from cloud.download import PatchBook, RecentAdapters
 from cloud.errors import CloudError, DataError
 from cloud.keyring import Keyring
 from cloud.keys import Keys
@@ -45,7 +45,7 @@ from cloud.store.database import DATABASE_NAME
 from cloud.work import RoundWork, open_stored, open_update, start_work, without_outliers
 from edge_runtime import wire
 from edge_runtime.bundle import MANIFEST_NAME, Array, Bundle
-from edge_runtime.wire.patch import OWN
+from edge_runtime.wire.patch_frame import OWN, VERSION
 
 _TICK_S = 0.5
 _DOING = {"measure": "measuring", "train": "training", "finished": "finished"}  # what a plan's state means for a task
@@ -86,7 +86,7 @@ class Aggregator:
         self._patches: PatchBook
         self._work: RoundWork | None = None
         self._history: tuple[wire.RoundStatus, ...] = ()
-        self._previous_adapter: str | None = None
+        self._recent = RecentAdapters(config.download_bits)
         # What is left to do of a round that is final; nothing that follows waits for it.
         self._leftover: Callable[[], Awaitable[None]] | None = None
 
@@ -155,6 +155,7 @@ class Aggregator:
             state = TaskState(rules, record.round, "finished", record.deadline)
         else:
             state = resumed_state(rules, round_=record.round, deadline=record.deadline, counted=counted)
+        self._recent.recall(self._history)
         self._enter(state, record)
         published = await asyncio.to_thread(self._maker.published, record)
         await asyncio.to_thread(self._maker.check, record)
@@ -163,8 +164,6 @@ class Aggregator:
             await asyncio.to_thread(self._sum_again, work, updates)
         await asyncio.to_thread(self._blobs.keep_only, UPDATES, {receipt.digest for receipt in counted.values()})
         await asyncio.to_thread(self.parts.keep_only, record.round)  # a kill may have come between round and tidying
-        if self._history:
-            self._previous_adapter = self._history[-2].adapter if len(self._history) > 1 else None
         if self._history or finished:
             await asyncio.to_thread(self._publish, published.tensors, self._signed.plan.adapter)
 
@@ -208,7 +207,7 @@ class Aggregator:
         raise wire.UnavailableError("the aggregator is shutting down; ask again later")
 
     def blob_path(self, digest: str) -> Path:
-        """Where a bundle file or one of the two newest adapters lies.
+        """Where a bundle file or one of the newest adapters lies.
 
         Raises:
             NotFoundError: no such blob in this task.
@@ -218,12 +217,12 @@ class Aggregator:
         for name, entry in self._bundle.manifest.files.items():
             if entry.sha256 == digest:
                 return self._bundle.path(name)
-        if digest in (self._signed.plan.adapter, self._previous_adapter):
+        if digest in self._recent.digests:
             return self._blobs.path(OBJECTS, digest)
         raise wire.NotFoundError(f"blob {digest[:80]!r}: not part of this task")
 
-    async def patch(self, device: str, *, task: str, round_: int, since: int) -> bytes:
-        """What turns the adapter of round ``since`` into that of ``round_``; see :mod:`edge_runtime.wire.patch`.
+    async def patch(self, device: str, *, task: str, round_: int, since: int, reads: int) -> bytes:
+        """What turns the adapter of round ``since`` into that of ``round_``, in a version that the device ``reads``.
 
         Raises:
             NotFoundError: another task, or a round that has not begun.
@@ -239,7 +238,7 @@ class Aggregator:
             raise wire.RequestFormatError(
                 f"patch to round {round_}: since: expected {OWN} to {round_ - 1}, got {since}"
             )
-        data = await patches.get(since)
+        data = await patches.get((since, reads >= VERSION))
         self.members.saw(device, sent_bytes=len(data))
         return data
 
@@ -427,8 +426,8 @@ class Aggregator:
         await self._database.call(
             self._database.end_round, ended.round, summary=summary, new=new.record, adapter=new.digest
         )
-        self._previous_adapter = ended.adapter  # the one before it is about to go
-        self._leftover = functools.partial(self._tidy_up, ended.adapter, new)
+        self._recent.add(new.record.round, new.digest)  # the oldest is about to go
+        self._leftover = functools.partial(self._tidy_up, new)
         try:
             await self._make_up()
         except CloudError as error:  # the round is final all the same, and the next tick tries again
@@ -452,7 +451,8 @@ class Aggregator:
             judged = self.config.outliers.enabled
             self._work = start_work(self._bundle, signed, key=key, opened=record.opened, judged=judged)
         self._state, self._record, self._signed = state, record, signed
-        self._patches = PatchBook(functools.partial(self._maker.patch, record))
+        self._recent.add(record.round, signed.plan.adapter)
+        self._patches = PatchBook(functools.partial(self._maker.patch, record, self._recent))
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -466,15 +466,15 @@ class Aggregator:
             await self._leftover()
             self._leftover = None
 
-    async def _tidy_up(self, ended: str, new: MadeRound) -> None:
-        """What follows a round whose plan named the adapter ``ended``."""
+    async def _tidy_up(self, new: MadeRound) -> None:
+        """What follows a round that is final."""
         await self._destroy_keys(new.record)
         # The next round may have begun by the time this is done: what is there is asked for before what is needed.
         there = await asyncio.to_thread(self._blobs.files, UPDATES)
         counted = {one.digest for one in self._state.counted.values() if one.round >= new.record.round}
         needed = counted | self._arrivals.landing
         await asyncio.to_thread(self._blobs.keep_only, UPDATES, needed, among=there)
-        await asyncio.to_thread(self._blobs.keep_only, OBJECTS, {ended, new.digest, new.record.master})
+        await asyncio.to_thread(self._blobs.keep_only, OBJECTS, self._recent.digests | {new.record.master})
         await asyncio.to_thread(self._publish, new.published, new.digest)
 
     async def _destroy_keys(self, record: RoundRecord) -> None:

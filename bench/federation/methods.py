@@ -87,11 +87,17 @@ METHODS: dict[str, Method] = {
                 "task": {"rank": 2},
                 "annealing": {"bytes_per_device_per_round": Share(1 / 60), "depth_start": 1.0, "depth_end": 0.5},
             },
-            # A fortieth of its bytes and half of what it computes, in as many values as ternary updates make of that.
+            # A fortieth of its bytes and half of what it computes: all of the upper half at the full rank, in ternary
+            # updates, and patches of differences. The budget is a bound, reckoned with plain codes.
             "wide": {
-                "task": {"rank": 6, "upload": "ternary"},
+                "task": {"upload": "ternary"},
                 "training": {"lr_a": 4e-3, "lr_b": 4e-3},
-                "annealing": {"bytes_per_device_per_round": Share(1 / 40.3), "depth_start": 0.5, "depth_end": 0.33},
+                "annealing": {
+                    "bytes_per_device_per_round": Share(1 / 23),
+                    "budget_end": 1.0,
+                    "depth_start": 0.5,
+                    "depth_end": 0.33,
+                },
             },
         },
     ),

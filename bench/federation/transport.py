@@ -7,6 +7,7 @@ and opened, adapters verified, and everything is stored, as between machines. By
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from cloud.service import Aggregator
 from edge_runtime.bundle import Manifest, map_tensors
 from edge_runtime.device.records import Pending
 from edge_runtime.device.transport import BlobAnswer, PlanAnswer, Traffic
-from edge_runtime.wire import Capability, Plan, PlanKeyChain, UpdateReceipt, adapter_layout, decode_patch
-from edge_runtime.wire.patch import PatchHead, encode_patch, fewest_bits
+from edge_runtime.wire import Capability, Plan, PlanKeyChain, UpdateReceipt, adapter_layout
+from edge_runtime.wire.patch_frame import VERSION, parse_patch, shape_of
 
 _PIECE = 1 << 20
 
@@ -55,16 +56,17 @@ class MemoryTransport:
     @contextlib.asynccontextmanager
     async def patch(self, task: str, round_: int, *, since: int) -> AsyncIterator[AsyncIterator[bytes]]:
         """What makes the adapter of the plan the device was given."""
-        data = await self._aggregator.patch(self._device, task=task, round_=round_, since=since)
+        data = await self._aggregator.patch(self._device, task=task, round_=round_, since=since, reads=VERSION)
         assert self._plan is not None, "a device asks for a plan first"
         layout = adapter_layout(self._plan.ranks, self._manifest.features, self._manifest.head_shapes)
-        changes = decode_patch(data, since=since, round_=round_, digest=self._plan.adapter, layout=layout)
-        factors = {name: change for name, change in changes.items() if name not in self._manifest.head_shapes}
-        self.params_down += sum(change.values.size for change in factors.values())
-        if len(factors) < len(changes):  # the head is fetched once; its share of the patch is counted apart
-            bits = fewest_bits(changes, self._aggregator.config.download_bits)
-            without = encode_patch(PatchHead(since, round_, self._plan.adapter, bits), factors, layout)
-            self.head_down += len(data) - len(without)
+        frame = parse_patch(data, since=since, round_=round_, digest=self._plan.adapter, layout=layout)
+        shapes = dict(layout.blocks)
+        factors = {name: part for name, part in frame.parts.items() if name not in self._manifest.head_shapes}
+        self.params_down += sum(
+            math.prod(shape_of(name, shapes[name], len(part.numbers))) for name, part in factors.items()
+        )
+        if len(factors) < len(frame.parts):  # the head is fetched once; its share of the patch is counted apart
+            self.head_down += len(data) - len(frame.only(tuple(factors)).encode())
         yield self._whole(data)
 
     async def upload(self, pending: Pending, sealed: bytes) -> UpdateReceipt:

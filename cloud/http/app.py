@@ -20,6 +20,7 @@ from cloud.service import Aggregator
 from edge_runtime import wire
 from edge_runtime.wire import resources
 from edge_runtime.wire.messages import MAX_MESSAGE_BYTES, OPERATOR
+from edge_runtime.wire.patch_frame import PLAIN_VERSION
 
 _JSON = "application/json"
 _BINARY = "application/octet-stream"
@@ -139,6 +140,7 @@ class _Resources:
             task=request.match_info["task"],
             round_=_round(request),
             since=_whole(request, "since", least=-1),
+            reads=_whole(request, "reads", least=1, default=PLAIN_VERSION),
         )
         return web.Response(body=data, content_type=_BINARY)
 
@@ -295,8 +297,8 @@ def _digest(request: web.Request) -> str:
     return text
 
 
-def _whole(request: web.Request, name: str, *, least: int) -> int:
-    text = request.query.get(name, "")
+def _whole(request: web.Request, name: str, *, least: int, default: int | None = None) -> int:
+    text = request.query.get(name, "" if default is None else str(default))
     if not _NUMBER.fullmatch(text) or int(text) < least:
         raise wire.RequestFormatError(f"request: {name}: expected a whole number from {least}, got {text[:20]!r}")
     return int(text)

@@ -21,7 +21,7 @@ from edge_runtime import wire
 from edge_runtime.bundle import Manifest
 from edge_runtime.wire.codes import UpdateBits, packed_bytes
 from edge_runtime.wire.envelope import OVERHEAD_BYTES
-from edge_runtime.wire.patch import PatchBits, component_counts, patch_bytes
+from edge_runtime.wire.patch_frame import PatchBits, component_counts, patch_bytes
 from edge_runtime.wire.plan import SCHEMA
 
 _SIGNATURE_BYTES = 64

@@ -130,21 +130,22 @@ def _patch(manifest: Manifest, request: Request) -> None:
     )
     from edge_runtime.bundle.atomic import write_atomically
     from edge_runtime.wire import adapter_layout, decode_patch
-    from edge_runtime.wire.patch import OWN
+    from edge_runtime.wire.patch_frame import OWN
 
     what = f"patched adapter {request.makes[:12]}"
     _check_modules(manifest, request.ranks, request, what)
     layout = adapter_layout(request.ranks, manifest.features, manifest.head_shapes)
+    tensors = map_tensors(Path(request.adapter))
+    if request.since == OWN:  # at the plan's ranks, so that a lower rank alone is no reason to send anything
+        tensors = cut_ranks(manifest, tensors, request.ranks)
     changes = decode_patch(
         Path(request.patch).read_bytes(),
         since=request.since,
         round_=request.round,
         digest=request.makes,
         layout=layout,
+        older=tensors,
     )
-    tensors = map_tensors(Path(request.adapter))
-    if request.since == OWN:  # at the plan's ranks, so that a lower rank alone is no reason to send anything
-        tensors = cut_ranks(manifest, tensors, request.ranks)
     shapes = dict(layout.blocks)
     tensors |= {name: change.applied(name, tensors.get(name), shapes[name]) for name, change in changes.items()}
     check_tensors(tensors, adapter_shapes(manifest, request.ranks), what=what)

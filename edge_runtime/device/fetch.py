@@ -27,7 +27,7 @@ from edge_runtime.device.patching import Base, Patcher
 from edge_runtime.device.records import DeviceState
 from edge_runtime.device.transport import Transport
 from edge_runtime.wire import NotFoundError, Plan
-from edge_runtime.wire.patch import OWN
+from edge_runtime.wire.patch_frame import OWN
 
 # Stated again because edge_runtime.bundle needs numpy, which the resident process does without; a test compares them.
 MANIFEST_NAME = "manifest.json"

@@ -71,7 +71,8 @@ from edge_runtime.wire.messages import (
     encode_message,
 )
 from edge_runtime.wire.names import check_name
-from edge_runtime.wire.patch import PatchHead, adapter_layout, decode_patch, encode_patch, fewest_bits
+from edge_runtime.wire.patch import adapter_layout, decode_patch, encode_patch, fewest_bits
+from edge_runtime.wire.patch_frame import PatchHead
 from edge_runtime.wire.plan import (
     ModulePlan,
     Personal,

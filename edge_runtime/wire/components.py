@@ -4,9 +4,10 @@ A *component* is what cutting a rank takes or leaves: a row of ``lora_a`` (r, in
 any other matrix, a row. What is no matrix stays float32. A matrix that is no factor, a head's, has 8 bits where factors
 have 4: it is sent seldom and decides alone what a class is, while many factors make a layer.
 
-A component's scale is its largest absolute value divided by the largest code, cut to 16 significant bits, and at least
-2**-126. A code has at most 7 significant bits, so code times scale is exact in float32: every machine restores the same
-bits, and what was restored gives the same codes and scales again.
+A component's scale is the least power of two with which its largest absolute value is no more than the largest code,
+and at least 2**-126. So code times scale is exact in float32: every machine restores the same bits, and what was
+restored gives the same codes and scales again. And a scale stays when a component grows a little, so most of its codes
+do.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     Value = TypeVar("Value", bound=np.generic)
 
 SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: its products with codes are exact, and none divides by zero
-_KEPT = 0xFFFFFF00  # of a float32's 24 significant bits the first 16
+_LARGEST = 2.0**127  # of what is greater, the nearest multiple of a scale may be infinite
 
 
 def scale_count(name: str, shape: tuple[int, ...]) -> int:
@@ -53,19 +54,21 @@ def quantise(name: str, values: Values, bits: Bits) -> tuple[Codes, Values]:
 
     Args:
         name: Of the tensor in its adapter; it says which way the components lie.
-        values: A matrix, float32, finite.
+        values: A matrix, float32, finite; of what is beyond 2**127, its sign and that are kept.
         bits: Of a factor's code, see :func:`code_bits`.
 
     Returns:
-        The codes, int8 in the matrix's shape, and a float32 scale a component. No value is off by more than half its
+        The codes, int8 in the matrix's shape, and a scale a component, float32. No value is off by more than half its
         component's scale.
     """
     import numpy as np
 
     axis = component_axis(name)
-    largest = np.abs(values).max(axis=1 - axis, keepdims=True).astype(np.float32)
-    scales = (largest / np.float32(largest_code(code_bits(name, bits)))).view(np.uint32) & np.uint32(_KEPT)
-    scales = np.maximum(scales.view(np.float32), np.float32(SMALLEST_SCALE))
+    values = np.clip(values, -_LARGEST, _LARGEST)
+    largest = np.abs(values).max(axis=1 - axis, keepdims=True)
+    least = np.divide(largest, largest_code(code_bits(name, bits)), dtype=np.float64)
+    fraction, exponent = np.frexp(np.maximum(least, SMALLEST_SCALE))  # a fraction of 0.5: a power of two already
+    scales = np.ldexp(1.0, exponent - (fraction == 0.5)).astype(np.float32)
     codes = np.rint(np.divide(values, scales, dtype=np.float64)).astype(np.int8)
     return codes, scales.ravel()
 

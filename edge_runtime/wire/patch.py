@@ -1,23 +1,20 @@
-"""The patch frame: what turns the adapter of an earlier plan into that of the current one.
+"""The patch: what turns the adapter of an earlier plan into that of the current one.
 
-A header of fixed size, a bitmap that marks the components it has, and these in the adapter's order of tensors: modules
-as the plan lists them, A before B, then the head as the manifest lists it. A component is a row of A, a column of B, a
-row of any other matrix; what is no matrix is one. Shapes follow from the plan's ranks and the bundle, so there is no
-general parser, and the length is known to the byte once the bitmap is. ``docs/wire.md`` has the bytes.
+It has the components that are not the same. With 8 or 4 bits these are codes and scales, and a device reckons from its
+older adapter what the codes are likely to be, so that only the differences need be sent, in few bits. The bytes are
+those of :mod:`edge_runtime.wire.patch_frame`.
 
 numpy is imported where values are read or written, not with the module: a device that waits for plans does without.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from edge_runtime.wire.codes import pack_codes, packed_bytes, unpack_codes
+from edge_runtime.wire.codes import pack_codes, unpack_codes
 from edge_runtime.wire.components import (
     SMALLEST_SCALE,
     code_bits,
@@ -27,8 +24,21 @@ from edge_runtime.wire.components import (
     rounded,
     scale_count,
 )
-from edge_runtime.wire.errors import PatchFormatError, PatchPlanError, PatchValueError
+from edge_runtime.wire.errors import PatchFormatError, PatchValueError
+from edge_runtime.wire.patch_frame import (
+    DEFLATED,
+    DIFFERENCES,
+    PLAIN,
+    Coding,
+    Part,
+    PatchBits,
+    PatchFrame,
+    PatchHead,
+    parse_patch,
+    shape_of,
+)
 from edge_runtime.wire.plan import ModulePlan
+from edge_runtime.wire.prediction import add_differences, code_differences, predicted_codes
 from edge_runtime.wire.update import Layout, layout_of
 
 if TYPE_CHECKING:
@@ -37,22 +47,7 @@ if TYPE_CHECKING:
 
     Values = npt.NDArray[np.float32]
 
-PatchBits = Literal[32, 8, 4]
-MAGIC = b"EMBERPAT"
-VERSION = 2  # 1 marked whole tensors
-OWN = -1  # stands for the bundle's own adapter where a round stands for its plan's
-# magic, version, bits, round, round it starts from, digest of the adapter file it makes
-_HEADER = struct.Struct("<8sHHIq32s")
-
-
-@dataclass(frozen=True)
-class PatchHead:
-    """From which plan's adapter to which, and in how many bits the matrices travel."""
-
-    since: int  # round, or OWN
-    round: int
-    digest: str  # SHA-256 of the whole adapter file it makes, hex: the plan's ``adapter``
-    bits: PatchBits = 32
+_EXPONENT = 23  # the lowest bit of a float32's exponent
 
 
 @dataclass(frozen=True)
@@ -118,39 +113,35 @@ def fewest_bits(changes: Mapping[str, Change], bits: PatchBits) -> PatchBits:
     return 32
 
 
-def patch_bytes(counts: Mapping[str, int], layout: Layout, bits: PatchBits) -> int:
-    """Exact length of a patch with so many components of these tensors, of an adapter of this layout, in these bits."""
-    shapes = dict(layout.blocks)
-    bodies = sum(_bytes_of(name, _shape_of(name, shapes[name], count), bits) for name, count in counts.items())
-    return _HEADER.size + (sum(component_counts(layout).values()) + 7) // 8 + bodies
-
-
-def encode_patch(head: PatchHead, changes: Mapping[str, Change], layout: Layout) -> bytes:
+def encode_patch(
+    head: PatchHead,
+    changes: Mapping[str, Change],
+    layout: Layout,
+    *,
+    older: Mapping[str, Values] | None = None,
+    deflated: bool = False,
+) -> bytes:
     """The frame of a patch.
 
     Args:
         head: What it says of itself; with fewer than 32 bits the components must be restored ones, see `fewest_bits`.
+            The coding is chosen here.
         changes: What it has, by tensor.
         layout: Of the whole adapter that it makes.
+        older: The adapter that it starts from, where it is here.
+        deflated: Whether the reader knows more than plain codes; then the shortest coding is taken.
     """
-    header = _HEADER.pack(MAGIC, VERSION, head.bits, head.round, head.since, bytes.fromhex(head.digest))
-    numbers = {name: set(change.numbers) for name, change in changes.items()}
-    marks = [n in numbers.get(name, ()) for name, count in component_counts(layout).items() for n in range(count)]
-    parts = [header, _bitmap(marks)]
-    for name, shape in layout.blocks:
-        if name not in changes:
-            continue
-        values = changes[name].values
-        if head.bits != 32 and scale_count(name, shape):
-            codes, scales = quantise(name, values, head.bits)
-            parts += [scales.astype("<f4").tobytes(), pack_codes(codes.ravel(), code_bits(name, head.bits))]
-        else:
-            parts.append(values.astype("<f4").tobytes())
-    return b"".join(parts)
+    codings = [PLAIN]
+    if deflated and head.bits != 32:
+        codings += [DEFLATED] if older is None else [DEFLATED, DIFFERENCES]
+    heads = [replace(head, coding=coding) for coding in codings]
+    return min((PatchFrame(each, _parts(each, changes, layout, older), layout).encode() for each in heads), key=len)
 
 
-def decode_patch(data: bytes, *, since: int, round_: int, digest: str, layout: Layout) -> dict[str, Change]:
-    """Check and read a frame.
+def decode_patch(
+    data: bytes, *, since: int, round_: int, digest: str, layout: Layout, older: Mapping[str, Values]
+) -> dict[str, Change]:
+    """Check and read a frame; but for ``older`` as :func:`edge_runtime.wire.patch_frame.parse_patch`.
 
     Args:
         data: The frame.
@@ -158,97 +149,90 @@ def decode_patch(data: bytes, *, since: int, round_: int, digest: str, layout: L
         round_: The plan's.
         digest: Of the adapter that the plan names, hex.
         layout: Of that whole adapter.
+        older: The adapter of ``since``, checked; of the bundle's, what the plan's ranks leave.
 
     Returns:
         What is not as in the older adapter, by tensor.
 
     Raises:
-        PatchFormatError: magic, version, bits, a mark that belongs to no component, or length.
-        PatchPlanError: it starts from another round or makes another plan's adapter.
+        PatchFormatError: see there.
+        PatchPlanError: see there.
         PatchValueError: NaN, infinity, a scale that is none, or bits that are no code.
     """
-    if len(data) < _HEADER.size:
-        raise PatchFormatError(f"patch: length: expected at least {_HEADER.size} bytes, got {len(data)}")
-    magic, version, bits, to_round, from_round, makes = _HEADER.unpack_from(data)
-    if (magic, version) != (MAGIC, VERSION) or bits not in (32, 8, 4):
-        raise PatchFormatError(
-            f"patch: expected {MAGIC!r} version {VERSION} of 32, 8 or 4 bits, got {magic!r} version {version} of {bits}"
-        )
-    if (from_round, to_round, makes.hex()) != (since, round_, digest):
-        raise PatchPlanError(
-            f"patch: expected one from round {since} to {round_} that makes {digest[:12]}, "
-            f"got {from_round} to {to_round} that makes {makes.hex()[:12]}"
-        )
-    marked, start = _marked(data, layout)
-    shapes = [_shape_of(name, shape, len(marked[name])) for name, shape in layout.blocks if name in marked]
-    bodies = [_bytes_of(name, shape, bits) for name, shape in zip(marked, shapes, strict=True)]
-    if len(data) != start + sum(bodies):
-        raise PatchFormatError(f"patch: length: expected {start + sum(bodies)} bytes, got {len(data)}")
-    ends = itertools.accumulate(bodies, initial=start)
-    view = memoryview(data)
+    frame = parse_patch(data, since=since, round_=round_, digest=digest, layout=layout)
+    shapes = dict(layout.blocks)
     return {
-        name: Change(marked[name], _components(name, shape, view[begin:end], bits))
-        for name, shape, (begin, end) in zip(marked, shapes, itertools.pairwise(ends), strict=True)
+        name: Change(part.numbers, _values(name, shapes[name], part, frame.head, older))
+        for name, part in frame.parts.items()
     }
 
 
-def component_counts(layout: Layout) -> dict[str, int]:
-    """How many components every tensor of an adapter has, in its order; 1 for one that is no matrix."""
-    return {name: scale_count(name, shape) or 1 for name, shape in layout.blocks}
-
-
-def _bitmap(marks: Sequence[bool]) -> bytes:
-    """A bit a component, the first in the lowest bit of the first byte."""
-    number = sum(1 << index for index, mark in enumerate(marks) if mark)
-    return number.to_bytes((len(marks) + 7) // 8, "little")
-
-
-def _marked(data: bytes, layout: Layout) -> tuple[dict[str, tuple[int, ...]], int]:
-    """The components that are marked, by tensor that has any, and where the values begin."""
-    counts = component_counts(layout)
-    count = sum(counts.values())
-    size = (count + 7) // 8
-    bitmap = data[_HEADER.size : _HEADER.size + size]
-    number = int.from_bytes(bitmap, "little")
-    if len(bitmap) != size or number >> count:
-        raise PatchFormatError(f"patch: marks: expected {count} bits and nothing beyond, got {bitmap.hex()[:80]}")
+def _parts(
+    head: PatchHead, changes: Mapping[str, Change], layout: Layout, older: Mapping[str, Values] | None
+) -> dict[str, Part]:
+    """Of every changed tensor, in the adapter's order."""
     found = {}
-    for name, components in counts.items():
-        if numbers := tuple(place for place in range(components) if number >> place & 1):
-            found[name] = numbers
-        number >>= components
-    return found, _HEADER.size + size
+    for name, shape in layout.blocks:
+        if name not in changes:
+            continue
+        numbers, values = changes[name].numbers, changes[name].values
+        if head.bits == 32 or not scale_count(name, shape):
+            found[name] = Part(numbers, values.astype("<f4").tobytes(), b"")
+            continue
+        codes, scales = quantise(name, values, head.bits)
+        own = code_bits(name, head.bits)
+        if head.coding == DIFFERENCES and (base := _base(name, shape, numbers, older)) is not None:
+            codes = code_differences(codes, predicted_codes(name, base, scales, own), own)
+        found[name] = Part(numbers, _scale_bytes(scales, head.coding), pack_codes(codes.ravel(), own))
+    return found
 
 
-def _shape_of(name: str, shape: tuple[int, ...], count: int) -> tuple[int, ...]:
-    """The shape that so many components of a tensor have."""
-    if not scale_count(name, shape):
-        return shape
-    return (count, shape[1]) if component_axis(name) == 0 else (shape[0], count)
-
-
-def _bytes_of(name: str, shape: tuple[int, ...], bits: PatchBits) -> int:
-    scales, count = scale_count(name, shape), math.prod(shape)
-    return 4 * count if bits == 32 or not scales else 4 * scales + packed_bytes(count, code_bits(name, bits))
-
-
-def _components(name: str, shape: tuple[int, ...], body: memoryview, bits: PatchBits) -> Values:
-    """The marked components of one tensor from their own bytes, whose length has been checked."""
+def _values(name: str, shape: tuple[int, ...], part: Part, head: PatchHead, older: Mapping[str, Values]) -> Values:
+    """The components of one tensor from its part, whose lengths have been checked."""
     import numpy as np
 
-    scales = 0 if bits == 32 else scale_count(name, shape)
-    if bits == 32 or not scales:
-        values = np.frombuffer(body, "<f4").reshape(shape)
+    held = shape_of(name, shape, len(part.numbers))
+    if head.bits == 32 or not scale_count(name, shape):
+        values = np.frombuffer(part.exact, "<f4").reshape(held)
     else:
-        factors = np.frombuffer(body, "<f4", count=scales)
-        if not (np.isfinite(factors).all() and factors.min() >= SMALLEST_SCALE):
+        scales = _scales(part.exact, head.coding)
+        if not (np.isfinite(scales).all() and scales.min() >= SMALLEST_SCALE):
             raise PatchValueError(f"patch: {name}: scales: expected finite and at least 2**-126")
+        own = code_bits(name, head.bits)
         try:
-            codes = unpack_codes(body[4 * scales :], math.prod(shape), code_bits(name, bits))
+            codes = unpack_codes(part.codes, math.prod(held), own).reshape(held)
         except ValueError as error:
             raise PatchValueError(f"patch: {name}: {error}") from error
+        if head.coding == DIFFERENCES and (base := _base(name, shape, part.numbers, older)) is not None:
+            codes = add_differences(codes, predicted_codes(name, base, scales, own), own)
         with np.errstate(over="ignore"):  # an overflow is infinity, which is refused below
-            values = restore(name, codes.reshape(shape), factors)
+            values = restore(name, codes, scales)
     if not np.isfinite(values).all():
         raise PatchValueError(f"patch: {name}: holds NaN or infinity")
     return values
+
+
+def _base(
+    name: str, shape: tuple[int, ...], numbers: Sequence[int], older: Mapping[str, Values] | None
+) -> Values | None:
+    """These components of an older tensor; None where it has another shape, so that nothing is known of them."""
+    tensor = (older or {}).get(name)
+    if tensor is None or tensor.shape != shape:
+        return None
+    return tensor.take(numbers, axis=component_axis(name))
+
+
+def _scale_bytes(scales: Values, coding: Coding) -> bytes:
+    """Float32; beside deflated codes the exponents alone, as float32 has them, for scales are powers of two."""
+    if coding == PLAIN:
+        return scales.astype("<f4").tobytes()
+    return (scales.view("uint32") >> _EXPONENT).astype("uint8").tobytes()
+
+
+def _scales(data: bytes, coding: Coding) -> Values:
+    """What :func:`_scale_bytes` was given; of bytes that are no exponent 0 or infinity."""
+    import numpy as np
+
+    if coding == PLAIN:
+        return np.frombuffer(data, "<f4")
+    return (np.frombuffer(data, np.uint8).astype(np.uint32) << _EXPONENT).view(np.float32)

@@ -10,7 +10,7 @@ PUT     /v1/tasks/{task}/devices/{device}/capability               what a device
 GET     /v1/tasks/{task}/plan?after=N&wait=S                       long poll: the first plan of a round after N
 GET     /v1/tasks/{task}/plan-keys                                 the changes of the key that signs plans
 GET     /v1/blobs/{digest}                                         bundle files and adapters, with ``Range``
-GET     /v1/tasks/{task}/rounds/{round}/adapter?since=N            a patch to the plan's adapter from that of round N
+GET     /v1/tasks/{task}/rounds/{round}/adapter?since=N&reads=V    a patch to the plan's adapter from that of round N
 PUT     /v1/tasks/{task}/rounds/{round}/updates/{device}           a sealed update
 GET     /v1/…/updates/{device}/parts/{digest}                      how much of one is there that comes in parts
 PATCH   /v1/…/updates/{device}/parts/{digest}?offset=N&of=M        the next part of one
@@ -21,6 +21,8 @@ GET     /v1/health                                                 alive and ser
 """
 
 from __future__ import annotations
+
+from edge_runtime.wire.patch_frame import VERSION
 
 ENROLMENTS = "/v1/enrolments"
 DEVICE = "/v1/devices/{device}"
@@ -50,7 +52,7 @@ def plan_target(task: str, *, after: int, wait_s: int) -> str:
 
 def patch_target(task: str, round_: int, *, since: int) -> str:
     """Target of a patch from the adapter of round ``since``, -1 for the bundle's own, to that of ``round_``."""
-    return f"{PATCH.format(task=task, round=round_)}?since={since}"
+    return f"{PATCH.format(task=task, round=round_)}?since={since}&reads={VERSION}"
 
 
 def capability_path(task: str, device: str) -> str:

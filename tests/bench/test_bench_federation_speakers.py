@@ -210,7 +210,7 @@ def test_every_method_is_a_config_for_a_decoder(method: str, budget: str, quick:
     shared = {**workload.tables(sizes), "task": {"rounds": sizes.rounds}}
     text = config_text(METHODS[method], budget, bundle="b", seed=3, shared=shared, reference_bytes=8_000)
     config = parse_config(text.encode(), path=tmp_path / "emberlora.toml")
-    shares = {"small": 100, "large": 133, "wide": 199}  # an eightieth, a sixtieth, a fortieth
+    shares = {"small": 100, "large": 133, "wide": 348}  # an eightieth, a sixtieth, a 23rd
     assert config.annealing.bytes_per_device_per_round == shares.get(budget)
     assert (config.task.head_init, config.task.head) == ("bundle", "trained")  # neither is asked of a decoder
     assert (config.training.batch_size, config.training.max_tokens) == (4, 64)

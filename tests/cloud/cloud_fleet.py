@@ -285,8 +285,10 @@ class Device:
     async def put(self, signed: wire.SignedPlan, sealed: bytes) -> Answer:
         return await self.send("PUT", resources.update_path("tiny", signed.plan.round, self.name), sealed)
 
-    async def patch(self, round_: int, *, since: int) -> Answer:
-        return await self.send("GET", resources.patch_target("tiny", round_, since=since))
+    async def patch(self, round_: int, *, since: int, plain: bool = False) -> Answer:
+        """A patch; a plain one, as a device is sent that reads nothing else."""
+        target = resources.patch_target("tiny", round_, since=since)
+        return await self.send("GET", target.partition("&")[0] if plain else target)
 
     async def blob(self, digest: str, **headers: str) -> Answer:
         target = resources.BLOB.format(digest=digest)

@@ -34,7 +34,8 @@ from edge_runtime import wire
 from edge_runtime.bundle import Bundle, Manifest, Slot
 from edge_runtime.wire.codes import UpdateBits
 from edge_runtime.wire.components import rounded
-from edge_runtime.wire.patch import PatchBits, change_of
+from edge_runtime.wire.patch import change_of
+from edge_runtime.wire.patch_frame import PatchBits
 
 BITS: tuple[PatchBits, ...] = (32, 8, 4)
 UP_BITS: tuple[UpdateBits, ...] = (*BITS, 2)
@@ -124,7 +125,7 @@ def real_bytes(traffic: Traffic, modules: tuple[wire.ModulePlan, ...]) -> tuple[
 def test_costs_are_those_of_the_wire(
     bundle: Bundle, upload: UpdateBits, download: PatchBits, head: bool, tiers: bool, density: float, rng: random.Random
 ) -> None:
-    """Update and patch to the byte; a plan is no longer than its estimate."""
+    """Update and plain patch to the byte; a plan is no longer than its estimate."""
     traffic = traffic_of(bundle.manifest, upload, download, head_trained=head, tiers=Tiers(enabled=tiers))
     traffic = replace(traffic, upload_density=1.0 if upload == 32 else density)
     modules = random_modules(bundle.manifest, rng)
@@ -356,7 +357,7 @@ async def test_a_task_stays_within_its_bytes(tmp_path: Path, session: aiohttp.Cl
             lives.append(sum(m.trained_rank for m in plan.modules if m.alive))
             signed = await one.plan(after=plan.round)
             assert signed is not None
-            patch = await one.patch(signed.plan.round, since=plan.round)
+            patch = await one.patch(signed.plan.round, since=plan.round, plain=True)
             assert patch.status == 200
             spent += len(patch.body)
         assert len(lives) == rounds

@@ -26,7 +26,7 @@ from edge_runtime import wire
 from edge_runtime.bundle import Slot, cut_ranks, parse_tensors, read_peft_folder
 from edge_runtime.device.artifacts import Request, handle
 from edge_runtime.wire.components import quantise, rounded
-from edge_runtime.wire.patch import OWN
+from edge_runtime.wire.patch_frame import DEFLATED, DIFFERENCES, OWN, PLAIN, PatchFrame, parse_patch
 
 Sites = Callable[..., Awaitable[Site]]
 
@@ -112,12 +112,16 @@ def changed_names(old: dict[str, np.ndarray], new: dict[str, np.ndarray]) -> set
     return {name for name, values in new.items() if old[name].tobytes() != values.tobytes()}
 
 
-def marked(site: Site, plan: wire.Plan, patch: bytes) -> set[tuple[str, int]]:
-    """The components that a patch from the round before has."""
+def frame_of(site: Site, plan: wire.Plan, patch: bytes, since: int) -> PatchFrame:
     manifest = site.bundle.manifest
     layout = wire.adapter_layout(plan.ranks, manifest.features, manifest.head_shapes)
-    changes = wire.decode_patch(patch, since=plan.round - 1, round_=plan.round, digest=plan.adapter, layout=layout)
-    return {(name, number) for name, change in changes.items() for number in change.numbers}
+    return parse_patch(patch, since=since, round_=plan.round, digest=plan.adapter, layout=layout)
+
+
+def marked(site: Site, plan: wire.Plan, patch: bytes) -> set[tuple[str, int]]:
+    """The components that a patch from the round before has."""
+    parts = frame_of(site, plan, patch, plan.round - 1).parts
+    return {(name, number) for name, part in parts.items() for number in part.numbers}
 
 
 def empty_bytes(site: Site, plan: wire.Plan) -> int:
@@ -225,12 +229,48 @@ async def test_a_patch_costs_what_has_changed(
     assert signed is not None
     trained = sum(4 * 8 * slot.out_features for slot in slots) * 2  # factor B of two blocks
     signed = await contribute(one, signed)
+    plain = (await one.patch(1, since=0, plain=True)).body
+    assert trained * share <= len(plain) - (56 + 8) <= trained * share * (1.07 if share < 1 else 1)
+    assert len(plain) < signed.plan.adapter_bytes * share * 0.7
     patch = (await one.patch(1, since=0)).body
-    assert trained * share <= len(patch) - (56 + 8) <= trained * share * (1.07 if share < 1 else 1)
-    assert len(patch) < signed.plan.adapter_bytes * share * 0.7
+    assert len(patch) < len(plain) if share < 1 else patch == plain
     before = (await site.operator.status()).bytes_down
     await one.patch(1, since=0)
     assert (await site.operator.status()).bytes_down == before + len(patch)
+
+
+async def test_a_patch_is_of_differences_where_its_start_is_here(
+    tmp_path: Path, session: aiohttp.ClientSession, sites: Sites
+) -> None:
+    """Small updates leave most codes as they are. Where the start is gone, whole codes are deflated; nothing fails."""
+    bundle = make_bundle(tmp_path / "bundle", task="lm", slots=(Slot("q", 96, 64), Slot("v", 96, 192)), r_max=8)
+    site = await sites(tmp_path, bundle=bundle, download="int4", aggregation="b-only")
+    one = await site.device(session, "one")
+    signed = await one.plan()
+    assert signed is not None
+    first = values_for(site, signed, 0)
+    holders = {name: Holder(one, tmp_path / name) for name in ("always", "seldom")}
+    digests, codings, lengths = [], [], []
+    for round_ in range(4):
+        values = first / (1 if round_ == 0 else 30)
+        assert (await one.put(signed, one.seal(signed, one.frame(signed, values)))).status == 201
+        signed = await one.plan(after=signed.plan.round)
+        assert signed is not None
+        digests.append(signed.plan.adapter)
+        since = holders["always"].round
+        patch = await holders["always"].follow(signed)
+        codings.append(frame_of(site, signed.plan, patch, since).head.coding)
+        lengths.append(len(patch))
+        if round_ == 0:
+            await holders["seldom"].follow(signed)
+    assert codings == [DEFLATED, DIFFERENCES, DIFFERENCES, DIFFERENCES]
+    assert max(lengths[1:]) < 0.6 * lengths[0]
+    (site.config.data_path / "blobs" / OBJECTS / digests[0]).unlink()  # as in a folder that was restored from a copy
+    patch = await holders["seldom"].follow(signed)
+    assert frame_of(site, signed.plan, patch, 1).head.coding == DEFLATED
+    plain = (await one.patch(signed.plan.round, since=1, plain=True)).body
+    assert frame_of(site, signed.plan, plain, 1).head.coding == PLAIN
+    assert len(patch) < len(plain)
 
 
 async def test_refusals_have_names(tmp_path: Path, session: aiohttp.ClientSession, sites: Sites) -> None:
@@ -246,6 +286,7 @@ async def test_refusals_have_names(tmp_path: Path, session: aiohttp.ClientSessio
         "/v1/tasks/tiny/rounds/1/adapter?since=1": (400, "RequestFormatError"),
         "/v1/tasks/tiny/rounds/1/adapter?since=-2": (400, "RequestFormatError"),
         "/v1/tasks/tiny/rounds/1/adapter": (400, "RequestFormatError"),
+        "/v1/tasks/tiny/rounds/1/adapter?since=0&reads=x": (400, "RequestFormatError"),
         "/v1/tasks/tiny/rounds/x/adapter?since=0": (400, "RequestFormatError"),
     }
     for target, expected in cases.items():
@@ -255,21 +296,24 @@ async def test_refusals_have_names(tmp_path: Path, session: aiohttp.ClientSessio
 
 
 async def test_the_master_is_kept_and_not_handed_out(
-    tmp_path: Path, session: aiohttp.ClientSession, sites: Sites
+    tmp_path: Path, session: aiohttp.ClientSession, sites: Sites, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Master, published adapter and the one before it are all that is kept; without the master no start."""
+    """Master and the last published adapters are all that is kept; without the master no start."""
+    monkeypatch.setattr("cloud.download.KEPT_ADAPTERS", 3)
     site = await sites(tmp_path, download="int8")
     one = await site.device(session, "one")
-    signed = await one.plan()
-    assert signed is not None
-    for _ in range(3):
-        before, signed = signed, await contribute(one, signed)
+    plans = [await one.plan()]
+    for _ in range(4):
+        plans.append(await contribute(one, plans[-1]))
     master = site.server.aggregator._record.master
-    kept = {signed.plan.adapter, before.plan.adapter, master}
-    assert len(kept) == 3
-    assert {name.removeprefix("objects/") for name in site.files() if name.startswith("objects/")} == kept
-    assert (await one.blob(master)).status == 404
-    assert (await one.blob(before.plan.adapter)).status == 200
+    adapters = [signed.plan.adapter for signed in plans]
+    assert len({*adapters, master}) == 6
+    for _ in range(2):  # the same after a start
+        found = {name.removeprefix("objects/") for name in site.files() if name.startswith("objects/")}
+        assert found == {*adapters[-3:], master}
+        assert (await one.blob(master)).status == 404
+        assert [(await one.blob(digest)).status for digest in adapters] == [404, 404, 200, 200, 200]
+        await site.restart()
     await site.close()
     (site.config.data_path / "blobs" / OBJECTS / master).unlink()
     with pytest.raises(DataMissingError, match=f"blob {master[:12]}: not in"):
@@ -344,13 +388,13 @@ async def test_few_patches_are_in_memory(tmp_path: Path, session: aiohttp.Client
     made, last = site.server.aggregator._patches._made, signed.plan.round - 1
     first = (await one.patch(signed.plan.round, since=OWN)).body
     await one.patch(signed.plan.round, since=last)
-    popular = made[last]
+    popular = made[last, True]
     for since in range(signed.plan.round):
         await one.patch(signed.plan.round, since=since)
         await one.patch(signed.plan.round, since=last)
         assert len(made) <= KEPT_PATCHES
-    assert made[last] is popular  # the one that everybody asks for is made once
-    assert OWN not in made
+    assert made[last, True] is popular  # the one that everybody asks for is made once
+    assert (OWN, True) not in made
     assert (await one.patch(signed.plan.round, since=OWN)).body == first
     await contribute(one, signed)
     assert not site.server.aggregator._patches._made

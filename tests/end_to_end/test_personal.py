@@ -31,6 +31,7 @@ from edge_runtime.training.carried import read_carried
 from edge_runtime.training.local import evaluate
 from edge_runtime.training.session import WorkingBundle
 from edge_runtime.wire.envelope import EnvelopeContext
+from edge_runtime.wire.patch_frame import VERSION
 
 LABELS = ("asyncio", "email", "tkinter", "xml")
 ROUNDS = 3
@@ -62,7 +63,8 @@ class Watched(MemoryTransport):
 
     @contextlib.asynccontextmanager
     async def patch(self, task: str, round_: int, *, since: int) -> AsyncIterator[AsyncIterator[bytes]]:
-        self.bodies.patches.append(await self._aggregator.patch(self._device, task=task, round_=round_, since=since))
+        asked = {"task": task, "round_": round_, "since": since, "reads": VERSION}
+        self.bodies.patches.append(await self._aggregator.patch(self._device, **asked))
         async with super().patch(task, round_, since=since) as pieces:
             yield pieces
 

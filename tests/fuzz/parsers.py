@@ -10,7 +10,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -37,6 +37,7 @@ from edge_runtime.device.home import Home
 from edge_runtime.device.records import DeviceState, Identity, Pending, Settings
 from edge_runtime.engine.hidden_file import KEY_BYTES, Ground, HiddenFile, Secret
 from edge_runtime.wire.patch import change_of
+from edge_runtime.wire.patch_frame import DEFLATED, DIFFERENCES, parse_patch
 from tests.edge.encrypted import KEY, VAULT
 from tests.edge.tiny_manifest import tiny_manifest
 
@@ -198,9 +199,15 @@ def _patches() -> Parser:
             (4, {name: change_of(name, four, (0, 1))}),
         )
     ]
+    plain = parse_patch(samples[1], since=4, round_=7, digest=_DIGEST, layout=layout)
+    parts = {**plain.parts, name: replace(plain.parts[name], exact=bytes([126, 125]))}  # exponents of the same scales
+    for coding in (DEFLATED, DIFFERENCES):
+        samples.append(replace(plain, head=replace(plain.head, coding=coding), parts=parts).encode())
+    older = {name: -some}
 
     def read(data: bytes) -> None:
-        for change in wire.decode_patch(data, since=4, round_=7, digest=_DIGEST, layout=layout).values():
+        changes = wire.decode_patch(data, since=4, round_=7, digest=_DIGEST, layout=layout, older=older)
+        for change in changes.values():
             assert np.isfinite(change.values).all(), "not finite"
 
     return Parser("patch", tuple(samples), read, wire.PatchError)

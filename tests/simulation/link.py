@@ -34,6 +34,7 @@ from edge_runtime.wire import (
     WireError,
     problem_for,
 )
+from edge_runtime.wire.patch_frame import VERSION
 from tests.simulation import ops
 from tests.simulation.ledger import Delivery, Ledger
 from tests.simulation.loop import Process
@@ -257,7 +258,7 @@ class Link:
 
         async def ask(aggregator: Aggregator) -> bytes:
             check_caller(aggregator, name, key)
-            return await aggregator.patch(name, task=task, round_=round_, since=since)
+            return await aggregator.patch(name, task=task, round_=round_, since=since, reads=VERSION)
 
         data, spoilt = await self._exchange("patch", ask)
         yield self._pieces(data, spoilt)

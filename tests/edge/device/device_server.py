@@ -13,6 +13,7 @@ import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from urllib.parse import parse_qs
 
 import msgspec
 import numpy as np
@@ -24,7 +25,8 @@ from device_bundle import FEATURES, MODULES, PLACES, RANK, TinyBundle
 from edge_runtime import wire
 from edge_runtime.bundle import encode_tensors, parse_tensors
 from edge_runtime.wire import resources
-from edge_runtime.wire.patch import change_of, component_counts
+from edge_runtime.wire.patch import change_of
+from edge_runtime.wire.patch_frame import component_counts
 from edge_runtime.wire.problems import CONTENT_TYPE
 
 TASK = "docs"
@@ -379,7 +381,7 @@ class Aggregator:
     def patch_requests(self) -> list[tuple[int, int, int]]:
         """(since, round, bytes) of every patch that was made."""
         return [
-            (int(asked.removeprefix("since=")), int(path.split("/")[-2]), sent)
+            (int(parse_qs(asked)["since"][0]), int(path.split("/")[-2]), sent)
             for _, path, asked, sent in self.requests
             if path.endswith("/adapter") and asked
         ]

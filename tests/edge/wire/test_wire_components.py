@@ -12,7 +12,7 @@ from edge_runtime.wire.codes import Bits, largest_code
 from edge_runtime.wire.components import SMALLEST_SCALE, code_bits, quantise, restore, rounded, scale_count
 
 NAMES = ("layer.0.q.lora_a", "layer.0.q.lora_b", "classifier.weight")
-FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
+FINITE = st.floats(-(2.0**127), 2.0**127, width=32)
 MATRICES = hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 7)), elements=FINITE)
 
 
@@ -55,15 +55,27 @@ def test_a_head_has_no_fewer_than_8_bits() -> None:
     """MiniLM's head of class means lost 0.04 of accuracy on 150 classes in 4."""
     values = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32)
     assert rounded("classifier.weight", values, 4).tobytes() == rounded("classifier.weight", values, 8).tobytes()
-    assert np.abs(quantise("classifier.weight", values, 4)[0]).max() == 127
+    assert 64 <= np.abs(quantise("classifier.weight", values, 4)[0]).max() <= 127
 
 
 def test_golden_values() -> None:
     values = np.array([[1.0, -0.5, 0.02], [0.0, 0.0, 0.0]], np.float32)
     codes, scales = quantise("m.lora_a", values, 8)
-    assert codes.tolist() == [[127, -64, 3], [0, 0, 0]]  # -63.5 is 64 steps: 1/127 cut to 16 bits is a little less
-    assert scales.tobytes().hex() == "0002013c" + "00008000"  # 1/127 cut to 16 bits; the smallest there is
+    assert codes.tolist() == [[64, -32, 1], [0, 0, 0]]
+    assert scales.tobytes().hex() == "0000803c" + "00008000"  # 1/64, as 1/128 would need a code of 128; the smallest
     assert float(scales[1]) == SMALLEST_SCALE
+
+
+@pytest.mark.parametrize(("largest", "scale"), [(7.0, 1.0), (7.000001, 2.0), (3.5, 0.5), (4.0, 1.0)])
+def test_a_scale_is_the_least_power_of_two_that_will_do(largest: float, scale: float) -> None:
+    codes, scales = quantise("m.lora_a", np.array([[largest, 0]], np.float32), 4)
+    assert (scales.tolist(), codes.tolist()) == ([scale], [[round(largest / scale), 0]])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_no_finite_value_becomes_infinite(bits: Bits) -> None:
+    values = np.full((1, 2), np.finfo(np.float32).max)
+    assert rounded("m.lora_a", values, bits).tolist() == [[2.0**127, 2.0**127]]
 
 
 def test_what_is_no_matrix_stays_as_it_is() -> None:

@@ -27,7 +27,7 @@ from edge_runtime.wire import (
     UpdateReceipt,
     UpdateRules,
     messages,
-    patch,
+    patch_frame,
     plan,
     requests,
     resources,
@@ -109,7 +109,7 @@ def test_frame_offsets() -> None:
 
 def test_patch_offsets() -> None:
     fields = [(int(row[0]), row[1]) for row in rows(section("## Adapter patch")) if row[0].isdigit()]
-    sizes = [struct.calcsize("<" + code) for code in re.findall(r"\d*[a-zA-Z]", patch._HEADER.format)]
+    sizes = [struct.calcsize("<" + code) for code in re.findall(r"\d*[a-zA-Z]", patch_frame._HEADER.format)]
     assert [size for _, size in fields] == [*map(str, sizes), "⌈n/8⌉"]
     assert [offset for offset, _ in fields] == list(itertools.accumulate(sizes, initial=0))
 
@@ -126,7 +126,7 @@ def test_resources() -> None:
     for path in paths:
         assert re.search(rf"{re.escape(path)}[?`]", said), path
     assert resources.plan_target("sst2", after=-1, wait_s=60) == "/v1/tasks/sst2/plan?after=-1&wait=60"
-    assert resources.patch_target("sst2", 7, since=-1) == "/v1/tasks/sst2/rounds/7/adapter?since=-1"
+    assert resources.patch_target("sst2", 7, since=-1) == "/v1/tasks/sst2/rounds/7/adapter?since=-1&reads=3"
     assert resources.capability_path("sst2", "pi-4") == "/v1/tasks/sst2/devices/pi-4/capability"
     assert resources.update_path("sst2", 7, "pi-4") == "/v1/tasks/sst2/rounds/7/updates/pi-4"
     parts = resources.parts_path("sst2", 7, "pi-4", "ad")

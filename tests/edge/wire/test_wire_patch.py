@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -20,8 +22,10 @@ from edge_runtime.wire import (
     encode_patch,
     fewest_bits,
 )
+from edge_runtime.wire.codes import Bits
 from edge_runtime.wire.components import rounded
-from edge_runtime.wire.patch import OWN, Change, PatchBits, change_of, component_counts, patch_bytes
+from edge_runtime.wire.patch import Change, change_of
+from edge_runtime.wire.patch_frame import OWN, PatchBits, component_counts, parse_patch, patch_bytes
 
 DIGEST = "ad" * 32
 LAYOUT = adapter_layout(
@@ -77,8 +81,29 @@ COLUMN = bytes.fromhex(
 )
 
 
-def read(data: bytes, *, since: int = 4, round_: int = 7, digest: str = DIGEST) -> dict[str, Change]:
-    return decode_patch(data, since=since, round_=round_, digest=digest, layout=LAYOUT)
+STORED = "01" + "0200" + "fdff"  # deflate (RFC 1951): the last block, stored as it is, its length and that inverted
+DEFLATED_FRAME = bytes.fromhex(
+    HEADER.format(bits="0401", since="0400000000000000").replace("0200", "0300")  # version 3, of 4 bits, coding 1
+    + "0c"
+    + "7e7d"  # exponents of the scales of the columns: 0.5 is 2 ** (126 - 127), 0.25 is 2 ** (125 - 127)
+    + STORED
+    + "f77a"  # as in INT4
+)
+DIFFERENCES_FRAME = bytes.fromhex(
+    HEADER.format(bits="0402", since="0400000000000000").replace("0200", "0300")  # coding 2
+    + "0c"
+    + "7e7d"
+    + STORED
+    + "e101"  # 1 and -2 (0xe); 1 and 0: FOUR's codes 7, -1, -6, 7 less those of OLDER
+)
+# On the scales of FOUR its codes are 6 and 1; -7 (-9 is none) and 7.
+OLDER = {"layer.0.query.lora_b": np.array([[3.1, 0.26], [-4.5, 1.8]], np.float32)}
+
+
+def read(
+    data: bytes, *, since: int = 4, round_: int = 7, older: Mapping[str, np.ndarray] | None = None
+) -> dict[str, Change]:
+    return decode_patch(data, since=since, round_=round_, digest=DIGEST, layout=LAYOUT, older=older or {})
 
 
 def test_order_is_that_of_the_adapter() -> None:
@@ -108,6 +133,71 @@ def test_golden_bytes(frame: bytes, since: int, bits: PatchBits, changes: dict[s
     for name, change in changes.items():
         assert found[name].numbers == change.numbers
         assert (found[name].values.dtype, found[name].values.tobytes()) == (np.float32, change.values.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("frame", "older"), [(DEFLATED_FRAME, {}), (DEFLATED_FRAME, OLDER), (DIFFERENCES_FRAME, OLDER)]
+)
+def test_golden_bytes_of_deflated_codes(frame: bytes, older: dict[str, np.ndarray]) -> None:
+    """Streams of one content may differ, so what is written is compared by what is read."""
+    found = read(frame, older=older)
+    assert found["layer.0.query.lora_b"].values.tobytes() == FOUR["layer.0.query.lora_b"].tobytes()
+
+
+def test_differences_go_round_the_circle_of_codes() -> None:
+    """From -7 to 7 it is a step down; and an older tensor of another shape, or none, predicts zeros."""
+    newer = {"layer.0.query.lora_b": np.array([[7, 7], [7, -7]], np.float32)}
+    older = {"layer.0.query.lora_b": np.array([[-7, 7], [6, 7]], np.float32)}
+    frame = bytes.fromhex(DIFFERENCES_FRAME.hex()[:-18] + "7f7f" + STORED + "0f" + "11")
+    assert read(frame, older=older)["layer.0.query.lora_b"].values.tolist() == newer["layer.0.query.lora_b"].tolist()
+    for nothing in ({}, {"layer.0.query.lora_b": np.ones((2, 3), np.float32)}):
+        assert read(frame, older=nothing)["layer.0.query.lora_b"].values.tolist() == [[-1, 0], [1, 1]]
+
+
+@given(st.data(), st.sampled_from([8, 4]), st.integers(0, 99), st.sampled_from([0.0, 0.01, 1.0]))
+def test_the_shortest_coding_says_the_same(data: st.DataObject, bits: Bits, seed: int, moved: float) -> None:
+    """Whatever was drawn for the change, and whatever is older; never longer than plain, and told by who reads it."""
+    rng = np.random.default_rng(seed)
+    layout = adapter_layout({"m": 4}, {"m": (64, 48)}, {"classifier.weight": (5, 48), "classifier.bias": (5,)})
+    older = {name: rng.normal(size=shape).astype(np.float32) for name, shape in layout.blocks}
+    shift = {name: rng.normal(size=shape).astype(np.float32) for name, shape in layout.blocks}
+    newer = {name: rounded(name, older[name] + np.float32(moved) * shift[name], bits) for name in older}
+    counts = component_counts(layout)
+    names = data.draw(st.sets(st.sampled_from(sorted(counts)), min_size=1))
+    changes = {name: change_of(name, newer[name], range(counts[name])) for name in names}
+    head = PatchHead(4, 7, DIGEST, bits)
+    if data.draw(st.booleans()):
+        older.pop("m.lora_a")
+    frames = [
+        encode_patch(head, changes, layout),
+        encode_patch(head, changes, layout, deflated=True),
+        encode_patch(head, changes, layout, older=older, deflated=True),
+    ]
+    assert len(frames[0]) == patch_bytes({name: counts[name] for name in names}, layout, bits)
+    assert len(frames[0]) >= len(frames[1]) >= len(frames[2])
+    for frame in frames:
+        found = decode_patch(frame, since=4, round_=7, digest=DIGEST, layout=layout, older=older)
+        assert {name: change.values.tobytes() for name, change in found.items()} == {
+            name: newer[name].tobytes() for name in names
+        }
+        parsed = parse_patch(frame, since=4, round_=7, digest=DIGEST, layout=layout)
+        assert parsed.encode() == frame
+        assert list(parsed.only(["m.lora_a"]).parts) == (["m.lora_a"] if "m.lora_a" in names else [])
+
+
+def test_what_has_hardly_moved_costs_hardly_anything() -> None:
+    """Codes that stay are zeros: less than a bit a value, where plain has four."""
+    rng = np.random.default_rng(0)
+    layout = adapter_layout({"m": 8}, {"m": (384, 384)}, {})
+    older = {name: rounded(name, rng.normal(size=shape).astype(np.float32), 4) for name, shape in layout.blocks}
+    shifts = {name: rng.normal(size=array.shape).astype(np.float32) for name, array in older.items()}
+    newer = {name: rounded(name, array + np.float32(0.05) * shifts[name], 4) for name, array in older.items()}
+    changes = {name: change_of(name, array, range(8)) for name, array in newer.items()}
+    values = sum(array.size for array in newer.values())
+    patch = encode_patch(PatchHead(4, 7, DIGEST, 4), changes, layout, older=older, deflated=True)
+    assert 8 * len(patch) / values < 1.2
+    whole = encode_patch(PatchHead(4, 7, DIGEST, 4), changes, layout, deflated=True)
+    assert 2.5 < 8 * len(whole) / values < 3.3
 
 
 @pytest.mark.parametrize("name", ["m.lora_a", "m.lora_b", "classifier.weight"])
@@ -145,7 +235,7 @@ def test_a_head_beside_factors_of_4_bits_has_8() -> None:
     frame = encode_patch(PatchHead(2, 7, DIGEST, 4), changes, layout)
     assert frame[-12:].hex() == "0000003f" + "0000803e" + "7ffc407f"
     assert len(frame) == 56 + 1 + (8 + 2) + (8 + 4) == patch_bytes(dict.fromkeys(tensors, 2), layout, 4)
-    found = decode_patch(frame, since=2, round_=7, digest=DIGEST, layout=layout)
+    found = decode_patch(frame, since=2, round_=7, digest=DIGEST, layout=layout, older={})
     assert found["classifier.weight"].values.tobytes() == head.tobytes()
 
 
@@ -183,6 +273,12 @@ def test_what_is_patched_is_what_was_published(data: st.DataObject, bits: PatchB
             assert lying(made)[side].tobytes() == lying(source[name])[side].tobytes()
 
 
+def bomb(size: int) -> bytes:
+    """A stream that makes far more than its codes need."""
+    stream = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return DEFLATED_FRAME[:59] + stream.compress(bytes(size)) + stream.flush()
+
+
 def put(frame: bytes, offset: int, data: str) -> bytes:
     raw = bytes.fromhex(data)
     return frame[:offset] + raw + frame[offset + len(raw) :]
@@ -213,6 +309,21 @@ def put(frame: bytes, offset: int, data: str) -> bytes:
         (put(INT8, 65, "80"), PatchValueError, "layer.0.query.lora_b: codes: expected at least -127, got -128"),
         (put(INT4, 65, "f8"), PatchValueError, "layer.0.query.lora_b: codes: expected at least -7, got -8"),
         (put(INT8, 69, "0000807f"), PatchValueError, "classifier.bias: holds NaN or infinity"),
+        (put(INT8, 11, "01"), PatchFormatError, "coding 1: none of version 2 with 8 bits"),
+        (put(DEFLATED_FRAME, 11, "00"), PatchFormatError, "coding 0: none of version 3 with 4 bits"),
+        (put(DEFLATED_FRAME, 11, "03"), PatchFormatError, "coding 3: none of version 3 with 4 bits"),
+        (put(DEFLATED_FRAME, 10, "20"), PatchFormatError, "coding 1: none of version 3 with 32 bits"),
+        (put(DEFLATED_FRAME, 57, "00"), PatchValueError, "layer.0.query.lora_b: scales: expected finite and at least"),
+        (put(DEFLATED_FRAME, 57, "ff"), PatchValueError, "layer.0.query.lora_b: scales: expected finite and at least"),
+        (put(DEFLATED_FRAME, 57, "fe"), PatchValueError, "layer.0.query.lora_b: holds NaN or infinity"),
+        (put(DEFLATED_FRAME, 64, "f8"), PatchValueError, "layer.0.query.lora_b: codes: expected at least -7, got -8"),
+        (put(DEFLATED_FRAME, 60, "03"), PatchFormatError, "codes: no stream of deflate: .*stored block lengths"),
+        (put(DEFLATED_FRAME, 59, "00"), PatchFormatError, "codes: expected a stream of 2 bytes and nothing beyond"),
+        (DEFLATED_FRAME[:-1], PatchFormatError, "codes: expected a stream of 2 bytes and nothing beyond, got 1"),
+        (DEFLATED_FRAME[:59], PatchFormatError, "codes: expected a stream of 2 bytes and nothing beyond, got 0"),
+        (DEFLATED_FRAME[:58], PatchFormatError, "length: expected 59 bytes, got 58"),
+        (DEFLATED_FRAME + b"\0", PatchFormatError, "codes: expected a stream of 2 bytes and nothing beyond, got 2"),
+        (bomb(1 << 24), PatchFormatError, "codes: expected a stream of 2 bytes and nothing beyond, got 3"),
     ],
 )
 def test_hostile_bytes(frame: bytes, error: type[PatchError], message: str) -> None:
@@ -222,7 +333,7 @@ def test_hostile_bytes(frame: bytes, error: type[PatchError], message: str) -> N
 
 @given(st.data())
 def test_only_named_errors_come_out(data: st.DataObject) -> None:
-    whole = data.draw(st.sampled_from([FLOAT32, INT8, INT4, COLUMN]))
+    whole = data.draw(st.sampled_from([FLOAT32, INT8, INT4, COLUMN, DEFLATED_FRAME, DIFFERENCES_FRAME]))
     start, length = data.draw(st.integers(0, len(whole))), data.draw(st.integers(0, 20))
     mutated = whole[:start] + data.draw(st.binary(max_size=40)) + whole[start + length :]
     with contextlib.suppress(PatchError):
