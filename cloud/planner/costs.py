@@ -2,8 +2,9 @@
 
 Up goes the sealed update: envelope, frame, the alive factors and the head if it is trained. Down come the plan and a
 patch with what the round makes of the adapter: both factors of every component that lived in it, as ``anneal`` writes
-both anew, and the head. A device that was away for longer fetches what those rounds changed besides. HTTP's own
-headers, the first download, the plan that ends the task and the round that measures class means are not counted.
+both anew, and the head, in plain codes: how short deflated differences are depends on what is learned. A device that
+was away for longer fetches what those rounds changed besides. HTTP's own headers, the first download, the plan that
+ends the task and the round that measures class means are not counted.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def update_bytes(traffic: Traffic, modules: Sequence[wire.ModulePlan]) -> int:
 
 
 def result_bytes(traffic: Traffic, modules: Sequence[wire.ModulePlan]) -> int:
-    """Exact length of a patch with the components that live, of both factors, and with the trained head."""
+    """Length of a plain patch with the components that live, of both factors, and with the trained head."""
     ranks = {module.name: module.rank for module in modules}
     layout = wire.adapter_layout(ranks, traffic.manifest.features, traffic.manifest.head_shapes)
     counts = component_counts(layout)
