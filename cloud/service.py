@@ -196,7 +196,7 @@ class Aggregator:
         end = loop.time() + wait_s
         while not self._closing:
             if self._signed.plan.round > after:
-                self.members.saw(device, sent_bytes=len(self._signed.data))
+                self.members.saw(device)
                 return self._signed
             self.members.saw(device)
             changed = self._changed

@@ -39,7 +39,7 @@ class MemoryTransport:
         if signed is None:
             return PlanAnswer(None)
         self._plan = signed.plan
-        self.traffic.down += len(signed.data)
+        self.traffic.down += len(signed.deflated)
         return PlanAnswer(signed.data)
 
     async def plan_keys(self, task: str) -> PlanKeyChain:

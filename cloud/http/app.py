@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.web_request import BaseRequest
 
@@ -19,6 +19,7 @@ from cloud.http.signed import Gate, body_length, check_no_body, read_body
 from cloud.service import Aggregator
 from edge_runtime import wire
 from edge_runtime.wire import resources
+from edge_runtime.wire.deflate import DEFLATE
 from edge_runtime.wire.messages import MAX_MESSAGE_BYTES, OPERATOR
 from edge_runtime.wire.patch_frame import PLAIN_VERSION
 
@@ -118,8 +119,12 @@ class _Resources:
         self._members.key_of(caller.device)  # it may have been revoked while it waited
         if signed is None:
             return web.Response(status=204, headers={"Retry-After": "0"})
-        proof = {wire.PLAN_ANSWER: self._aggregator.keyring.prove(signed, caller)}
-        return web.Response(body=signed.data, content_type=_BINARY, headers=proof)
+        headers = {wire.PLAN_ANSWER: self._aggregator.keyring.prove(signed, caller), hdrs.VARY: hdrs.ACCEPT_ENCODING}
+        body = signed.data
+        if request.headers.get(hdrs.ACCEPT_ENCODING) == DEFLATE:  # what devices ask for; others are sent it plain
+            headers[hdrs.CONTENT_ENCODING], body = DEFLATE, signed.deflated
+        self._members.saw(caller.device, sent_bytes=len(body))
+        return web.Response(body=body, content_type=_BINARY, headers=headers)
 
     async def plan_keys(self, request: web.Request) -> web.Response:
         check_no_body(request, self._device(request))

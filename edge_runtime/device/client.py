@@ -48,6 +48,7 @@ from edge_runtime.wire import (
     decode_problem,
     encode_message,
 )
+from edge_runtime.wire.deflate import DEFLATE, ZLIB, inflate
 from edge_runtime.wire.messages import MAX_MESSAGE_BYTES
 from edge_runtime.wire.plan import MAX_PLAN_BYTES
 from edge_runtime.wire.problems import CONTENT_TYPE, ProblemDocument
@@ -180,11 +181,15 @@ class Client:
         """
         target = plan_target(task, after=after, wait_s=wait_s)
         asked = self._request("GET", target, EMPTY_BODY)
-        async with self._answer("GET", target, asked=asked, read_s=wait_s + _READ_S) as response:
+        deflated = {"Accept-Encoding": DEFLATE}
+        async with self._answer("GET", target, asked=asked, headers=deflated, read_s=wait_s + _READ_S) as response:
             if response.status == 204:
                 return PlanAnswer(None, _seconds(response.headers.get("Retry-After")))
             proof = response.headers.get(PLAN_ANSWER)
-            return PlanAnswer(await self._capped(response, MAX_PLAN_BYTES), request=asked, proof=proof)
+            data = await self._capped(response, MAX_PLAN_BYTES)
+            if response.headers.get("Content-Encoding") == DEFLATE:
+                data = self._inflated(data)
+            return PlanAnswer(data, request=asked, proof=proof)
 
     async def plan_keys(self, task: str) -> PlanKeyChain:
         """Every change of the key that signs plans, nothing checked.
@@ -396,6 +401,13 @@ class Client:
             if len(data) > most:
                 break
         return bytes(data[: most + 1])
+
+    def _inflated(self, data: bytes) -> bytes:
+        """A plan out of its stream; of one that is too long a byte more than a plan may have, which is refused."""
+        try:
+            return inflate(data, ZLIB, most=MAX_PLAN_BYTES)
+        except ValueError as error:
+            raise TransportError(f"{self._server}: answered with no plan: {error}") from error
 
     async def _pieces(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         async for piece in response.content.iter_chunked(_PIECE):

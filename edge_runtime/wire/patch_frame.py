@@ -19,6 +19,7 @@ from typing import Literal
 
 from edge_runtime.wire.codes import packed_bytes
 from edge_runtime.wire.components import code_bits, component_axis, scale_count
+from edge_runtime.wire.deflate import RAW, deflate, inflate
 from edge_runtime.wire.errors import PatchFormatError, PatchPlanError
 from edge_runtime.wire.update import Layout
 
@@ -35,6 +36,7 @@ OWN = -1  # stands for the bundle's own adapter where a round stands for its pla
 # magic, version, bits, coding, round, round it starts from, digest of the adapter file it makes
 _HEADER = struct.Struct("<8sHBBIq32s")
 _VALUE_BYTES = 4
+_STRATEGIES = (zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE)  # codes seldom repeat; but where little has moved, most are 0
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class PatchFrame:
         ]
         if head.coding == PLAIN:
             return b"".join([header, _bitmap(marks), *(part.exact + part.codes for part in parts)])
-        codes = _deflate(b"".join(part.codes for part in parts))
+        codes = deflate(b"".join(part.codes for part in parts), RAW, strategies=_STRATEGIES)
         return b"".join([header, _bitmap(marks), *(part.exact for part in parts), codes])
 
 
@@ -219,22 +221,12 @@ def _deflated_pairs(data: bytes, start: int, sizes: Sequence[tuple[int, int]]) -
     return list(zip(exact, _cut(codes, 0, [size for _, size in sizes]), strict=True))
 
 
-def _deflate(data: bytes) -> bytes:
-    """The shorter of two streams: codes seldom repeat in sequences, but where little has moved most are 0."""
-    found = []
-    for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE):
-        stream = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, strategy)
-        found.append(stream.compress(data) + stream.flush())
-    return min(found, key=len)
-
-
 def _inflate(data: bytes, size: int) -> bytes:
-    """So many bytes out of a stream; never more are made of it, whatever it says."""
-    stream = zlib.decompressobj(-zlib.MAX_WBITS)
+    """So many bytes out of a stream."""
     try:
-        found = stream.decompress(data, size + 1)  # one more shows what is too long
-    except zlib.error as error:
-        raise PatchFormatError(f"patch: codes: no stream of deflate: {error}") from error
-    if len(found) != size or not stream.eof or stream.unused_data:
-        raise PatchFormatError(f"patch: codes: expected a stream of {size} bytes and nothing beyond, got {len(found)}")
+        found = inflate(data, RAW, most=size)
+    except ValueError as error:
+        raise PatchFormatError(f"patch: codes: {error}") from error
+    if len(found) != size:
+        raise PatchFormatError(f"patch: codes: expected a stream of {size} bytes, got {min(len(found), size + 1)}")
     return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Literal
 
@@ -17,6 +18,7 @@ import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from edge_runtime.wire.deflate import ZLIB, deflate
 from edge_runtime.wire.errors import PlanFormatError, PlanOrderError, PlanSignatureError
 from edge_runtime.wire.names import is_name
 from edge_runtime.wire.quantisation import Quantisation
@@ -155,6 +157,11 @@ class SignedPlan:
     data: bytes
     plan: Plan
     digest: str
+
+    @cached_property
+    def deflated(self) -> bytes:
+        """The same bytes for a device that reads ``Content-Encoding: deflate``: a plan repeats itself a lot."""
+        return deflate(self.data, ZLIB)
 
 
 def sign_plan(plan: Plan, key: Ed25519PrivateKey) -> SignedPlan:

@@ -224,6 +224,21 @@ class TestPlansAndBlobs:
         down = next(device.bytes_down for device in (await site.operator.status()).devices)
         assert down == len(signed.data) + len(manifest.body) + 5000 + 10
 
+    async def test_a_plan_is_deflated_for_who_asks_for_it(self, site: Site, one: Device) -> None:
+        """What is counted is what is sent."""
+        target, counted = resources.plan_target("tiny", after=-1, wait_s=0), [0]
+        for asked, encoding in (("deflate", "deflate"), ("identity", None), ("gzip, deflate", None)):
+            headers = {**one.head("GET", target, b""), "Accept-Encoding": asked}
+            answer = await one.send("GET", target, headers=headers)
+            assert (answer.status, answer.headers.get("Content-Encoding")) == (200, encoding)
+            assert answer.headers["Vary"] == "Accept-Encoding"
+            signed = wire.open_plan(answer.body, one.plan_key)  # the test's client has inflated it
+            sent = len(signed.data if encoding is None else signed.deflated)
+            counted.append(counted[-1] + sent)
+            assert int(answer.headers["Content-Length"]) == sent
+            assert (await site.operator.status()).bytes_down == counted[-1]
+        assert counted[1] < 0.8 * (counted[2] - counted[1])
+
     @pytest.mark.parametrize("digest", ["00" * 32, "..%2F..%2Fkeys%2Fplan.pem", "x"])
     async def test_other_blobs_are_not_found(self, one: Device, digest: str) -> None:
         answer = await one.blob(digest)

@@ -273,10 +273,10 @@ def test_what_is_patched_is_what_was_published(data: st.DataObject, bits: PatchB
             assert lying(made)[side].tobytes() == lying(source[name])[side].tobytes()
 
 
-def bomb(size: int) -> bytes:
-    """A stream that makes far more than its codes need."""
+def stream_of(data: bytes) -> bytes:
+    """A frame with a stream of these bytes in place of its codes."""
     stream = zlib.compressobj(9, zlib.DEFLATED, -15)
-    return DEFLATED_FRAME[:59] + stream.compress(bytes(size)) + stream.flush()
+    return DEFLATED_FRAME[:59] + stream.compress(data) + stream.flush()
 
 
 def put(frame: bytes, offset: int, data: str) -> bytes:
@@ -318,12 +318,13 @@ def put(frame: bytes, offset: int, data: str) -> bytes:
         (put(DEFLATED_FRAME, 57, "fe"), PatchValueError, "layer.0.query.lora_b: holds NaN or infinity"),
         (put(DEFLATED_FRAME, 64, "f8"), PatchValueError, "layer.0.query.lora_b: codes: expected at least -7, got -8"),
         (put(DEFLATED_FRAME, 60, "03"), PatchFormatError, "codes: no stream of deflate: .*stored block lengths"),
-        (put(DEFLATED_FRAME, 59, "00"), PatchFormatError, "codes: expected a stream of 2 bytes and nothing beyond"),
-        (DEFLATED_FRAME[:-1], PatchFormatError, "codes: expected a stream of 2 bytes and nothing beyond, got 1"),
-        (DEFLATED_FRAME[:59], PatchFormatError, "codes: expected a stream of 2 bytes and nothing beyond, got 0"),
+        (put(DEFLATED_FRAME, 59, "00"), PatchFormatError, "codes: a stream of deflate that is cut"),
+        (DEFLATED_FRAME[:-1], PatchFormatError, "codes: a stream of deflate that is cut"),
+        (DEFLATED_FRAME[:59], PatchFormatError, "codes: a stream of deflate that is cut"),
+        (stream_of(b"\0"), PatchFormatError, "codes: expected a stream of 2 bytes, got 1"),
         (DEFLATED_FRAME[:58], PatchFormatError, "length: expected 59 bytes, got 58"),
-        (DEFLATED_FRAME + b"\0", PatchFormatError, "codes: expected a stream of 2 bytes and nothing beyond, got 2"),
-        (bomb(1 << 24), PatchFormatError, "codes: expected a stream of 2 bytes and nothing beyond, got 3"),
+        (DEFLATED_FRAME + b"\0", PatchFormatError, "codes: a stream of deflate that is cut, or has something behind"),
+        (stream_of(bytes(1 << 24)), PatchFormatError, "codes: expected a stream of 2 bytes, got 3"),
     ],
 )
 def test_hostile_bytes(frame: bytes, error: type[PatchError], message: str) -> None:
