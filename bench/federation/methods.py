@@ -99,6 +99,17 @@ METHODS: dict[str, Method] = {
                     "depth_end": 0.33,
                 },
             },
+            # The same bytes in all blocks but, in the end, the lowest: half the rank, twice the compute.
+            "deep": {
+                "task": {"rank": 4, "upload": "ternary"},
+                "training": {"lr_a": 5e-3, "lr_b": 5e-3},
+                "annealing": {
+                    "bytes_per_device_per_round": Share(1 / 22),
+                    "budget_end": 1.0,
+                    "depth_start": 1.0,
+                    "depth_end": 0.83,
+                },
+            },
         },
     ),
 }

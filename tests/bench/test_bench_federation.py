@@ -353,6 +353,7 @@ def test_what_has_one_seed_is_everything_the_core_table_has_not() -> None:
             (OURS, "small"),
             (OURS, "large"),
             (OURS, "wide"),
+            (OURS, "deep"),
         }
     mixed = [run for run in runs if run.tiers != (0,)]
     assert [(run.key.method, run.tiers) for run in mixed] == [(OURS, (0, 1, 2)), ("lora-r8", (0, 1, 2))]

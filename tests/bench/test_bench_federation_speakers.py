@@ -190,12 +190,12 @@ def test_the_head_sees_every_token_but_the_first(llama_bundle: Path) -> None:
     assert sizes.rows == sizes.tokens - 2
 
 
-@pytest.mark.parametrize("budget", ["small", "large", "wide"])
+@pytest.mark.parametrize("budget", ["small", "large", "wide", "deep"])
 def test_our_own_method_runs_with_a_decoder(budget: str, tmp_path: Path, llama_bundle: Path) -> None:
     setup = a_setup(tmp_path, llama_bundle, method="annealed-kill-revive", budget=budget)
     extra = {
         "training": {"lr_a": 1e-2, "lr_b": 1e-2},
-        "task": {"rank": {"small": 3, "large": 2, "wide": 4}[budget]},
+        "task": {"rank": {"small": 3, "large": 2, "wide": 4, "deep": 4}[budget]},
     }  # the bundle has 4
     line = asyncio.run(run(msgspec.structs.replace(setup, extra=extra), lambda _: None))
     assert line.end < line.start
@@ -210,7 +210,7 @@ def test_every_method_is_a_config_for_a_decoder(method: str, budget: str, quick:
     shared = {**workload.tables(sizes), "task": {"rounds": sizes.rounds}}
     text = config_text(METHODS[method], budget, bundle="b", seed=3, shared=shared, reference_bytes=8_000)
     config = parse_config(text.encode(), path=tmp_path / "emberlora.toml")
-    shares = {"small": 100, "large": 133, "wide": 348}  # an eightieth, a sixtieth, a 23rd
+    shares = {"small": 100, "large": 133, "wide": 348, "deep": 364}  # an 80th, a 60th, a 23rd, a 22nd
     assert config.annealing.bytes_per_device_per_round == shares.get(budget)
     assert (config.task.head_init, config.task.head) == ("bundle", "trained")  # neither is asked of a decoder
     assert (config.training.batch_size, config.training.max_tokens) == (4, 64)
