@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -122,13 +122,17 @@ class RoundMaker:
     def patch(self, record: RoundRecord, recent: RecentAdapters, key: PatchKey) -> bytes:
         """The patch to the adapter of a stored round; ``recent`` is what may still be here of earlier ones."""
         plan, (since, deflated), bits = self._plan(record), key, self._config.download_bits
-        older = None
-        if since == OWN:
-            older = own_adapter(self._bundle, plan.ranks).tensors
-        elif deflated and (digest := recent.of(since)):
-            with contextlib.suppress(DataMissingError):  # then of whole codes: a copy of the folder has no older ones
-                older = self._read(digest)
+        older = self._older(plan, recent, since) if deflated and bits != 32 else None  # nothing else is of differences
         return make_patch(self._bundle, plan, self.published(record), key, older=older, bits=bits)
+
+    def _older(self, plan: wire.Plan, recent: RecentAdapters, since: int) -> Mapping[str, Array] | None:
+        """What a patch to a plan starts from, if it is still here: a copy of the folder has no older adapters."""
+        if since == OWN:
+            return own_adapter(self._bundle, plan.ranks).tensors
+        digest = recent.of(since)
+        with contextlib.suppress(DataMissingError):
+            return self._read(digest) if digest else None
+        return None
 
     def _moved(self, ended: RoundRecord, work: RoundWork | None, updates: list[UpdateRecord] | None) -> _Start:
         before, published = self._read(ended.master), self.published(ended)

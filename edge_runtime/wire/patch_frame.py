@@ -228,5 +228,5 @@ def _inflate(data: bytes, size: int) -> bytes:
     except ValueError as error:
         raise PatchFormatError(f"patch: codes: {error}") from error
     if len(found) != size:
-        raise PatchFormatError(f"patch: codes: expected a stream of {size} bytes, got {min(len(found), size + 1)}")
+        raise PatchFormatError(f"patch: codes: expected a stream of {size} bytes, got {len(found)}")
     return found
