@@ -79,6 +79,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight_decay: float = 0.0  # adapters are small; decay mostly slows them
     mu: float = 0.0  # FedProx pull towards the round's start; 0: none
     clip_norm: float | None = None  # None: gradients are not clipped
+    example_share: float = 1.0  # of a device's examples, drawn by what they still teach; half costs no accuracy
     local_kill: float | None = None  # None: a device trains to the end what the plan asks for
     products: wire.Products = "exact"  # "int8" is faster; off until you have seen that your task learns as well
 
@@ -312,6 +313,8 @@ def _training_problems(training: TrainingConfig) -> list[str]:
             problems.append(f"training.{name}: expected 0 or more, got {rate}")
     if training.steps is not None and training.epochs is not None:
         problems.append("training.steps and training.epochs: give one of them, not both")
+    if not 0 < training.example_share <= 1:
+        problems.append(f"training.example_share: expected more than 0 and at most 1, got {training.example_share}")
     if training.local_kill is not None and not 0 < training.local_kill <= 1:
         problems.append(f"training.local_kill: expected more than 0 and at most 1, got {training.local_kill}")
     if training.clip_norm is not None and not training.clip_norm > 0:
@@ -403,6 +406,7 @@ lr_schedule = "cosine"         # rates fall over the rounds to a tenth; or "cons
 weight_decay = 0.0
 mu = 0.0                       # FedProx pull towards the round's start
 # clip_norm = 1.0              # bound on the global gradient norm; left out: no clipping
+example_share = 1.0            # of its examples, that a device trains in a round: 0.5 takes those that still teach
 # local_kill = 0.3             # a device stops training what moves less than this share of the mean at its start
 products = "exact"             # with frozen weights; "int8" is faster, its gradients are a few per cent off
 

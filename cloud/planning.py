@@ -265,6 +265,7 @@ def training_of(config: Config, bundle: Bundle, round_: int, choice: Choice) -> 
         mu=training.mu if choice.mu is None else choice.mu,
         clip_norm=training.clip_norm,
         local_kill=UNSET if training.local_kill is None else training.local_kill,
+        example_share=UNSET if training.example_share == 1 else training.example_share,
         products="int8" if training.products == "int8" else UNSET,
     )
 

@@ -70,6 +70,11 @@ class Texts:
         sizes = [(len(example.ids), example.weight) for example in examples]
         return cls(sum(n for n, _ in sizes), sum(n * n for n, _ in sizes), sum(rows for _, rows in sizes))
 
+    def part(self, tokens: int) -> Texts:
+        """Examples of the usual sizes that have so many tokens together."""
+        share = tokens / self.tokens
+        return Texts(tokens, round(self.squares * share), round(self.rows * share))
+
 
 def training_flop(
     manifest: Manifest, plans: Sequence[ModulePlan], texts: Texts, spared: Mapping[int, int] = _NOTHING

@@ -104,7 +104,7 @@ def _gflop(site: Site, plan: Plan, results: list[Result]) -> float:
     flop = 0
     for result in results:
         carried = carried_modules(plan, result.done.metrics.tier, manifest.places)
-        flop += training_flop(manifest, carried, site.texts(result.device), result.done.spared)
+        flop += training_flop(manifest, carried, site.texts(result.device).part(result.done.tokens), result.done.spared)
     return round(flop / 1e9, 1)
 
 

@@ -144,6 +144,7 @@ def plan_bytes(traffic: Traffic, modules: Sequence[wire.ModulePlan]) -> int:
             clip_norm=_LONGEST,
             products="int8",
             local_kill=_LONGEST,
+            example_share=_LONGEST,
         ),
         update=wire.UpdateRules(weight_cap=small, max_devices=small, max_norm=_LONGEST),
         seed=whole,

@@ -21,8 +21,11 @@ _TEXT = re.compile(r"[0-9a-fA-F]{64}")
 Entropy = Callable[[int], bytes]
 
 # identity: private keys. record, update: the journal of unsent updates. frame: an update before it is sealed.
-# residual, personal: what is carried over. remembered: hidden states of examples. checkpoint: a training half done.
-Purpose = Literal["identity", "record", "update", "frame", "residual", "personal", "remembered", "checkpoint"]
+# residual, personal, importance: what is carried over. remembered: hidden states of examples. checkpoint: a training
+# half done.
+Purpose = Literal[
+    "identity", "record", "update", "frame", "residual", "personal", "importance", "remembered", "checkpoint"
+]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -87,6 +87,15 @@ class Dataset:
     def weight(self) -> int:
         """What a result of this data counts: examples for classify, trained tokens for lm; the examples' sum."""
         return sum(example.weight for example in self.examples)
+
+    @property
+    def tokens(self) -> int:
+        """Of all examples, without padding."""
+        return sum(len(example.ids) for example in self.examples)
+
+    def take(self, numbers: Iterable[int]) -> Dataset:
+        """These examples alone; the report is still that of the files."""
+        return replace(self, examples=tuple(self.examples[number] for number in numbers))
 
 
 def load_dataset(

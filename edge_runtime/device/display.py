@@ -143,6 +143,8 @@ class TerminalDisplay:
                 parts.append(f"{done} in {duration(trained.seconds)}")
             if trained.tier:
                 parts.append(f"tier {trained.tier}")
+            if trained.examples < trained.of_examples:
+                parts.append(f"{trained.examples} of {trained.of_examples} examples")
             if trained.skipped:
                 parts.append(f"{trained.skipped} steps of still modules left out")
         if self._evaluated:

@@ -116,6 +116,8 @@ class TrainedRound(DeviceEvent, frozen=True, tag="trained"):
     spared: dict[int, int] = {}  # tokens whose lowest blocks were read and not computed, by how many blocks
     tier: int = 0  # of the plan's, that was carried; 0: all of the plan
     skipped: int = 0  # steps of modules that were left out because the module stood still
+    examples: int = 0  # that were trained on …
+    of_examples: int = 0  # … of how many
 
 
 class Uploaded(DeviceEvent, frozen=True, tag="uploaded"):

@@ -15,8 +15,10 @@ outbox/round-N.sealed       * an update that is not acknowledged yet
 outbox/round-N.record       * what it is
 outbox/round-N.residual     * what will be left unsent once it is
 outbox/round-N.personal     * what the device will keep for itself once it is
+outbox/round-N.importance   * what its examples will still have to teach once it is
 residual.encrypted          * what the acknowledged updates left unsent, where plans quantise
 personal.encrypted          * trained parameters that never leave this device, where plans leave it any
+importance.encrypted        * what its examples still have to teach, where plans ask for a share of them
 checkpoint.encrypted        * how far the training of the round is that is trained now
 remembered.hidden           * what the blocks below all that is trained make of the data; a cache
 work/                       * what the training child writes; emptied after every round
@@ -61,6 +63,7 @@ from edge_runtime.device.records import (
 from edge_runtime.training.job import (
     CARRIED_NAMES,
     CHECKPOINT_NAME,
+    IMPORTANCE_NAME,
     JOB_PURPOSES,
     PERSONAL_NAME,
     REMEMBERED_NAME,
@@ -119,6 +122,11 @@ class Home:
     def personal(self) -> Path:
         """Trained parameters that never leave this device; there once a round that has such was acknowledged."""
         return self.folder / PERSONAL_NAME
+
+    @property
+    def importance(self) -> Path:
+        """What the device's examples still have to teach; there once a round that asked for a share of them counted."""
+        return self.folder / IMPORTANCE_NAME
 
     @property
     def published_folder(self) -> Path:

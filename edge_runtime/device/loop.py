@@ -270,6 +270,7 @@ class Device:
             checkpoint=str(self._home.checkpoint),
             checkpoint_s=self._options.checkpoint_s,
             personal=str(self._home.personal),
+            importance=str(self._home.importance),
             rounding_seed=int.from_bytes(self._tools.host.entropy(8), "big"),
         )
         try:
@@ -418,4 +419,6 @@ def _trained(round_: int, result: Done) -> events.TrainedRound:
         spared=result.spared,
         tier=m.tier,
         skipped=result.skipped,
+        examples=result.examples[0],
+        of_examples=result.examples[1],
     )

@@ -121,5 +121,19 @@ def scatter_rows(d_rows: Array, batch: TokenBatch, shape: tuple[int, ...]) -> Ar
     return d_hidden.reshape(shape)
 
 
+def example_importance(d_rows: Array, batch: TokenBatch) -> Array:
+    """How much each example pulls, shape (b,), see :class:`edge_runtime.engine.interface.Gradients`.
+
+    Args:
+        d_rows: The gradient of the batch's mean loss by the rows, shape (n, width).
+        batch: Every example of it has a row.
+    """
+    owner = batch.rows // batch.input_ids.shape[1]
+    own = np.linalg.norm(d_rows, axis=1) * len(d_rows)  # of its own loss: the mean's holds a part of it
+    examples = len(batch.input_ids)
+    sums = np.bincount(owner, weights=own, minlength=examples)
+    return (sums / np.bincount(owner, minlength=examples)).astype(np.float32)
+
+
 def _score(made: OrtValues, part: slice) -> Score:
     return Score(float(made["loss_sum"].numpy()), int(made["correct"].numpy()), part.stop - part.start)

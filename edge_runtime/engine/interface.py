@@ -54,10 +54,18 @@ class Score:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Score of a batch and the gradient of its *mean* loss for every alive tensor by adapter name."""
+    """What a training step is made of.
+
+    Attributes:
+        score: Of the batch.
+        tensors: The gradient of its *mean* loss for every alive tensor by adapter name.
+        importance: How much each example pulls, shape (b,): the L2 norm of the gradient of a row's own loss by the last
+            hidden state, the mean over the example's rows. None where the engine does not make that gradient.
+    """
 
     score: Score
     tensors: dict[str, Array]
+    importance: Array | None = None
 
 
 class Engine(Protocol):

@@ -21,7 +21,7 @@ from edge_runtime.engine.budget import COPIES, Allowance, KeptSizes, packed_from
 from edge_runtime.engine.errors import EngineInputError
 from edge_runtime.engine.frozen import FrozenWeights, bind
 from edge_runtime.engine.graph import JointGraph
-from edge_runtime.engine.head import ClassHead, scatter_rows, select_rows
+from edge_runtime.engine.head import ClassHead, example_importance, scatter_rows, select_rows
 from edge_runtime.engine.hidden_file import KEY_BYTES
 from edge_runtime.engine.interface import Gradients, Score, TokenBatch
 from edge_runtime.engine.parameters import AdapterParameters
@@ -195,9 +195,11 @@ class BlockEngine:
             rows_wanted=bool(tape),
             params_wanted=self._head_alive,
         )
-        if tape:
-            found.update(self._backward(scatter_rows(d_rows, batch, last.shape), shared, tape))
-        return Gradients(score, found)
+        if not tape:
+            return Gradients(score, found)
+        importance = example_importance(d_rows, batch)
+        found.update(self._backward(scatter_rows(d_rows, batch, last.shape), shared, tape))
+        return Gradients(score, found, importance)
 
     def evaluate(self, batch: TokenBatch) -> Score:
         """Loss and correct predictions; nothing is kept."""

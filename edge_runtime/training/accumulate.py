@@ -6,6 +6,8 @@ rounding of float32 sums, which is what makes dividing a free choice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from edge_runtime.bundle import WEIGHTS_FILE, Array, Manifest
@@ -53,19 +55,32 @@ def accumulate(engine: Engine, batch: Batch, max_tokens: int) -> Gradients:
         return engine.gradients(batch)
     score = Score()
     sums: dict[str, Array] = {}
+    importance: list[Array | None] = []
     for part in parts:
-        score += _add(sums, engine.gradients(part), np.float32(part.weight / batch.weight))
-    return Gradients(score, sums)
+        more, own = _add(sums, engine.gradients(part), np.float32(part.weight / batch.weight))
+        score += more
+        importance.append(own)
+    return Gradients(score, sums, _joined(batch, parts, importance))
 
 
-def _add(sums: dict[str, Array], made: Gradients, share: np.float32) -> Score:
+def _add(sums: dict[str, Array], made: Gradients, share: np.float32) -> tuple[Score, Array | None]:
     """Add a piece's share; a function, so that its gradients are gone before the next piece makes its own."""
     for name, gradient in made.tensors.items():
         if name in sums:
             sums[name] += share * gradient
         else:
             sums[name] = share * gradient
-    return made.score
+    return made.score, made.importance
+
+
+def _joined(batch: Batch, parts: Sequence[Batch], importance: Sequence[Array | None]) -> Array | None:
+    """The pieces' importance in the batch's order, which that of every piece follows; None where a piece has none."""
+    found = np.empty(len(batch.examples), np.float32)
+    for part, mine in zip(parts, importance, strict=True):
+        if mine is None:
+            return None
+        found[np.isin(batch.examples, part.examples)] = mine
+    return found
 
 
 def micro_batches(batch: Batch, max_tokens: int) -> list[Batch]:

@@ -13,11 +13,25 @@ from edge_runtime.bundle import Array, TensorFileError, parse_tensors
 
 
 def read_carried(vault: Vault, purpose: Purpose, path: Path) -> dict[str, Array]:
-    """What an acknowledged round left, by tensor name; empty where there is no such file.
+    """Parameters that an acknowledged round left, by tensor name; empty where there is no such file.
 
     Raises:
         TensorFileError: the file is damaged, another's, or holds no tensors or not of finite float32.
         WrongStorageKeyError: it was encrypted under another storage key, so it is whole and must not be given up.
+    """
+    tensors = read_arrays(vault, purpose, path)
+    for name, array in tensors.items():
+        if array.dtype != np.float32 or not np.isfinite(array).all():
+            raise TensorFileError(f"{path.name}: {name[:200]}: expected finite float32")
+    return tensors
+
+
+def read_arrays(vault: Vault, purpose: Purpose, path: Path) -> dict[str, Array]:
+    """Arrays that an acknowledged round left, whatever they hold, by name; empty where there is no such file.
+
+    Raises:
+        TensorFileError: the file is damaged, another's, or holds no tensors.
+        WrongStorageKeyError: as :func:`read_carried`.
     """
     try:
         data = vault.read(path, purpose)
@@ -27,11 +41,7 @@ def read_carried(vault: Vault, purpose: Purpose, path: Path) -> dict[str, Array]
         raise
     except AtRestError as error:
         raise TensorFileError(str(error)) from error
-    tensors = parse_tensors(data, what=path.name)
-    for name, array in tensors.items():
-        if array.dtype != np.float32 or not np.isfinite(array).all():
-            raise TensorFileError(f"{path.name}: {name[:200]}: expected finite float32")
-    return tensors
+    return parse_tensors(data, what=path.name)
 
 
 def fitting(

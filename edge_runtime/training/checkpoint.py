@@ -31,7 +31,7 @@ from edge_runtime.training.stillness import Watched
 
 _SHARE = 50  # a training spends no more than a fiftieth of its time on checkpoints
 _RECORD = "record"
-_VALUES, _FIRST, _SECOND, _BEFORE = "values", "first", "second", "before"
+_VALUES, _FIRST, _SECOND, _BEFORE, _IMPORTANCE = "values", "first", "second", "before", "importance"
 
 
 class StoppedError(Exception):
@@ -49,6 +49,7 @@ class Position:
         watched: What stillness has seen.
         losses: Of every step so far, mean nats.
         seconds: All of them took.
+        importance: Of the examples so far, see :class:`edge_runtime.training.local.Trained`.
         spared: See :class:`edge_runtime.training.local.Trained`.
     """
 
@@ -58,6 +59,7 @@ class Position:
     watched: Watched
     losses: tuple[float, ...]
     seconds: float
+    importance: Flat
     spared: Mapping[int, int] = field(default_factory=dict)
 
     @property
@@ -110,12 +112,13 @@ class Checkpoints:
         self._ground = ""
         self._last_s, self._cost_s = clock(), 0.0
 
-    def begin(self, ground: str, *, count: int) -> tuple[Position | None, str]:
+    def begin(self, ground: str, *, count: int, examples: int) -> tuple[Position | None, str]:
         """Look for a checkpoint, once, before anything is trained or evaluated.
 
         Args:
             ground: What the training follows from; see :func:`ground_of`.
             count: Values that are trained.
+            examples: That are trained on.
 
         Returns:
             Where to go on, None for the beginning; and a line for the user if a checkpoint had to be given up.
@@ -134,12 +137,20 @@ class Checkpoints:
             return None, f"the round begins anew, its checkpoint cannot be used: {error}"
         if record.ground != ground:
             return None, ""
-        if trouble := _trouble(record, arrays, count):
+        importance = arrays.pop(_IMPORTANCE, np.full(examples, np.nan, np.float32))  # none in one of before it was kept
+        if trouble := _trouble(record, arrays, count) or _strange(importance, examples):
             return None, f"the round begins anew, its checkpoint cannot be used: {trouble}"
         self.evaluation = Score(*record.evaluation)
         watched = Watched(frozenset(record.still), record.skipped, arrays.get(_BEFORE), record.shares, record.usual)
         position = Position(
-            arrays[_VALUES], arrays[_FIRST], arrays[_SECOND], watched, record.losses, record.seconds, record.spared
+            arrays[_VALUES],
+            arrays[_FIRST],
+            arrays[_SECOND],
+            watched,
+            record.losses,
+            record.seconds,
+            importance,
+            record.spared,
         )
         return position, ""
 
@@ -190,6 +201,7 @@ class Checkpoints:
             _VALUES: position.values,
             _FIRST: position.first,
             _SECOND: position.second,
+            _IMPORTANCE: position.importance,
         }
         if watched.before is not None:
             arrays[_BEFORE] = watched.before
@@ -227,3 +239,10 @@ def _trouble(record: _Record, arrays: Mapping[str, Array], count: int) -> str:
         if array is None or array.dtype != np.float32 or array.shape != (count,) or not np.isfinite(array).all():
             return f"{name}: expected {count} finite float32 values"
     return "" if record.losses else "losses: expected at least one step"
+
+
+def _strange(importance: Array, examples: int) -> str:
+    fits = importance.dtype == np.float32 and importance.shape == (examples,)
+    if fits and not (np.isinf(importance) | (importance < 0)).any():
+        return ""
+    return f"{_IMPORTANCE}: expected {examples} float32, 0 or more or not known"

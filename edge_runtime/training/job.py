@@ -3,7 +3,8 @@
 The child is ``python -m edge_runtime.training.child``. It reads a :class:`TrainingJob` as a line of JSON from standard
 input, prints one event of ``Event`` a line as JSON on standard output, and writes ``update.encrypted`` into the job's
 ``out`` folder before it prints :class:`Done`; where the plan quantises also ``residual.encrypted``, what the frame
-leaves out, and where it leaves parameters to the device ``personal.encrypted``, those. Training runs in a child so that
+leaves out, where it leaves parameters to the device ``personal.encrypted``, those, and where it asks for a share of the
+examples ``importance.encrypted``, what each of them still has to teach. Training runs in a child so that
 its memory returns to the system between rounds, and so that the resident process never loads the engine. The child ends
 with its parent, however that ends (:mod:`edge_runtime.training.held`).
 
@@ -25,10 +26,11 @@ FRAME_NAME = "update.encrypted"
 REMEMBERED_NAME = "remembered.hidden"
 RESIDUAL_NAME = "residual.encrypted"
 PERSONAL_NAME = "personal.encrypted"
-CARRIED_NAMES = (RESIDUAL_NAME, PERSONAL_NAME)  # what a device carries over to later rounds
+IMPORTANCE_NAME = "importance.encrypted"
+CARRIED_NAMES = (RESIDUAL_NAME, PERSONAL_NAME, IMPORTANCE_NAME)  # what a device carries over to later rounds
 CHECKPOINT_NAME = "checkpoint.encrypted"
 # What a training needs keys for.
-JOB_PURPOSES: tuple[Purpose, ...] = ("frame", "residual", "personal", "remembered", "checkpoint")
+JOB_PURPOSES: tuple[Purpose, ...] = ("frame", "residual", "personal", "importance", "remembered", "checkpoint")
 
 
 class TrainingJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,6 +56,7 @@ class TrainingJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     remembered: str | None = None  # file: the same from round to round; None: forgotten when the training ends
     residual: str | None = None  # file: what updates before did not say; None, or no such file: nothing
     personal: str | None = None  # file: what this device keeps for itself; None, or no such file: nothing yet
+    importance: str | None = None  # file: what examples still have to teach; None, or no such file: not known
     checkpoint: str | None = None  # file: where an interrupted training goes on; None: it begins anew
     checkpoint_s: float = 30.0  # seconds of training from one to the next
     tier: int = 0  # of the plan's, that this device carries
@@ -110,6 +113,8 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     metrics: LocalMetrics
     spared: dict[int, int] = {}  # tokens whose lowest blocks were read and not computed, by how many blocks
     skipped: int = 0  # steps of modules that were left out because the module stood still
+    examples: tuple[int, int] = (0, 0)  # that were trained on, of how many
+    tokens: int = 0  # of those that were trained on
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

@@ -15,7 +15,7 @@ from edge_runtime.data import Batch, Dataset, evaluation_batches, steps_per_epoc
 from edge_runtime.engine.adamw import AdamW
 from edge_runtime.engine.errors import DivergedError
 from edge_runtime.engine.interface import Engine, Score
-from edge_runtime.engine.parameters import AdapterParameters
+from edge_runtime.engine.parameters import AdapterParameters, Flat
 from edge_runtime.engine.remembered import RememberedHidden
 from edge_runtime.training.accumulate import MICRO_TOKENS, accumulate, micro_batches
 from edge_runtime.training.checkpoint import Checkpoints, Position
@@ -37,12 +37,15 @@ class Trained:
         seconds: All of it took.
         spared: Tokens for which the lowest blocks were not computed, by how many blocks these were.
         skipped: Steps of modules that were left out because the module stood still.
+        importance: Of every example when it was last trained on, shape (examples,), see
+            :class:`edge_runtime.engine.interface.Gradients`; NaN where it was not, or the engine does not say.
     """
 
     steps: int
     loss_start: float
     loss_end: float
     seconds: float
+    importance: Flat
     spared: Mapping[int, int] = field(default_factory=dict)
     skipped: int = 0
 
@@ -133,6 +136,7 @@ class _Run:
         self._remembered = memory if lasts else None
         self._optimizer = AdamW(parameters, course.training)
         self._stillness = Stillness(parameters, course.training, window=window_steps(an_epoch))
+        self._importance = np.full(len(course.dataset), np.nan, np.float32)
         self._spared: Counter[int] = Counter()  # before it was interrupted
         self._seconds = 0.0
         self._began = time.perf_counter()
@@ -146,6 +150,7 @@ class _Run:
         """Go on after an interrupted training's last checkpoint."""
         self.losses, self._seconds = list(position.losses), position.seconds
         self._spared.update(position.spared)
+        self._importance[:] = position.importance
         self._parameters.resume(position.values)
         self._optimizer.resume(position.first, position.second, position.step)
         self._stillness.resume(position.watched)
@@ -165,6 +170,8 @@ class _Run:
         share = rate_share(course.schedule, done / max(course.steps - 1, 1))
         self._optimizer.step(gradients.tensors, share=share)
         self.losses.append(loss)
+        if gradients.importance is not None:
+            self._importance[batch.examples] = gradients.importance
         return self._stillness.after_step(share)
 
     def freeze(self, modules: frozenset[str]) -> None:
@@ -181,6 +188,7 @@ class _Run:
             watched=self._stillness.watched(),
             losses=tuple(self.losses),
             seconds=self._passed(),
+            importance=self._importance,
             spared=self._spared_so_far(),
         )
 
@@ -192,6 +200,7 @@ class _Run:
             float(np.mean(self.losses[:quarter])),
             float(np.mean(self.losses[-quarter:])),
             self._passed(),
+            self._importance,
             self._spared_so_far(),
             self._stillness.skipped,
         )

@@ -33,8 +33,10 @@ from edge_runtime.training.carried import fitting, read_carried, some
 from edge_runtime.training.checkpoint import Checkpoints, Position, ground_of
 from edge_runtime.training.class_means import measure
 from edge_runtime.training.clipping import clip_update
+from edge_runtime.training.importance import Sample, draw_sample
 from edge_runtime.training.job import (
     FRAME_NAME,
+    IMPORTANCE_NAME,
     PERSONAL_NAME,
     RESIDUAL_NAME,
     Done,
@@ -108,12 +110,13 @@ def run_round(
         if dataset.weight < plan.min_examples:  # known before anything is computed
             return b"", Done(dataset.weight, LocalMetrics())
         errand = _Errand(signed, job, emit, personal, checkpoints)
-        position = _position(work, dataset, errand)
+        sample = _sample(dataset, errand)
+        position = _position(work, sample.dataset, errand)
         score = _evaluate(work, adapter, errand, resumed=position is not None)
         if plan.state == "measure":
             made = _measure(work, adapter, dataset, errand)
         else:
-            made = _train(work, adapter, dataset, errand, position)
+            made = _train(work, adapter, sample, errand, position)
     seconds = time.perf_counter() - began + (position.seconds if position else 0.0)
     metrics = replace(_metrics(made.trained, score, memory, seconds), tier=job.tier)
     # First as if it were not to be clipped: what diverged is not to be hidden by scaling it down.
@@ -122,9 +125,8 @@ def run_round(
     if plan.quantisation:
         values = _round_off(values, work, plan, job, emit)
     update = Update(values, dataset.weight, metrics)
-    spared, skipped = (dict(made.trained.spared), made.trained.skipped) if made.trained else ({}, 0)
-    done = Done(update.weight, metrics, spared, skipped)
-    return encode_update(update, signed_plan=signed, layout=made.layout), done
+    frame = encode_update(update, signed_plan=signed, layout=made.layout)
+    return frame, _done(update, sample, made.trained)
 
 
 def write_frame(job: TrainingJob, frame: bytes) -> None:
@@ -161,24 +163,47 @@ class _Made:
     trained: Trained | None = None
 
 
+def _done(update: Update, sample: Sample, trained: Trained | None) -> Done:
+    if trained is None:
+        return Done(update.weight, update.metrics)
+    examples, tokens = (len(sample.dataset), len(sample.every)), sample.dataset.tokens
+    return Done(update.weight, update.metrics, dict(trained.spared), trained.skipped, examples, tokens)
+
+
+def _sample(dataset: Dataset, errand: _Errand) -> Sample:
+    """The examples to train on; a measurement is of all of them."""
+    plan, job = errand.plan, errand.job
+    share = plan.training.example_share
+    if plan.state == "measure" or share is msgspec.UNSET:
+        return Sample(dataset)
+    file = Path(job.importance) if job.importance else None
+    rng = np.random.default_rng([plan.seed, plan.round, 1])  # the order of the examples has one without the last number
+    sample = draw_sample(dataset, share, file, Vault(job.grant), rng)
+    if sample.notice:
+        errand.emit(Notice(sample.notice))
+    return sample
+
+
 def _position(work: WorkingBundle, dataset: Dataset, errand: _Errand) -> Position | None:
     """Where this training was interrupted; None where it begins."""
     signed, job = errand.signed, errand.job
     if errand.checkpoints is None or signed.plan.state == "measure":
         return None
     ground = ground_of(signed.digest, job.tier, dataset)
-    position, trouble = errand.checkpoints.begin(ground, count=work.trained_layout(signed.plan, job.tier).count)
+    position, trouble = errand.checkpoints.begin(
+        ground, count=work.trained_layout(signed.plan, job.tier).count, examples=len(dataset)
+    )
     if trouble:
         errand.emit(Notice(trouble))
     return position
 
 
 def _train(
-    work: WorkingBundle, adapter: dict[str, Array], dataset: Dataset, errand: _Errand, position: Position | None
+    work: WorkingBundle, adapter: dict[str, Array], sample: Sample, errand: _Errand, position: Position | None
 ) -> _Made:
-    plan, emit = errand.plan, errand.emit
-    parameters = AdapterParameters(adapter, work.trained_layout(plan, errand.job.tier))
-    course = replace(_course(work, dataset, plan, errand.job), checkpoints=errand.checkpoints, resumed=position)
+    plan, emit, job = errand.plan, errand.emit, errand.job
+    parameters = AdapterParameters(adapter, work.trained_layout(plan, job.tier))
+    course = replace(_course(work, sample.dataset, plan, job), checkpoints=errand.checkpoints, resumed=position)
     if position is not None:
         emit(Resumed(position.step, course.steps))
     trained = train(
@@ -191,7 +216,10 @@ def _train(
     if course.remembered is not None and course.remembered.trouble:
         emit(Notice(course.remembered.trouble))
     _keep_personal(parameters, errand)
-    layout = work.plan_layout(plan, errand.job.tier)
+    if sample.chosen is not None:
+        data = sample.encoded(trained.importance)
+        _write(Vault(job.grant), Path(job.out) / IMPORTANCE_NAME, data, "importance", job.round)
+    layout = work.plan_layout(plan, job.tier)
     return _Made(layout, parameters.change_of(layout), trained)
 
 

@@ -84,6 +84,9 @@ class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # A module that moves less than this share of what all moved at the round's start is trained no longer on this
     # device in this round. Left out: all are trained to the end. Devices from before this field obey such plans.
     local_kill: float | msgspec.UnsetType = msgspec.UNSET
+    # The share of its examples that a device trains on, those likely that have most left to teach. Left out: all of
+    # them. Devices from before this field obey such plans.
+    example_share: float | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def products_wanted(self) -> Products:
@@ -247,6 +250,9 @@ def plan_problems(plan: Plan) -> list[str]:
         "clip_norm must be positive": training.clip_norm is not None and not training.clip_norm > 0,
         "local_kill must be more than 0 and at most 1": not (
             training.local_kill is msgspec.UNSET or 0 < training.local_kill <= 1
+        ),
+        "example_share must be more than 0 and less than 1": not (
+            training.example_share is msgspec.UNSET or 0 < training.example_share < 1
         ),
         "update bounds do not fit 63 bits": not _sum_fits(rules),
         "max_norm must be more than 0 and finite, and is for changes, not for what is measured": not (

@@ -83,6 +83,11 @@ def test_sample_gives_the_defaults() -> None:
         (BASE + "[training]\nbatch_size = 0", "training.batch_size"),
         (BASE + "[training]\nclip_norm = 0.0", "training.clip_norm"),
         (BASE + "[training]\nlocal_kill = 0.0", "training.local_kill: expected more than 0 and at most 1, got 0.0"),
+        (BASE + "[training]\nexample_share = 0", "training.example_share: expected more than 0 and at most 1, got 0"),
+        (
+            BASE + "[training]\nexample_share = 1.5",
+            "training.example_share: expected more than 0 and at most 1, got 1.5",
+        ),
         (BASE + "[training]\nlocal_kill = 1.5", "training.local_kill: expected more than 0 and at most 1, got 1.5"),
         (BASE + 'policy = "anneal"\n[annealing]\ncurve = "steep"', "annealing.curve: expected one of cubic"),
         (BASE + 'policy = "anneal"\n[annealing]\nbudget_end = 1.1', r"annealing.budget_end \(1.1\) must be"),

@@ -201,6 +201,23 @@ async def test_devices_are_told_to_leave_still_modules(tmp_path: Path, session: 
         assert signed.plan.training.local_kill == (msgspec.UNSET if asked is None else asked)
 
 
+async def test_devices_are_told_to_train_on_a_share_of_their_examples(
+    tmp_path: Path, session: aiohttp.ClientSession
+) -> None:
+    """By every plan, where the config says so; one that asks for all of them has no such field."""
+    for asked in (1.0, 0.5):
+        folder = tmp_path / str(asked)
+        folder.mkdir()
+        site = Site.make(folder)
+        training = msgspec.structs.replace(site.config.training, example_share=asked)
+        site.config = msgspec.structs.replace(site.config, training=training)
+        await site.start()
+        signed = await (await site.device(session, "one")).plan()
+        await site.close()
+        assert (b"example_share" in signed.data) == (asked < 1)
+        assert signed.plan.training.example_share == (asked if asked < 1 else msgspec.UNSET)
+
+
 async def test_learning_rates_fall_over_the_rounds(site: Site, session: aiohttp.ClientSession) -> None:
     """Each plan carries its round's share of the configured rates: all of them first, a tenth in the last round."""
     one, two = await site.device(session, "one"), await site.device(session, "two")

@@ -196,7 +196,7 @@ async def test_the_childs_keys_are_in_no_list_of_processes(bench: Bench, tmp_pat
     data.write_text("hang")
     out.mkdir()
     job = msgspec.structs.replace(caught[0], data=(str(data),), out=str(out))
-    assert set(job.grant.keys) == {"frame", "residual", "personal", "remembered", "checkpoint"}
+    assert set(job.grant.keys) == {"frame", "residual", "personal", "importance", "remembered", "checkpoint"}
     standin = str(Path(__file__).with_name("device_standin.py"))
     training = asyncio.ensure_future(ChildTrainer((sys.executable, standin)).train(job, lambda _: None))
     pid_file = tmp_path / "pid"

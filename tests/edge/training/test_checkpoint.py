@@ -163,14 +163,21 @@ def test_a_damaged_checkpoint_costs_its_steps_and_says_so(bundle: Bundle, tmp_pa
 
 
 POSITION = Position(
-    np.arange(3, dtype=np.float32), np.ones(3, np.float32), np.ones(3, np.float32), Watched(), (0.5, 0.25), 2.0, {1: 7}
+    np.arange(3, dtype=np.float32),
+    np.ones(3, np.float32),
+    np.ones(3, np.float32),
+    Watched(),
+    (0.5, 0.25),
+    2.0,
+    np.array([np.nan, 0.5], np.float32),
+    {1: 7},
 )
 
 
 def written(path: Path, position: Position = POSITION, ground: str = "aa") -> Path:
     checkpoints = Checkpoints(path, VAULT, 4, every_s=0)
     checkpoints.evaluation = Score(1.5, 2, 3)
-    checkpoints.begin(ground, count=len(position.values))
+    checkpoints.begin(ground, count=len(position.values), examples=2)
     checkpoints.after_step(lambda: position)
     return path
 
@@ -179,12 +186,13 @@ def test_a_checkpoint_holds_what_was_put_into_it(tmp_path: Path) -> None:
     """Arrays to the bit, numbers, what stillness saw, and the score."""
     watched = Watched(frozenset({"b", "a"}), 9, np.full(3, 7, np.float32), (1.0, 0.5), 0.25)
     values, first, second = (np.random.default_rng(seed).random(3, np.float32) for seed in (1, 2, 3))
-    position = Position(values, first, second, watched, (0.1,), 1.5, {2: 3})
+    importance = np.array([np.nan, 0.25], np.float32)
+    position = Position(values, first, second, watched, (0.1,), 1.5, importance, {2: 3})
     checkpoints = Checkpoints(written(tmp_path / "c", position), VAULT, 4, every_s=0)
-    found, notice = checkpoints.begin("aa", count=3)
+    found, notice = checkpoints.begin("aa", count=3, examples=2)
     assert notice == ""
     assert found is not None
-    for name in ("values", "first", "second"):
+    for name in ("values", "first", "second", "importance"):
         np.testing.assert_array_equal(getattr(found, name), getattr(position, name))
     np.testing.assert_array_equal(found.watched.before, watched.before)  # type: ignore[arg-type]
     assert (found.watched.still, found.watched.skipped) == (watched.still, 9)
@@ -199,7 +207,7 @@ def damaged(tmp_path: Path, **changes: Array | None) -> str:
     arrays: dict[str, Array | None] = {**parse_tensors(VAULT.read(path, "checkpoint"), what="c"), **changes}
     kept = {name: array for name, array in arrays.items() if array is not None}
     path.write_bytes(VAULT.encrypt(encode_tensors(kept), "checkpoint", round_=4))
-    found, notice = Checkpoints(path, VAULT, 4, every_s=0).begin("aa", count=3)
+    found, notice = Checkpoints(path, VAULT, 4, every_s=0).begin("aa", count=3, examples=2)
     assert found is None
     return notice
 
@@ -212,6 +220,9 @@ def damaged(tmp_path: Path, **changes: Array | None) -> str:
         ({"second": None}, "second: expected 3 finite float32"),
         ({"second": np.zeros(3, np.float16)}, "second: expected 3 finite float32"),
         ({"before": np.zeros(4, np.float32)}, "before: expected 3 finite float32"),
+        ({"importance": np.zeros(3, np.float32)}, "importance: expected 2 float32"),
+        ({"importance": np.full(2, np.inf, np.float32)}, "importance: expected 2 float32"),
+        ({"importance": np.full(2, -1, np.float32)}, "importance: expected 2 float32"),
         ({"record": np.frombuffer(b"{}", np.uint8)}, "missing required field"),
         ({"record": None}, "truncated"),
     ],
@@ -227,11 +238,11 @@ def test_what_is_wrong_inside_a_checkpoint_is_named(
 def test_one_of_another_round_or_key_is_not_taken(tmp_path: Path) -> None:
     """Of another round: given up, by name. Under another key: whole, so it is not overwritten but refused."""
     path = written(tmp_path / "c")
-    found, notice = Checkpoints(path, VAULT, 5, every_s=0).begin("aa", count=3)
+    found, notice = Checkpoints(path, VAULT, 5, every_s=0).begin("aa", count=3, examples=2)
     assert found is None
     assert "of another round" in notice
     with pytest.raises(WrongStorageKeyError):
-        Checkpoints(path, vault_of(key=StorageKey(bytes(32))), 4, every_s=0).begin("aa", count=3)
+        Checkpoints(path, vault_of(key=StorageKey(bytes(32))), 4, every_s=0).begin("aa", count=3, examples=2)
     assert path.exists()
 
 
@@ -245,7 +256,7 @@ def test_checkpoints_are_written_as_seldom_as_was_said(tmp_path: Path) -> None:
         return POSITION
 
     checkpoints = Checkpoints(tmp_path / "c", VAULT, 4, every_s=30, clock=clock)
-    checkpoints.begin("aa", count=3)
+    checkpoints.begin("aa", count=3, examples=2)
     for _ in range(100):
         clock.now += 1
         checkpoints.after_step(position)
@@ -262,7 +273,7 @@ def test_before_the_first_step_there_is_nothing_to_keep(tmp_path: Path) -> None:
     """Asked to stop then, it says so, and the process may end at once."""
     checkpoints = Checkpoints(tmp_path / "c", VAULT, 4, every_s=30)
     assert not checkpoints.stop()
-    checkpoints.begin("aa", count=3)
+    checkpoints.begin("aa", count=3, examples=2)
     checkpoints.after_step(lambda: POSITION)
     assert not (tmp_path / "c").exists()
     assert checkpoints.stop()

@@ -153,6 +153,15 @@ def test_local_kill_plan_bytes(plan: Plan, signing_key: Ed25519PrivateKey) -> No
     assert b"local_kill" not in PLAN
 
 
+def test_example_share_plan_bytes(plan: Plan, signing_key: Ed25519PrivateKey) -> None:
+    """The same of a share of the examples."""
+    training = msgspec.structs.replace(plan.training, example_share=0.5)
+    signed = sign_plan(msgspec.structs.replace(plan, training=training), signing_key)
+    assert signed.data[64:] == PLAN[64:].replace(b'"clip_norm":null}', b'"clip_norm":null,"example_share":0.5}')
+    assert open_plan(signed.data, signing_key.public_key()).plan.training == training
+    assert b"example_share" not in PLAN
+
+
 def test_bounded_plan_bytes(plan: Plan, signing_key: Ed25519PrivateKey) -> None:
     """A plan that bounds no norm is what it was before there was such a field."""
     signed = sign_plan(msgspec.structs.replace(plan, update=UpdateRules(max_norm=1.5)), signing_key)

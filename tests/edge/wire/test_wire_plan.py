@@ -80,6 +80,9 @@ CONTRADICTIONS = [
     ("training.local_kill", 0.0, "local_kill"),  # nothing is left out
     ("training.local_kill", -0.1, "local_kill"),
     ("training.local_kill", 1.01, "local_kill"),
+    ("training.example_share", 0.0, "example_share"),
+    ("training.example_share", 1.0, "example_share"),  # all of them is said by leaving it out
+    ("training.example_share", -0.5, "example_share"),
     ("update.fraction_bits", 40, "63 bits"),
     ("update.fraction_bits", 0, "63 bits"),
     ("update.fraction_bits", 10**9, "63 bits"),
@@ -115,6 +118,7 @@ WRONG_FIELDS = [
     ("state", "paused"),
     ("head_alive", 1),
     ("training.local_kill", None),
+    ("training.example_share", None),
     ("update.max_norm", None),
     ("personal", None),
     ("personal", "head"),
