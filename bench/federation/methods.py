@@ -110,6 +110,17 @@ METHODS: dict[str, Method] = {
                     "depth_end": 0.83,
                 },
             },
+            # The same in half of its compute: devices train on the half of their examples that still teaches most.
+            "half": {
+                "task": {"rank": 4, "upload": "ternary"},
+                "training": {"lr_a": 7e-3, "lr_b": 7e-3, "example_share": 0.52},
+                "annealing": {
+                    "bytes_per_device_per_round": Share(1 / 22),
+                    "budget_end": 1.0,
+                    "depth_start": 1.0,
+                    "depth_end": 0.83,
+                },
+            },
         },
     ),
 }

@@ -190,7 +190,7 @@ def test_the_head_sees_every_token_but_the_first(llama_bundle: Path) -> None:
     assert sizes.rows == sizes.tokens - 2
 
 
-@pytest.mark.parametrize("budget", ["small", "large", "wide", "deep"])
+@pytest.mark.parametrize("budget", ["small", "large", "wide", "deep", "half"])
 def test_our_own_method_runs_with_a_decoder(budget: str, tmp_path: Path, llama_bundle: Path) -> None:
     setup = a_setup(tmp_path, llama_bundle, method="annealed-kill-revive", budget=budget)
     extra = {
