@@ -84,7 +84,7 @@ texts that differ on one text in 25 have a difference whose standard error is 0.
 _INGREDIENTS = """\
 ### What each ingredient gives
 
-`annealed-kill-revive` large with one ingredient turned off, and what happens in its place. *− whole* is accuracy less
+`annealed-kill-revive` small with one ingredient turned off, and what happens in its place. *− whole* is accuracy less
 that of the whole method; compute is a share of the whole method's, *rounds to 95 %* count until 95 % of what the whole
 method has learned at its best. What an ingredient gives is the whole method against the one without it: accuracy from
 0.006 on, bytes and compute from 5 %.

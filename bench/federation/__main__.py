@@ -21,7 +21,7 @@ from edge_runtime.wire import Products
 
 QUICK_DATASET = "banking77"
 QUICK = ("lora-r8", "rolora-r8", "annealed-kill-revive")
-QUICK_BUDGETS = ("", "small", "large")  # four rows with these
+QUICK_BUDGETS = ("", "small", "half")  # four rows with these
 
 
 @dataclass(frozen=True)

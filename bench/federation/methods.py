@@ -39,6 +39,7 @@ class Method:
 FULL_MODEL = "fedavg-full"
 CORE = ("lora-r8", "lora-r1", "rolora-r8", "lora-a2", "annealed-kill-revive")  # several seeds on every split
 
+
 METHODS: dict[str, Method] = {
     FULL_MODEL: Method(
         "every parameter trained by PyTorch, sent and averaged (FedAvg)",
@@ -76,31 +77,14 @@ METHODS: dict[str, Method] = {
         {"policy": "annealed-kill-revive", "aggregation": "both", "upload": "int4", "download": "int4"},
         {"lr_a": 6e-3, "lr_b": 6e-3},
         {"budget_end": 0.5},
-        budgets={  # shares of what lora-r8 sends and fetches
-            "small": {  # half of what lora-r8 computes
-                "task": {"rank": 3},
-                "training": {"lr_a": 5e-3, "lr_b": 5e-3},
-                "annealing": {"bytes_per_device_per_round": Share(1 / 80), "depth_start": 0.5, "depth_end": 0.33},
-            },
-            # An eighth of its values: in 4 bits that is far less than a fortieth of its bytes.
-            "large": {
+        budgets={  # shares of what lora-r8 sends and fetches: bounds, reckoned with plain codes
+            # An eighth of its values: a cooling budget goes to the modules that still move.
+            "small": {
                 "task": {"rank": 2},
                 "annealing": {"bytes_per_device_per_round": Share(1 / 60), "depth_start": 1.0, "depth_end": 0.5},
             },
-            # A fortieth of its bytes and half of what it computes: all of the upper half at the full rank, in ternary
-            # updates, and patches of differences. The budget is a bound, reckoned with plain codes.
-            "wide": {
-                "task": {"upload": "ternary"},
-                "training": {"lr_a": 4e-3, "lr_b": 4e-3},
-                "annealing": {
-                    "bytes_per_device_per_round": Share(1 / 23),
-                    "budget_end": 1.0,
-                    "depth_start": 0.5,
-                    "depth_end": 0.33,
-                },
-            },
-            # The same bytes in all blocks but, in the end, the lowest: half the rank, twice the compute.
-            "deep": {
+            # A fortieth of its bytes: all blocks but, in the end, the lowest, ternary updates, patches of differences.
+            "large": {
                 "task": {"rank": 4, "upload": "ternary"},
                 "training": {"lr_a": 5e-3, "lr_b": 5e-3},
                 "annealing": {
@@ -110,16 +94,12 @@ METHODS: dict[str, Method] = {
                     "depth_end": 0.83,
                 },
             },
-            # The same in half of its compute: devices train on the half of their examples that still teaches most.
+            # Half of its compute: the full rank everywhere, and the half of a device's examples that teaches most, in
+            # as many steps as an epoch has. It sends a twentieth of the bytes.
             "half": {
-                "task": {"rank": 4, "upload": "ternary"},
-                "training": {"lr_a": 7e-3, "lr_b": 7e-3, "example_share": 0.52},
-                "annealing": {
-                    "bytes_per_device_per_round": Share(1 / 22),
-                    "budget_end": 1.0,
-                    "depth_start": 1.0,
-                    "depth_end": 0.83,
-                },
+                "task": {"upload": "ternary"},
+                "training": {"lr_a": 4e-3, "lr_b": 4e-3, "example_share": 0.49, "batch_size": 8},
+                "annealing": {"bytes_per_device_per_round": Share(1 / 10), "budget_end": 1.0},
             },
         },
     ),

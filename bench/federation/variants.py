@@ -9,7 +9,7 @@ from bench.federation.lines import Key
 from bench.federation.methods import FULL_MODEL, METHODS, Share, Table, merged
 from bench.federation.running import Run
 
-OURS, VARIED = "annealed-kill-revive", "large"
+OURS, VARIED = "annealed-kill-revive", "small"
 INGREDIENTS = (
     "annealing",
     "depth",
@@ -55,7 +55,7 @@ VARIANTS: Mapping[str, Variant] = {
     "initiating": Variant(
         "the budget cools from the first round", {"annealing": {"initiating_rounds": 0, "initiating_mu": 0.0}}
     ),
-    "quantisation": Variant(  # with the bytes that about as many values as the large budget's take in float32
+    "quantisation": Variant(  # with the bytes that about as many values as the small budget's take in float32
         "float32 both ways, with the bytes of as many values",
         {
             "task": {"upload": "float32", "download": "float32"},

@@ -33,7 +33,7 @@ DATASETS = ("clinc150", "banking77")
 @click.option("--alpha", type=float, default=0.1, show_default=True, help="Of the Dirichlet split.")
 @click.option("--seed", type=click.IntRange(0), default=9, show_default=True)
 @click.option("--method", type=click.Choice(list(METHODS)), default="annealed-kill-revive", show_default=True)
-@click.option("--budget", default="large", show_default=True, help="Of a method with several.")
+@click.option("--budget", default="small", show_default=True, help="Of a method with several.")
 @click.option("--rounds", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--examples", type=click.IntRange(1), default=4_000, show_default=True, help="Of all devices together.")
 @click.option(

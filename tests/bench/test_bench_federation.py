@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from bench.errors import RequestError
 from bench.federation import __main__ as command
-from bench.federation import running
+from bench.federation import experiment, running
 from bench.federation.compute import Texts, full_flop, training_flop
 from bench.federation.data import Corpus, divide, read_corpus
 from bench.federation.drift import drift
@@ -31,8 +32,9 @@ from bench.federation.variants import OURS, VARIANTS, VARIED, one_seed, variant_
 from bench.federation.workloads import WORKLOADS
 from bench.jsonl import append_line
 from cloud.config import parse_config
-from edge_runtime.bundle import open_bundle
+from edge_runtime.bundle import Manifest, open_bundle
 from edge_runtime.engine.runtime import start_runtime
+from edge_runtime.training.job import IMPORTANCE_NAME
 from edge_runtime.wire import ModulePlan
 from tests.bench.banking import LABELS, write_banking
 from tests.bench.federation_lines import KEY, a_line
@@ -157,6 +159,35 @@ def test_a_task_is_learned_counted_and_can_be_replayed(tmp_path: Path, bert_bund
     again = asyncio.run(run(a_setup(tmp_path, bert_bundle, "again"), said.append))
     assert again.accuracy == line.accuracy
     assert [made.accuracy for made in again.curve] == [made.accuracy for made in line.curve]
+
+
+def test_a_share_of_the_examples_is_a_share_of_the_compute(
+    tmp_path: Path, bert_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through devices and aggregator: half of the examples, and what they taught is known in the home from then on."""
+    tokens: list[int] = []
+
+    def counted(manifest: Manifest, plans: Sequence[ModulePlan], texts: Texts, spared: Mapping[int, int]) -> int:
+        tokens.append(texts.tokens)
+        return training_flop(manifest, plans, texts, spared)
+
+    monkeypatch.setattr(experiment, "training_flop", counted)
+    whole = asyncio.run(run(a_setup(tmp_path, bert_bundle), lambda _: None))
+    everything = sum(tokens)
+    tokens.clear()
+    setup = a_setup(tmp_path, bert_bundle, "half", training={"example_share": 0.5})
+    half = asyncio.run(run(setup, lambda _: None))
+    assert sum(tokens) == pytest.approx(everything / 2, rel=0.15)  # texts have unlike lengths
+    assert (half.bytes_up, half.params_both) == (whole.bytes_up, whole.params_both)
+    homes = [folder for folder in (tmp_path / "half" / "devices").iterdir() if (folder / "state.json").exists()]
+    kept = [(home / IMPORTANCE_NAME).exists() for home in homes]
+    assert any(kept)
+    trained = [json.loads((home / "state.json").read_text())["counted"] > 1 for home in homes]  # the first one measures
+    assert kept == trained
+
+
+def test_texts_of_a_share_of_the_tokens() -> None:
+    assert Texts(tokens=40, squares=300, rows=8).part(10) == Texts(tokens=10, squares=75, rows=2)
 
 
 def test_a_run_is_one_line_with_the_names_of_the_issue(tmp_path: Path) -> None:
@@ -352,8 +383,7 @@ def test_what_has_one_seed_is_everything_the_core_table_has_not() -> None:
             ("lora-r1", ""),
             (OURS, "small"),
             (OURS, "large"),
-            (OURS, "wide"),
-            (OURS, "deep"),
+            (OURS, "half"),
         }
     mixed = [run for run in runs if run.tiers != (0,)]
     assert [(run.key.method, run.tiers) for run in mixed] == [(OURS, (0, 1, 2)), ("lora-r8", (0, 1, 2))]

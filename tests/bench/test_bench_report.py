@@ -53,11 +53,11 @@ def test_the_report_keeps_what_has_one_seed_apart_from_the_core_table(tmp_path: 
     core, others = report.markdown(lines).split("## One seed each")
     assert "reviving" not in core
     assert "natural" not in core
-    assert "| `annealed-kill-revive` large | 0 1 |" in core
+    assert "| `annealed-kill-revive` small | 0 1 |" in core
     unlike, ingredients = others.split("### What each ingredient gives")
     assert "### clinc150, natural split" in unlike
-    assert "| `annealed-kill-revive` large, without frozen-head | 0 |" in unlike
-    assert "| `annealed-kill-revive` large | 0 | 0.5000 | +0.0000 |" in unlike  # of seed 0 alone
+    assert "| `annealed-kill-revive` small, without frozen-head | 0 |" in unlike
+    assert "| `annealed-kill-revive` small | 0 | 0.5000 | +0.0000 |" in unlike  # of seed 0 alone
     assert "reviving" not in unlike
     rows = [row for row in ingredients.split("## Goals")[0].splitlines() if row.startswith("| ")]
     assert [row.split(" | ")[:4] for row in rows[1:]] == [
