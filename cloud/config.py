@@ -79,7 +79,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight_decay: float = 0.0  # adapters are small; decay mostly slows them
     mu: float = 0.0  # FedProx pull towards the round's start; 0: none
     clip_norm: float | None = None  # None: gradients are not clipped
-    example_share: float = 1.0  # of a device's examples, drawn by what they still teach; half costs no accuracy
+    example_share: float = 1.0  # of a device's examples, drawn by what they still teach: half is half of the compute
     local_kill: float | None = None  # None: a device trains to the end what the plan asks for
     products: wire.Products = "exact"  # "int8" is faster; off until you have seen that your task learns as well
 
