@@ -186,36 +186,22 @@ async def test_a_reader_delays_the_end_of_a_rounds_key_and_nothing_else(
     assert not kept()
 
 
-async def test_devices_are_told_to_leave_still_modules(tmp_path: Path, session: aiohttp.ClientSession) -> None:
-    """By every plan, where the config says so; a plan of any other task has no such field."""
-    for number, asked in enumerate((None, 0.3)):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        site = Site.make(folder)
-        training = msgspec.structs.replace(site.config.training, local_kill=asked)
-        site.config = msgspec.structs.replace(site.config, training=training)
-        await site.start()
-        signed = await (await site.device(session, "one")).plan()
-        await site.close()
-        assert (b"local_kill" in signed.data) == (asked is not None)
-        assert signed.plan.training.local_kill == (msgspec.UNSET if asked is None else asked)
-
-
-async def test_devices_are_told_to_train_on_a_share_of_their_examples(
-    tmp_path: Path, session: aiohttp.ClientSession
+@pytest.mark.parametrize(("name", "silent", "asked"), [("local_kill", None, 0.3), ("example_share", 1.0, 0.5)])
+async def test_devices_are_told_what_to_leave_out(
+    name: str, silent: float | None, asked: float, tmp_path: Path, session: aiohttp.ClientSession
 ) -> None:
-    """By every plan, where the config says so; one that asks for all of them has no such field."""
-    for asked in (1.0, 0.5):
-        folder = tmp_path / str(asked)
+    """Still modules, examples: by every plan, where the config says so; any other plan has no such field."""
+    for value in (silent, asked):
+        folder = tmp_path / str(value)
         folder.mkdir()
         site = Site.make(folder)
-        training = msgspec.structs.replace(site.config.training, example_share=asked)
+        training = msgspec.structs.replace(site.config.training, **{name: value})
         site.config = msgspec.structs.replace(site.config, training=training)
         await site.start()
         signed = await (await site.device(session, "one")).plan()
         await site.close()
-        assert (b"example_share" in signed.data) == (asked < 1)
-        assert signed.plan.training.example_share == (asked if asked < 1 else msgspec.UNSET)
+        assert (name.encode() in signed.data) == (value == asked)
+        assert getattr(signed.plan.training, name) == (asked if value == asked else msgspec.UNSET)
 
 
 async def test_learning_rates_fall_over_the_rounds(site: Site, session: aiohttp.ClientSession) -> None:
