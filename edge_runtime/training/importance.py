@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ class Sample:
     importance: Flat = field(default_factory=lambda: np.zeros(0, np.float32))
     notice: str = ""
 
-    @property
+    @cached_property
     def dataset(self) -> Dataset:
         """What is trained on."""
         return self.every if self.chosen is None else self.every.take(self.chosen.tolist())
